@@ -1,0 +1,425 @@
+"""Speed as ratios, measured side by side in one run.
+
+(a) 8 samples a question: ours against HF generate(num_return_sequences=8), on the same prompts and temperature
+(b) a training step: ours against HF's labels= forward with auxiliary images encoded in the step and padding to the
+    longest, on a narrow model with Qwen's vocabulary of 152,064; and the peak memory of both
+(c) a decode step in latent mode against one in text mode
+With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in absolute numbers.
+
+    python bench.py                 # toy shapes, CPU or GPU; a few minutes on two cores
+    python bench.py --shape=7b      # needs an 80 GB GPU
+"""
+
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import toy
+from eval import extract_answer, is_correct
+from model import (
+    IGNORE,
+    LATENT_PAD,
+    LATENT_START,
+    PCAHead,
+    add_latent_tokens,
+    cross_entropy,
+    embed,
+    encode,
+    generate,
+    grid_features,
+    load_examples,
+    load_processor,
+    load_vlm,
+    make_prompts,
+    open_image,
+    override,
+    pick_device,
+    to_text,
+)
+
+# ---------------------------------------------------------------------------------------------------
+base = "toy/base"
+data = "out/toy/train.jsonl"
+only = ""  # a, b or c; "" for all
+shape = "toy"  # or 7b
+repeats = 5  # of each measurement, ours and theirs in turn; the median counts
+questions = 16  # a batch
+new_tokens = 32
+threads = 2
+side = ""  # set by (b) for its subprocesses
+# ---------------------------------------------------------------------------------------------------
+
+device = pick_device()
+
+
+def clock():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def versus(name, ours, theirs):
+    """Run both in turn and print the ratio of their median times."""
+    times = ([], [])
+    for i in range(repeats + 1):
+        for f, t in zip((ours, theirs), times):
+            start = clock()
+            f()
+            if i:  # the first is a warm-up
+                t.append(clock() - start)
+    a, b = map(statistics.median, times)
+    print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
+    return b / a
+
+
+# --- (a) sampling
+
+
+def hf_batch(vlm, tokenizer, processor, rows):
+    """Left-padded inputs for HF generate."""
+    examples = [encode(vlm, tokenizer, processor, row) for row in rows]
+    T = max(len(e["ids"]) for e in examples)
+    left = lambda x, v: torch.cat([torch.full((T - len(x),), v), x])  # noqa: E731
+    ids = torch.stack([left(e["ids"], tokenizer.pad_token_id) for e in examples])
+    mask = torch.stack([left(torch.ones_like(e["ids"]), 0) for e in examples])
+    images = processor(images=[open_image(p) for row in rows for p in row["images"]], return_tensors="pt")
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
+        **images,
+    }
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def sampling():
+    vlm, tokenizer = load_vlm(base, device=device)
+    rows = load_examples(data)
+    small = load_processor(base, 56 * 56, 1280 * 28 * 28)
+    large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
+    kwargs = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
+    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    for name, processor in (("short prompts", small), ("256 image tokens", large)):
+        part = rows[:questions]
+
+        def ours():
+            generate(
+                vlm,
+                None,
+                tokenizer,
+                make_prompts(vlm, tokenizer, processor, part),
+                max_new_tokens=new_tokens,
+                n_samples=8,
+                temperature=1.0,
+                seeds=list(range(8 * questions)),
+                suppress=no_stop,
+            )
+
+        def theirs():
+            out = vlm.generate(
+                **hf_batch(vlm, tokenizer, processor, part),
+                max_new_tokens=new_tokens,
+                suppress_tokens=no_stop,
+                **kwargs,
+            )
+            assert out.shape[0] == 8 * questions
+
+        versus(f"(a) 8 samples, {new_tokens} tokens each, {name}", ours, theirs)
+
+    job = rows[: 4 * questions]
+
+    def ours_job():
+        for i in range(0, len(job), questions):
+            part = job[i : i + questions]
+            generate(
+                vlm,
+                None,
+                tokenizer,
+                make_prompts(vlm, tokenizer, small, part),
+                max_new_tokens=24,
+                n_samples=8,
+                temperature=1.0,
+                seeds=list(range(8 * len(part))),
+                on_finish=lambda q, s, ids: is_correct(extract_answer(to_text(tokenizer, ids))[0], part[q]),
+            )  # noqa: B023
+
+    def theirs_job():
+        for i in range(0, len(job), questions):
+            part = job[i : i + questions]
+            batch = hf_batch(vlm, tokenizer, small, part)
+            out = vlm.generate(**batch, max_new_tokens=24, **kwargs)[:, batch["input_ids"].shape[1] :]
+            for j, ids in enumerate(out.tolist()):
+                is_correct(extract_answer(to_text(tokenizer, ids))[0], part[j // 8])
+
+    versus("(a) the whole job: natural stops, early stop", ours_job, theirs_job)
+
+
+# --- (b) a training step
+
+
+def narrow():
+    """A model of width 256 with Qwen's real vocabulary, and a batch of 8 examples of uneven length with K = 36."""
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    at = tokenizer.convert_tokens_to_ids
+    vlm = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=152064,
+                hidden_size=256,
+                intermediate_size=688,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
+            ),
+            vision_config=dict(
+                depth=4,
+                hidden_size=128,
+                intermediate_size=344,
+                num_heads=4,
+                out_hidden_size=256,
+                window_size=112,
+                fullatt_block_indexes=[3],
+            ),
+            image_token_id=at("<|image_pad|>"),
+            video_token_id=at("<|video_pad|>"),
+            vision_start_token_id=at("<|vision_start|>"),
+            vision_end_token_id=at("<|vision_end|>"),
+        )
+    )
+    add_latent_tokens(vlm, tokenizer)
+    vlm.model.visual.requires_grad_(False)
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
+    pca = {
+        "basis": torch.linalg.qr(torch.randn(256, 64))[0],
+        "mean": torch.zeros(256),
+        "eigenvalues": torch.ones(64),
+        "total_variance": 64.0,
+    }
+    rng = random.Random(0)
+    noise = lambda: Image.effect_noise((28 * rng.randrange(6, 20), 28 * rng.randrange(6, 20)), 60).convert("RGB")  # noqa: E731
+    images, aux = [noise() for _ in range(8)], [noise() for _ in range(8)]
+    examples = []
+    for image in images:
+        n = image.width * image.height // 784
+        ids = (
+            [at("<|vision_start|>")]
+            + [at("<|image_pad|>")] * n
+            + [at("<|vision_end|>")]
+            + [rng.randrange(20, 400) for _ in range(40)]
+        )
+        before, after = ([rng.randrange(20, 400) for _ in range(rng.randrange(20, 100))] for _ in range(2))
+        answer = [*before, at(LATENT_START), *[at(LATENT_PAD)] * 36, at("<|latent_end|>"), *after]
+        ids, labels = (
+            torch.tensor(ids + answer),
+            torch.tensor([IGNORE] * len(ids) + [IGNORE if t == at(LATENT_PAD) else t for t in answer]),
+        )
+        examples.append((ids, labels, image))
+    return vlm.train(), tokenizer, processor, PCAHead(pca, 36), examples, aux
+
+
+def training_side():
+    """One side of (b), alone in its process so that its peak memory is its own. Prints JSON."""
+    import train
+    from model import encode_images, positions
+
+    torch.set_num_threads(threads)
+    vlm, tokenizer, processor, head, examples, aux = narrow()
+    latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+    targets = grid_features(vlm, processor, aux, 36, "pool").detach().bfloat16()  # what fit_pca.py leaves on the disk
+    params = [p for p in [*vlm.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
+    pad = lambda xs, v: pad_sequence(xs, batch_first=True, padding_value=v)  # noqa: E731
+
+    def ours():
+        n = sum(int((labels != IGNORE).sum()) for _, labels, _ in examples)
+        for part in train.micro_batches([len(ids) for ids, _, _ in examples], 1, 2048):
+            ids, labels = pad([examples[i][0] for i in part], 0), pad([examples[i][1] for i in part], IGNORE)
+            with torch.no_grad():
+                v, grids = encode_images(vlm, processor, [examples[i][2] for i in part])
+            pos = pad([positions(vlm, examples[i][0], [g]).T for i, g in zip(part, grids.tolist())], 0).permute(2, 0, 1)
+            t = targets[part].flatten(0, 1)
+            x = embed(vlm, ids, torch.cat(v), t, latent)
+            h = vlm.model.language_model(inputs_embeds=x, position_ids=pos, use_cache=False).last_hidden_state[:, :-1]
+            on = labels[:, 1:] != IGNORE
+            ce = cross_entropy(h[on], labels[:, 1:][on], vlm.lm_head) / n
+            (ce + head.squared_error(h[ids[:, 1:] == latent], t).sum() / (36 * 8 * 256)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def theirs():
+        ids, labels = pad([e[0] for e in examples], 0), pad([e[1] for e in examples], IGNORE)
+        mask = pad([torch.ones_like(e[0]) for e in examples], 0)
+        with torch.no_grad():
+            v, grids = encode_images(vlm, processor, [e[2] for e in examples])
+            t = grid_features(vlm, processor, aux, 36, "pool").flatten(0, 1)
+        pos, _ = vlm.model.get_rope_index(ids, (ids == vlm.config.image_token_id).int(), grids, attention_mask=mask)
+        x = embed(vlm, ids, torch.cat(v), t, latent)
+        out = vlm(
+            inputs_embeds=x,
+            position_ids=pos,
+            attention_mask=mask,
+            labels=labels,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        h = out.hidden_states[-1][:, :-1][ids[:, 1:] == latent]
+        (out.loss + nn.functional.mse_loss(head(h), t)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    f, times = {"ours": ours, "hf": theirs}[side], []
+    for _ in range(3):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    print(
+        json.dumps({"s": statistics.median(times), "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+    )
+
+
+def training():
+    found = {}
+    for name in ("ours", "hf"):
+        done = subprocess.run(
+            [sys.executable, __file__, f"--side={name}", f"--threads={threads}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    a, b = found["ours"], found["hf"]
+    print(
+        f"{'(b) a training step, V = 152,064, K = 36':58} ours {a['s']:8.3f} s   HF {b['s']:8.3f} s   {b['s'] / a['s']:5.2f} x"
+    )
+    print(f"{'(b) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it")
+
+
+# --- (c) latent mode
+
+
+def latent_mode():
+    vlm, tokenizer = load_vlm(base, device=device)
+    add_latent_tokens(vlm, tokenizer)
+    processor = load_processor(base, 56 * 56, 1280 * 28 * 28)
+    rows = load_examples(data)[: 4 * questions]
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    d = vlm.config.text_config.hidden_size
+    pca = {
+        "basis": torch.linalg.qr(torch.randn(d, 8))[0],
+        "mean": torch.zeros(d),
+        "eigenvalues": torch.ones(8),
+        "total_variance": 8.0,
+    }
+    head = PCAHead(pca, 128).to(device).eval()
+    text_only = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    all_but_start = [t for t in range(len(tokenizer)) if t != tokenizer.convert_tokens_to_ids(LATENT_START)]
+
+    def steps(suppress, intervention):
+        stamps = []
+        generate(
+            vlm,
+            head,
+            tokenizer,
+            prompts,
+            max_new_tokens=128,
+            suppress=suppress,
+            intervention=intervention,
+            on_step=lambda *_: stamps.append(clock()),
+        )
+        return [b - a for a, b in zip(stamps[2:], stamps[3:])]
+
+    both = {"latent": [], "text": []}
+    for i in range(repeats + 1):
+        for name, times in (("latent", steps(all_but_start, "clean")), ("text", steps(text_only, "zero"))):
+            both[name] += times if i else []
+    a, b = (statistics.median(both[k]) for k in ("latent", "text"))
+    name = f"(c) a decode step of {len(prompts)} rows, latent against text mode"
+    print(f"{name:58} latent {1e3 * a:6.2f} ms   text {1e3 * b:6.2f} ms   {a / b:5.2f} x")
+
+
+# --- 7B shapes
+
+
+def seven_b():
+    """Absolute numbers of a 7B-shaped model with random weights in bfloat16 on one CUDA GPU."""
+    if device.type != "cuda":
+        raise SystemExit("--shape=7b needs a CUDA GPU; this machine has none")
+    tokenizer = toy.make_tokenizer()
+    at = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+        ),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584),
+        image_token_id=at("<|image_pad|>"),
+        video_token_id=at("<|video_pad|>"),
+        vision_start_token_id=at("<|vision_start|>"),
+        vision_end_token_id=at("<|vision_end|>"),
+    )
+    config.dtype = torch.bfloat16
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        vlm = Qwen2_5_VLForConditionalGeneration(config).eval()
+        torch.set_default_dtype(torch.float32)
+    weights = sum(
+        p.numel() * p.element_size() for p in [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
+    )
+    ids = torch.randint(20, 400, (512,))
+    prompts = [{"ids": ids, "pos": torch.arange(512).expand(3, -1), "vision": None}] * 4
+    for n_samples in (1, 8, 32):
+        stamps = []
+        generate(
+            vlm,
+            None,
+            tokenizer,
+            prompts,
+            max_new_tokens=128,
+            n_samples=n_samples,
+            suppress=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+            on_step=lambda *_: stamps.append(clock()),
+        )  # noqa: B023
+        s = statistics.median(b - a for a, b in zip(stamps[8:], stamps[9:]))
+        rate = f"{4 * n_samples / s:8.0f} tokens/s, weights read at {weights / s / 1e12:.2f} TB/s"
+        print(f"decode, {4 * n_samples:4} rows: {1e3 * s:7.2f} ms a step, {rate}")
+    print(f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def main():
+    torch.set_num_threads(threads)
+    if side:
+        training_side()
+    elif shape == "7b":
+        seven_b()
+    elif shape == "toy":
+        if not Path(data).exists():
+            raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
+        for name, f in (("a", sampling), ("b", training), ("c", latent_mode)):
+            if only in ("", name):
+                f()
+    else:
+        raise SystemExit(f"shape={shape!r} is not 'toy' or '7b'")
+
+
+if __name__ == "__main__":
+    override(globals())
+    main()

@@ -1,0 +1,212 @@
+"""The training loop: the global batch, not how it is split, decides a step; a resumed run is the uninterrupted one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import train
+from model import load_examples
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, base, world):
+    """Targets and a difficulty file in which every third example is solved."""
+    folder = tmp_path_factory.mktemp("inputs")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={folder}/pca",
+    )
+    rows = [
+        {
+            "id": r["id"],
+            "n": 8,
+            "correct": int(i % 3 == 0),
+            "accuracy": (i % 3 == 0) / 8,
+            "lower_bound": False,
+            "n_options": 0,
+            "answers": [],
+        }
+        for i, r in enumerate(load_examples(world / "train.jsonl"))
+    ]
+    (folder / "difficulty.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return [
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--pca={folder}/pca",
+        f"--difficulty={folder}/difficulty.jsonl",
+        "--global_batch=4",
+        "--lr=1e-3",
+        "--eval_every=2",
+    ]
+
+
+def state(folder, step):
+    """Weights and first Adam moments of a checkpoint (a tenth of the clipped gradient, after one step)."""
+    path = folder / f"state-{step}.pt"
+    dcp_to_torch_save(folder / "ckpt" / f"step-{step:07}", path)
+    return torch.load(path, weights_only=True)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["gap", "lh", "output", "text"])
+def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
+    """Batch 4 in one process, 2 ranks with batch 2, and one row a micro-batch: the same gradients and next weights."""
+    ways = {"one": (1, 100000), "accumulate": (1, 1)} | ({"ranks": (2, 170)} if method in ("gap", "text") else {})
+    for name, (ranks, budget) in ways.items():
+        run(
+            "train.py",
+            *inputs,
+            f"--method={method}",
+            f"--out={tmp_path}/{name}",
+            f"--token_budget={budget}",
+            "--max_steps=1",
+            ranks=ranks,
+        )
+    one, log = state(tmp_path / "one", 1), logged(tmp_path / "one")[1]
+    assert log["grad_norm"] > 1e-2 and (method == "text") == ("r2" not in log)
+    for name in list(ways)[1:]:
+        other, row = state(tmp_path / name, 1), logged(tmp_path / name)[1]
+        for field in ("loss", "ce", "grad_norm", "val_ce") + (
+            ("latent", "val_r2", "norm_predicted") if "r2" in log else ()
+        ):
+            assert row[field] == pytest.approx(log[field], rel=1e-4), field
+        moments = [k for k in one["optimizer"]["state"]]
+        assert len(moments) > 40
+        for k in moments:
+            close(
+                other["optimizer"]["state"][k]["exp_avg"], one["optimizer"]["state"][k]["exp_avg"], rtol=1e-3, atol=1e-6
+            )
+        for k, v in one["model"].items():
+            close(other["model"][k], v, rtol=0.0, atol=2e-4)
+
+
+def start_and_kill(args, out, step, ranks=1):
+    """Start a training run and kill the whole group as soon as a checkpoint stands."""
+    launch = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else [sys.executable]
+    )
+    process = subprocess.Popen(
+        [*launch, str(ROOT / "train.py"), *args],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "ckpt" / f"step-{step:07}").exists():
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resume_equals_an_uninterrupted_run(tmp_path, inputs, ranks):
+    """Killed at a checkpoint and started again: bit-equal on as many ranks, and equal from 2 ranks to 1."""
+    args = [*inputs, "--max_steps=12", "--save_every=3"]
+    run("train.py", *args, f"--out={tmp_path}/whole")
+    out = tmp_path / "killed"
+    start_and_kill([*args, f"--out={out}"], out, 3, ranks)
+    # a save cut off by a kill leaves only a temporary folder
+    (out / "ckpt" / ".tmp").mkdir(exist_ok=True)
+    run("train.py", *args, f"--out={out}")
+    whole, again = (load_file(f / "model.safetensors") for f in (tmp_path / "whole", out))
+    for k in whole:
+        close(again[k], whole[k], rtol=0.0, atol=0.0 if ranks == 1 else 2e-3)
+    assert [r["step"] for r in logged(out)[1:]] == list(range(1, 13))
+    assert sorted(p.name for p in (out / "ckpt").glob("step-*")) == ["step-0000009", "step-0000012"]
+
+
+def test_more_ranks_than_rows(tmp_path, inputs):
+    """A rank without a row runs one with weight 0, and changes nothing."""
+    args = [*inputs, "--val_data=", "--max_steps=2", "--global_batch=1"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        run("train.py", *args, f"--out={tmp_path}/{name}", ranks=ranks)
+    for a, b in zip(logged(tmp_path / "one")[1:], logged(tmp_path / "two")[1:]):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_resume_refuses_other_settings(tmp_path, inputs):
+    run("train.py", *inputs, f"--out={tmp_path}/a", "--max_steps=1")
+    text = run("train.py", *inputs, f"--out={tmp_path}/a", "--max_steps=2", "--lr=5e-4", ok=False)
+    assert "settings.json" in text and "'lr': (0.001, 0.0005)" in text
+
+
+def test_folder_loads_with_plain_transformers(tmp_path, inputs):
+    """What train.py writes is a stock folder: same weights, no key missing, tower untouched, tokens added."""
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    run(
+        "train.py",
+        *inputs,
+        f"--out={tmp_path}/gap",
+        "--max_steps=2",
+        "--dtype=bfloat16",
+        "--activation_checkpointing=1",
+    )
+    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "gap", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and vlm.dtype == torch.bfloat16
+    assert "<|latent_pad|>" in AutoTokenizer.from_pretrained(tmp_path / "gap").get_vocab()
+    trained = state(tmp_path / "gap", 2)["model"]
+    for k, v in vlm.state_dict().items():
+        close(trained["vlm." + k].bfloat16(), v, rtol=0.0, atol=0.0)
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs[0].split("=")[1]).model.visual.state_dict()
+    for k, v in vlm.model.visual.state_dict().items():
+        close(v, before[k].bfloat16(), rtol=0.0, atol=0.0)
+
+
+def test_options_run(tmp_path, inputs):
+    """Scheduled sampling, the summed loss, dropped parser text."""
+    run(
+        "train.py",
+        *inputs,
+        f"--out={tmp_path}/a",
+        "--max_steps=2",
+        "--scheduled_sampling=1",
+        "--latent_loss=sum",
+        "--keep_parser=0",
+    )
+    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in logged(tmp_path / "a")[1:])
+
+
+def test_micro_batches():
+    for lengths, world, budget in (([5, 9, 9, 3, 2, 7], 1, 18), ([5] * 7, 2, 10), ([4], 3, 100), ([100, 1, 1], 2, 50)):
+        parts = train.micro_batches(lengths, world, budget)
+        assert sorted(i for p in parts for i in p) == list(range(len(lengths)))
+        assert len(parts) % world == 0
+        assert all(len(p) <= 1 or max(lengths[i] for i in p) * len(p) <= budget for p in parts)
+
+
+def test_every_example_once_an_epoch():
+    n, train.global_batch = 23, 5
+    try:
+        seen = [i for step in range(n // 5) for i in train.batch_of(step, n)]
+        assert len(set(seen)) == len(seen) == 20
+        assert train.batch_of(4, n) != train.batch_of(0, n)  # another order in the next epoch
+    finally:
+        train.global_batch = 32
+
+
+def test_schedule():
+    lrs = [train.lr_at(s, 1000, 1.0) for s in range(1000)]
+    assert lrs[29] == pytest.approx(1.0) and lrs[0] == pytest.approx(1 / 30) and lrs[-1] < 1e-5
+    assert max(lrs) == pytest.approx(1.0) and lrs[515] == pytest.approx(0.5, abs=0.01)
