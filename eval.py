@@ -8,6 +8,7 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
     torchrun --nproc-per-node 8 eval.py --model=out/gap --out=out/eval/gap
 """
 
+import bisect
 import json
 import math
 import re
@@ -16,13 +17,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import (HEAD_FILE, INTERVENTIONS, LATENT_SPAN, append, generate, grid_features, key_of, load_examples, load_head,
-                   load_processor, load_vlm, make_prompts, open_append, open_image, override, pick_device,
-                   rank_and_world, read_lines, read_safetensors, seed_of, to_text, write_then_rename)
+from model import (HEAD_FILE, INTERVENTIONS, LATENT_SPAN, append, check_choices, generate, grid_features, key_of,
+                   load_examples, load_head, load_latents_file, load_processor, load_vlm, make_prompts, open_append, open_image,
+                   override, pick_device, rank_and_world, read_lines, read_safetensors, save_latents_file, seed_of, to_text,
+                   weight_stamps, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
@@ -35,8 +35,8 @@ temperature = 0.0  # 0 is greedy
 top_p = 1.0
 seed = 12345
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
-donor = ""  # for shuffle: the latents.safetensors of a clean run with save_latents=1
-save_latents = False  # also write <out>/latents.rank*.safetensors
+donor = ""  # for shuffle: the latents/ folder of a clean run with save_latents=1
+save_latents = False  # also write <out>/latents/*.safetensors, a file an answer
 ema_beta = 0.0  # > 0: EMA norm calibration of output-as-input latents [paper; 0.9 ours]
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
@@ -81,11 +81,12 @@ def extract_answer(text):
 
 def normalise(text):
     """Lower case without outer punctuation, articles and extra spaces; numbers in one form (1,000.0 is 1000)."""
-    text = " ".join(text.lower().replace("$", " ").split()).rstrip(string.punctuation + " ")
-    text = text.lstrip(string.punctuation.replace("-", "").replace(".", "") + " ")  # -3 and .5 are numbers
+    whole = " ".join(text.lower().replace("$", " ").split())
+    text = whole.rstrip(string.punctuation + " ").lstrip(string.punctuation.replace("-", "").replace(".", "") + " ")
+    text = text or whole  # "<" and ">" are answers, -3 and .5 are numbers
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    return f"{float(plain):g}" if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain) else text
+    return f"{float(plain):.15g}" if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain) else text
 
 
 def letter_of(text):
@@ -133,14 +134,17 @@ def load_test_set(path):
 
 
 ANSWER_SETTINGS = ("model", "data", "instruction", "max_new_tokens", "temperature", "top_p", "seed", "intervention",
-                   "ema_beta", "min_pixels", "max_pixels", "dtype")  # everything that changes an answer
+                   "ema_beta", "min_pixels", "max_pixels", "dtype", "donor", "save_latents")  # what changes an answer
 
 
 def run_key():
-    """The key of this run's answers: its settings, the data, and the weights (by size and time: they are large)."""
-    files = sorted(Path(model).glob("*.safetensors")) + [Path(p) for p in (donor,) if p]
-    stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    return key_of({name: globals()[name] for name in ANSWER_SETTINGS} | {"files": stamps}, data)
+    """The key of this run's answers: its settings, the data, and the weights."""
+    return key_of({name: globals()[name] for name in ANSWER_SETTINGS} | {"weights": weight_stamps(model)}, data)
+
+
+def latents_name(id):
+    """The file name of an example's latents."""
+    return f"{seed_of(id):016x}.safetensors"
 
 
 def read_predictions(rows, key):
@@ -152,10 +156,9 @@ def read_predictions(rows, key):
 
 def fed_latents(rows, vlm, processor, head, donors):
     """What shuffle and oracle feed, (m, K, d) a row: another example's latents, or the real auxiliary features."""
-    if intervention == "shuffle":
-        ids, f = donors
-        return [f.get_tensor(ids[(ids.index(r["id"]) + 1 if r["id"] in ids else seed_of(r["id"])) % len(ids)])
-                .view(-1, head.K, head.mean.shape[0]) for r in rows]
+    if intervention == "shuffle":  # the next file in the order of names, which are hashes of ids
+        names = [latents_name(r["id"]) for r in rows]
+        return [load_latents_file(donors[bisect.bisect_right(donors, Path(donor) / n) % len(donors)], head) for n in names]
     if not intervention.startswith("oracle"):
         return None
     for r in rows:
@@ -173,21 +176,17 @@ def answer_all(rows, key):
     rank, world = rank_and_world()
     device = pick_device()
     done = read_predictions(rows, key)
-    todo = [row for row in rows if row["id"] not in done][rank::world]
+    # by position in the file, not among the missing: ranks that start at different moments still split alike
+    todo = [row for i, row in enumerate(rows) if i % world == rank and row["id"] not in done]
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
     processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, device)
     if head is None and intervention != "clean":
         raise SystemExit(f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model with latents")
-    donors = None
-    if intervention == "shuffle":
-        if not donor:
-            raise SystemExit("shuffle needs donor=<latents.safetensors>, written by a clean run with save_latents=1")
-        f = safe_open(donor, "pt")
-        donors = sorted(f.keys()), f
-        if len(donors[0]) < 2:
-            raise SystemExit(f"{donor}: {len(donors[0])} examples with latents; shuffle needs at least 2")
+    donors = sorted(Path(donor).glob("*.safetensors")) if donor else []
+    if intervention == "shuffle" and len(donors) < 2:
+        raise SystemExit(f"shuffle feeds other examples' latents: donor={donor!r} must be the latents/ folder of a clean run "
+                         f"with save_latents=1; it holds {len(donors)} files")
     bar = tqdm(total=len(todo), unit="question", desc=Path(out).name, disable=rank > 0)
-    kept = {}
     with open_append(Path(out) / f"predictions.rank{rank}.jsonl") as f:
         for i in range(0, len(todo), batch):
             part = todo[i : i + batch]
@@ -199,16 +198,13 @@ def answer_all(rows, key):
             for row, (a,) in zip(part, answers):
                 raw = to_text(tokenizer, a["ids"])
                 answer, method = extract_answer(raw)
+                if save_latents and len(a["latents"]) >= head.K:  # before the line that says it is done
+                    save_latents_file(Path(out) / "latents" / latents_name(row["id"]), a["latents"], head.K)
                 append(f, {"id": row["id"], "key": key, "raw": raw, "extracted": answer, "method": method,
                            "correct": is_correct(answer, row), "truncated": not a["finished"],
                            "tokens": len(a["ids"]), "latents": len(a["latents"])})
-                if save_latents and len(a["latents"]):
-                    kept[row["id"]] = a["latents"].contiguous()
             bar.update(len(part))
     bar.close()
-    if kept:
-        write_then_rename(Path(out) / (f"latents.rank{rank}.safetensors" if world > 1 else "latents.safetensors"),
-                          lambda p: save_file(kept, p))
 
 
 def summary(predictions):
@@ -246,8 +242,7 @@ def score(rows, predictions, key):
 
 
 def main():
-    if intervention not in INTERVENTIONS:
-        raise SystemExit(f"intervention={intervention!r} is not one of {', '.join(INTERVENTIONS)}")
+    check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     rows, key = load_test_set(data), run_key()
     if not score_only:
         answer_all(rows, key)
@@ -255,6 +250,8 @@ def main():
     # the rank that finishes last sees all answers and scores them; no rank waits for another
     if len(predictions) == len(rows) or score_only or rank_and_world()[1] == 1:
         score(rows, predictions, key)
+    else:
+        print(f"rank {rank_and_world()[0]} is done; {len(rows) - len(predictions)} answers are left to other ranks")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ next; the PCA is fitted on the very bfloat16 vectors that are the targets, strea
 import json
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import (encode_images, grid_features, load_examples, load_processor, load_vlm, open_image, override,
-                   pick_device, rank_and_world, tower_fingerprint, write_then_rename)
+from model import (check_choices, encode_images, grid_features, key_of, load_examples, load_processor, load_vlm, open_image,
+                   override, pick_device, rank_and_world, tower_fingerprint, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
@@ -84,8 +85,11 @@ def encode_shard(path, rows, vlm, processor):
             if flat[at : at + m].any():
                 rejected.append(row["id"])
             at += m
-    query, _ = encode_images(vlm, processor, [open_image(p) for row in rows[:batch] for p in row["images"][:1]])
-    meta = {"rejected": json.dumps(rejected), "query_norm": str(float(torch.cat(query).float().norm(dim=-1).mean()))}
+    queries = [open_image(p) for row in rows[:batch] for p in row["images"][:1]]
+    query = torch.cat(encode_images(vlm, processor, queries)[0]).float().norm(dim=-1) if queries else torch.zeros(0)
+    norms = {"target_norm": [float(v.float().norm(dim=-1).sum()), v.shape[0] * K],
+             "query_norm": [float(query.sum()), len(query)]}  # sums and counts
+    meta = {"rejected": json.dumps(rejected), **{k: json.dumps(x) for k, x in norms.items()}}
     write_then_rename(path, lambda p: save_file(tensors, p, meta))
 
 
@@ -94,14 +98,15 @@ def main():
     rank, world = rank_and_world()
     if math.isqrt(K) ** 2 != K or K < 1:
         raise SystemExit(f"K={K} is not a square: latents are a sqrt(K) x sqrt(K) grid")
-    if mode not in ("pool", "resize"):
-        raise SystemExit(f"mode={mode!r} is not 'pool' or 'resize'")
+    check_choices(globals(), mode=("pool", "resize"), dtype=("float32", "bfloat16"))
     if not 0 < retained <= 1:
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
     device = pick_device()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # shards take unequal times
     splits = {"train": load_examples(data)} | ({"val": load_examples(val_data)} if val_data else {})
     if len({row["id"] for rows in splits.values() for row in rows}) < sum(map(len, splits.values())):
         raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
@@ -109,7 +114,8 @@ def main():
     processor = load_processor(base, min_pixels, max_pixels)
     d = vlm.config.text_config.hidden_size
     made_by = {"tower": tower_fingerprint(vlm), "K": K, "mode": mode, "min_pixels": min_pixels,
-               "max_pixels": max_pixels, "d": d, "shard": shard}
+               "max_pixels": max_pixels, "d": d, "shard": shard, "degenerate": degenerate, "dtype": dtype,
+               "data": key_of({}, data, *([val_data] if val_data else []))}
 
     # 1. targets: files that exist are finished; another setting would not fit them
     folder = Path(out) / "targets"
@@ -144,7 +150,7 @@ def main():
 
 def finish(jobs, total, outer, n, made_by):
     """Write the index and the PCA, and print what there is to know about them."""
-    index, rejected, query_norms = {}, [], []
+    index, rejected, norms = {}, [], {"target_norm": [], "query_norm": []}
     for path, rows in jobs:
         with safe_open(path, "pt") as f:
             if set(f.keys()) != (wanted := {row["id"] for row in rows if row["aux_images"]}):
@@ -153,16 +159,16 @@ def finish(jobs, total, outer, n, made_by):
                              f"delete {path.parent}")
             index |= dict.fromkeys(f.keys(), path.name)
             rejected += json.loads(f.metadata()["rejected"])
-            query_norms.append(float(f.metadata()["query_norm"]))
+            for name, seen in norms.items():
+                seen.append(json.loads(f.metadata()[name]))
     if n < 2:
         raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
     mean = total / n
     eigenvalues, vectors, k = fit(outer / n - mean[:, None] * mean, retained)
-    norm = math.sqrt(float(outer.trace()) / n)
     print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {len(mean)}")
     print(f"rejected as degenerate: {len(rejected)} ({len(rejected) / max(len(index), 1):.2%}) {' '.join(rejected[:20])}")
-    query = sum(query_norms) / len(query_norms)
-    print(f"root mean square norm of targets {norm:.2f}, mean norm of query-image embeddings {query:.2f}")
+    target, query = (sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values())
+    print(f"mean norm of targets {target:.2f}, of query-image embeddings {query:.2f}")
     for share in (0.85, 0.90, 0.95, 0.99):
         _, _, at = fit(outer / n - mean[:, None] * mean, share)
         print(f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}")

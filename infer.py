@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from model import (HEAD_FILE, INTERVENTIONS, LATENT_END, LATENT_PAD, LATENT_START, encode_images, generate,
-                   grid_features, load_head, load_processor, load_vlm, make_prompts, open_image, override, pick_device,
-                   read_safetensors, write_then_rename)
+from model import (HEAD_FILE, INTERVENTIONS, LATENT_END, LATENT_PAD, LATENT_START, RESERVED, check_choices, encode_images,
+                   generate, grid_features, load_examples, load_head, load_latents_file, load_processor, load_vlm, make_prompts,
+                   open_image, override, pick_device, read_safetensors, save_latents_file, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"
@@ -66,8 +64,6 @@ def draw_latents(path, found, pictures, visions, grids, K):
 
 def toy_question(path):
     """The question of a toy image, from the JSONL beside its folder."""
-    from model import load_examples
-
     data = Path(path).parent.parent / f"{Path(path).parent.name}.jsonl"
     for row in load_examples(data, training=False) if data.exists() else ():
         if Path(row["images"][0]).resolve() == Path(path).resolve():
@@ -76,8 +72,7 @@ def toy_question(path):
 
 
 def main():
-    if intervention not in INTERVENTIONS:
-        raise SystemExit(f"intervention={intervention!r} is not one of {', '.join(INTERVENTIONS)}")
+    check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     device = pick_device()
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
     processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, device)
@@ -85,6 +80,8 @@ def main():
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
     paths = [p for p in images.split(",") if p]
     asked = question or toy_question(paths[0] if paths else "")
+    if found := RESERVED.search(asked):
+        raise SystemExit(f"--question contains the reserved token {found[0]!r}")
     prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
 
     fed = None
@@ -97,8 +94,7 @@ def main():
     if intervention == "shuffle":
         if not donor:
             raise SystemExit("shuffle feeds the latents of --donor=latents.safetensors, another example's")
-        with safe_open(donor, "pt") as f:
-            fed = [f.get_tensor(sorted(f.keys())[0]).view(-1, head.K, head.mean.shape[0])]
+        fed = [load_latents_file(donor, head)]
 
     start, pad, end = map(tokenizer.convert_tokens_to_ids, (LATENT_START, LATENT_PAD, LATENT_END))
     text, printed = [], 0
@@ -124,8 +120,8 @@ def main():
         print("the model opened no latent span here: nothing to show or save")
         return
     if latents:
-        write_then_rename(latents, lambda p: save_file({"latents": found.contiguous()}, p))
-        print(f"wrote {latents}: {tuple(found.shape)}")
+        save_latents_file(latents, found, head.K)
+        print(f"wrote {latents}: {len(found)} latents")
     if show:
         if not paths:
             raise SystemExit("--show needs a query image")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +57,13 @@ def override(settings, argv=None):
                 settings[name] = kind(value)
             except ValueError:
                 raise SystemExit(f"{key}={value!r} is not {kind.__name__}") from None
+
+
+def check_choices(settings, **choices):
+    """Raise SystemExit for a setting that is not one of its choices."""
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            raise SystemExit(f"{name}={settings[name]!r} is not one of: {', '.join(allowed)}")
 
 
 def rank_and_world():
@@ -120,6 +127,12 @@ def key_of(settings, *files):
     return digest.hexdigest()[:16]
 
 
+def weight_stamps(folder):
+    """Name, size and time of a model folder's weight files: tells one model from the next without reading 16 GB."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
 # ---------------------------------------------------------------------------------------------------
 # data: {"id", "images": [...], "question", "answer", "response", "aux_images": [...]}
 
@@ -140,7 +153,7 @@ def load_examples(path, training=True):
     if not path.exists():
         raise SystemExit(f"{path}: no such data file (for the toy, run `python toy.py data` first)")
     rows, seen = [], {}
-    for n, line in enumerate(path.read_text().splitlines(), 1):
+    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{n}"
@@ -151,14 +164,17 @@ def load_examples(path, training=True):
         if not isinstance(row, dict):
             raise SystemExit(f"{where}: expected a JSON object, found {type(row).__name__}")
         texts = ["id", "question", "answer"] + ["response"] * training
-        lists = ["images"] + ["aux_images"] * (training or "aux_images" in row)
+        lists = ["images"] + ["aux_images"] * (training or "aux_images" in row) + ["options"] * ("options" in row)
         for field, kind in [(f, str) for f in texts] + [(f, list) for f in lists]:
             if not isinstance(row.get(field), kind):
                 raise SystemExit(f"{where}: field {field!r} must be a {kind.__name__}, found {row.get(field)!r}")
+        for field in lists:
+            if other := [x for x in row[field] if not isinstance(x, str)]:
+                raise SystemExit(f"{where}: field {field!r} must hold strings only, found {other[0]!r}")
         if row["id"] in seen:
             raise SystemExit(f"{where}: id {row['id']!r} repeats line {seen[row['id']]}")
         seen[row["id"]] = n
-        for field in lists:
+        for field in set(lists) - {"options"}:
             row[field] = [str(path.parent / p) for p in row[field]]
             for p in row[field]:
                 if not Path(p).is_file():
@@ -190,11 +206,14 @@ def strip_latents(response):
 
 
 def open_image(path):
-    """Open an image as RGB. Raises SystemExit naming the file if it is not a readable image."""
+    """Open an image as RGB. Raises SystemExit naming the file if it is not an image that the processor takes."""
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as e:
-        raise SystemExit(f"{path}: not a readable image ({e})") from None
+        image = Image.open(path).convert("RGB")
+    except OSError as e:
+        raise SystemExit(f"{path}: not a usable image ({e})") from None
+    if max(image.size) > 200 * min(image.size):
+        raise SystemExit(f"{path}: not a usable image ({image.width} x {image.height}: aspect ratio above 200)")
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -207,18 +226,24 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     config = folder / "config.json"
     if not config.is_file():
         raise SystemExit(f"{config}: no such file; expected a Qwen2.5-VL folder in the Hugging Face layout")
-    if (kind := json.loads(config.read_text()).get("model_type")) != "qwen2_5_vl":
-        raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
-    vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        if (kind := json.loads(config.read_text()).get("model_type")) != "qwen2_5_vl":
+            raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as e:  # what transformers raises for a folder that lacks or breaks a file
+        raise SystemExit(f"{folder}: not a usable Qwen2.5-VL folder: {e}") from None
     return vlm.to(device).eval(), tokenizer
 
 
 def load_processor(folder, min_pixels, max_pixels):
     """The image processor with our pixel limits; without torchvision there is no AutoProcessor."""
-    return Qwen2VLImageProcessorPil.from_pretrained(
-        folder, size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, local_files_only=True
-    )
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(
+            folder, size={"shortest_edge": min_pixels, "longest_edge": max_pixels}, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{folder}: no usable preprocessor_config.json: {e}") from None
 
 
 @torch.no_grad()
@@ -235,11 +260,6 @@ def add_latent_tokens(vlm, tokenizer):
         raise SystemExit(f"the model has {rows} embedding rows for {len(tokenizer)} tokens: no spare row for {new}")
     for table in {vlm.get_input_embeddings().weight, vlm.get_output_embeddings().weight}:
         table[used : len(tokenizer)] = table[:used].float().mean(0).to(table.dtype)
-
-
-def image_tokens(processor, width, height):
-    """Number of merged vision tokens of a width x height image, without decoding it."""
-    return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
 
 
 def encode(vlm, tokenizer, processor, row, K=0, response=None):
@@ -273,15 +293,10 @@ def image_grid(processor, path):
     try:
         with Image.open(path) as image:
             width, height = image.size
-    except (OSError, UnidentifiedImageError) as e:
-        raise SystemExit(f"{path}: not a readable image ({e})") from None
-    return grid_of(processor, width, height)
-
-
-def grid_of(processor, width, height):
-    """The (t, h, w) patch grid of a width x height image."""
-    h, w = smart_resize(height, width, processor.patch_size * processor.merge_size,
-                        processor.size["shortest_edge"], processor.size["longest_edge"])
+        h, w = smart_resize(height, width, processor.patch_size * processor.merge_size,
+                            processor.size["shortest_edge"], processor.size["longest_edge"])
+    except (OSError, ValueError) as e:  # ValueError: an aspect ratio above 200
+        raise SystemExit(f"{path}: not a usable image ({e})") from None
     return 1, h // processor.patch_size, w // processor.patch_size
 
 
@@ -410,7 +425,7 @@ HEADS = {head.kind: head for head in (PCAHead, FullHead, OutputHead)}
 
 def load_pca(path):
     """Read pca.safetensors: (tensors and total_variance, metadata). Raises SystemExit if it is not ours."""
-    tensors, meta = read_safetensors(path, ("mean", "basis", "eigenvalues"))
+    tensors, meta = read_safetensors(path, ("mean", "basis", "eigenvalues"), ("tower", "K", "mode"))
     k = tensors["basis"].shape[1]
     pca = {"mean": tensors["mean"], "basis": tensors["basis"], "eigenvalues": tensors["eigenvalues"][:k],
            "total_variance": float(tensors["eigenvalues"].double().sum())}
@@ -429,7 +444,7 @@ def load_head(folder, device="cpu"):
     path = Path(folder) / HEAD_FILE
     if not path.exists():
         return None
-    tensors, meta = read_safetensors(path, ("mean", "basis", "eigenvalues"))
+    tensors, meta = read_safetensors(path, ("mean", "basis", "eigenvalues"), ("K", "kind", "total_variance"))
     if meta.get("kind") not in HEADS:
         raise SystemExit(f"{path}: head kind is {meta.get('kind')!r}, expected one of {sorted(HEADS)}")
     head = HEADS[meta["kind"]](tensors | {"total_variance": float(meta["total_variance"])}, int(meta["K"]))
@@ -437,15 +452,31 @@ def load_head(folder, device="cpu"):
     return head.to(device).eval()
 
 
-def read_safetensors(path, names):
-    """All tensors and the metadata of a safetensors file. Raises SystemExit if it lacks one of `names`."""
-    if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such file")
-    with safe_open(path, "pt") as f:
-        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    if missing := [n for n in names if n not in tensors]:
-        raise SystemExit(f"{path}: lacks {missing}, has {sorted(tensors)}")
+def read_safetensors(path, names, fields=()):
+    """All tensors and the metadata of a safetensors file. Raises SystemExit if it lacks a name or a metadata field."""
+    try:
+        with safe_open(path, "pt") as f:
+            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (OSError, SafetensorError) as e:
+        raise SystemExit(f"{path}: not a readable safetensors file ({e})") from None
+    if missing := [n for n in names if n not in tensors] + [n for n in fields if n not in meta]:
+        raise SystemExit(f"{path}: lacks {missing}, has {sorted(tensors)} and metadata {sorted(meta)}")
     return tensors, meta
+
+
+def save_latents_file(path, latents, K):
+    """Write the whole spans of generated latents (m * K, d); a span that the token limit cut off is left out."""
+    whole = latents[: len(latents) // K * K].contiguous()
+    write_then_rename(path, lambda p: save_file({"latents": whole}, p))
+
+
+def load_latents_file(path, head):
+    """Latents (m, K, d) to feed to a model with this head. Raises SystemExit if they do not fit it."""
+    latents = read_safetensors(path, ("latents",))[0]["latents"]
+    d = head.mean.shape[0]
+    if not len(latents) or latents.shape[1] != d or len(latents) % head.K:
+        raise SystemExit(f"{path}: latents of shape {tuple(latents.shape)}; the model's head writes spans of {head.K} x {d}")
+    return latents.view(-1, head.K, d)
 
 
 def tower_fingerprint(vlm):

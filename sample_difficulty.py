@@ -13,6 +13,7 @@ A killed run goes on where it stopped: each rank appends to its own file, and th
 import json
 import math
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from eval import extract_answer, is_correct
-from model import (append, generate, key_of, load_examples, load_processor, load_vlm, make_prompts, open_append, override,
-                   pick_device, rank_and_world, read_lines, seed_of, to_text, write_then_rename)
+from model import (append, check_choices, generate, key_of, load_examples, load_processor, load_vlm, make_prompts,
+                   open_append, override, pick_device, rank_and_world, read_lines, seed_of, to_text, weight_stamps,
+                   write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
@@ -39,6 +41,9 @@ min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
 seed = 12345
 # ---------------------------------------------------------------------------------------------------
+
+
+RULES = ("paper", "guess")
 
 
 def is_solved(correct, n, n_options, tau, rule):
@@ -60,10 +65,10 @@ def needs_latents(row, tau, rule):
 
 
 def run_key():
-    """The key of this run's counts: the settings that change them, and the data."""
+    """The key of this run's counts: the settings that change them, the weights and the data."""
     names = ("base", "instruction", "n_samples", "temperature", "top_p", "early_stop", "max_new_tokens", "min_pixels",
              "max_pixels", "dtype", "seed") + ("tau", "rule") * early_stop
-    return key_of({name: globals()[name] for name in names}, data)
+    return key_of({name: globals()[name] for name in names} | {"weights": weight_stamps(base)}, data)
 
 
 def part_files():
@@ -133,11 +138,10 @@ def report(merged):
 
 
 def main():
-    if rule not in ("paper", "guess"):
-        raise SystemExit(f"rule={rule!r} is not 'paper' or 'guess'")
+    check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
     rank, world = rank_and_world()
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     rows = load_examples(data)
     sample_all(rows)
     if world > 1:

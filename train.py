@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,11 +35,11 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-from model import (HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, cross_entropy, embed, encode,
-                   load_examples, load_pca, load_processor, load_vlm, open_append, open_image, append, override,
-                   pick_device, rank_and_world, read_lines, save_head, strip_latents, tower_fingerprint,
+from model import (HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, cross_entropy, embed,
+                   encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append, open_image, override,
+                   pick_device, rank_and_world, read_lines, save_head, strip_latents, tower_fingerprint, weight_stamps,
                    write_then_rename)
-from sample_difficulty import needs_latents
+from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
 # The toy's values; the paper's 7B values stand in the comments.
@@ -95,12 +96,11 @@ class Model(nn.Module):
         are read one position early.
         """
         on, at = batch["labels"][:, 1:] != IGNORE, batch["ids"][:, 1:] == self.latent_id
-        v = batch["latents"]
-        h = self.states(batch, v)
-        if scheduled_sampling and len(v):
+        v = fed = batch["latents"]
+        if scheduled_sampling and self.head is not None:  # on every rank, with latents or not: FSDP gathers twice
             with torch.no_grad():
-                own = self.head(h[at].detach())
-            h = self.states(batch, own)
+                fed = self.head(self.states(batch, v)[at])
+        h = self.states(batch, fed)
         ce = cross_entropy(h[on], batch["labels"][:, 1:][on], self.vlm.lm_head)
         if not len(v):
             # keep the head in the graph: FSDP wants the same gradients on every rank
@@ -230,6 +230,8 @@ def solved_by_base(path):
     """Ids that the difficulty rule trains as text. Raises SystemExit where early-stopped counts can not tell."""
     solved = set()
     for n, row in enumerate(read_lines(path), 1):
+        if missing := {"id", "n", "correct", "n_options", "lower_bound"} - row.keys():
+            raise SystemExit(f"{path}:{n}: lacks {sorted(missing)}; expected a line written by sample_difficulty.py")
         if not needs_latents(row, tau, rule):
             solved.add(row["id"])
         elif row["lower_bound"]:
@@ -254,7 +256,8 @@ def shard(model, device):
     """FSDP2: float32 shards of every decoder layer, then of the root; the frozen tower is replicated."""
     tower = model.vlm.model.visual.requires_grad_(False).to(device)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    kwargs = {"mp_policy": policy, "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    kwargs = {"mp_policy": policy, "offload_policy": offload}
     layers = model.vlm.model.language_model.layers
     for i, layer in enumerate(layers):
         # one layer at a time: at no moment does a GPU hold more than its shards and one whole float32 layer
@@ -314,7 +317,10 @@ def export(model, tokenizer, processor, meta, rank):
     shutil.rmtree(tmp, ignore_errors=True)
     vlm = model.vlm
     vlm.config.dtype = vlm.config.text_config.dtype = vlm.config.vision_config.dtype = kind
-    vlm.save_pretrained(tmp, state_dict={k[4:]: v.to(kind) for k, v in weights.items() if k.startswith("vlm.")})
+    weights_out = {k[4:]: v.to(kind) for k, v in weights.items() if k.startswith("vlm.")}
+    if vlm.config.tie_word_embeddings:  # 3B: the LM head is the embedding table, stored once
+        weights_out.pop("lm_head.weight", None)
+    vlm.save_pretrained(tmp, state_dict=weights_out)
     tokenizer.save_pretrained(tmp)
     processor.save_pretrained(tmp)
     if model.head is not None:
@@ -340,15 +346,13 @@ def versions():
 def main():
     settings = {k: v for k, v in globals().items() if not k.startswith("_") and type(v) in (int, float, str, bool)}
     rank, world = rank_and_world()
-    if method not in (*HEADS, "text"):
-        raise SystemExit(f"method={method!r} is not one of {', '.join(HEADS)}, text")
-    if latent_loss not in ("mean", "sum", "relative"):
-        raise SystemExit(f"latent_loss={latent_loss!r} is not mean, sum or relative")
+    check_choices(globals(), method=(*HEADS, "text"), latent_loss=("mean", "sum", "relative"), rule=RULES,
+                  dtype=("float32", "bfloat16"))
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", **store)
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **store)
     torch.manual_seed(seed)
 
     # model
@@ -358,7 +362,10 @@ def main():
     if method != "text":
         add_latent_tokens(vlm, tokenizer)
         components, meta = load_pca(Path(pca) / "pca.safetensors")
-        index = json.loads((Path(pca) / "targets" / "index.json").read_text())
+        path = Path(pca) / "targets" / "index.json"
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; run fit_pca.py first")
+        index = json.loads(path.read_text())
         check_inputs(vlm, index, meta)
         head = HEADS[method](components, index["K"])
     model = Model(vlm, head, latent_token(tokenizer))
@@ -377,6 +384,12 @@ def main():
     if len(train.rows) < global_batch:
         raise SystemExit(f"{data}: {len(train.rows)} usable examples are fewer than global_batch={global_batch}")
     total = max_steps or epochs * (len(train.rows) // global_batch)
+
+    # what a resumed run must have been fed
+    files = [data]
+    if method != "text":
+        files += [Path(pca) / "pca.safetensors", Path(pca) / "targets" / "index.json"] + [difficulty] * bool(difficulty)
+    settings["inputs"] = key_of({"base": weight_stamps(base)}, *files)
 
     # optimizer
     body = [p for p in vlm.parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 
@@ -62,7 +63,8 @@ TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, someti
 
 
 def sampling(base, world, out, **change):
-    settings = {"base": base, "data": world / "train.jsonl", "out": out, "batch": 5, "max_new_tokens": 16, "temperature": 2.0} | change
+    settings = {"base": base, "data": world / "train.jsonl", "out": out, "batch": 5, "max_new_tokens": 16,
+                "temperature": 2.0} | change
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
@@ -192,8 +194,9 @@ def test_eval_ranks_kills_and_scores(tmp_path, stages):
 def test_interventions_by_eval(tmp_path, stages):
     run("eval.py", *evaluation(stages, tmp_path / "clean", save_latents=1))
     clean = {p["id"]: p for p in read_lines(tmp_path / "clean" / "predictions.rank0.jsonl")}
-    saved = load_file(tmp_path / "clean" / "latents.safetensors")
-    assert len(saved) >= 2 and all(len(saved[i]) == clean[i]["latents"] for i in saved)
+    saved = {f.name: load_file(f)["latents"] for f in (tmp_path / "clean" / "latents").iterdir()}
+    names = {evaluate.latents_name(i): i for i in clean}
+    assert len(saved) >= 2 and all(len(v) == clean[names[f]]["latents"] // 4 * 4 for f, v in saved.items())
     for kind in ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca"):
         run(
             "eval.py",
@@ -202,17 +205,18 @@ def test_interventions_by_eval(tmp_path, stages):
                 tmp_path / kind,
                 intervention=kind,
                 save_latents=1,
-                donor=tmp_path / "clean" / "latents.safetensors" if kind == "shuffle" else "",
+                donor=tmp_path / "clean" / "latents" if kind == "shuffle" else "",
             ),
         )
         opened = json.loads((tmp_path / kind / "metrics.json").read_text())["scores"]["overall"]["latents"]
         assert (opened == 0) == (kind == "zero")
-        if kind == "shuffle":  # the next example's latents, in the order of ids
-            ids, fed = sorted(saved), load_file(tmp_path / kind / "latents.safetensors")
-            for i in ids:
-                donor = saved[ids[(ids.index(i) + 1) % len(ids)]]
-                n = min(len(donor), len(fed[i]))
-                assert (fed[i][:n] == donor[:n]).all()
+        if kind == "shuffle":  # another example's latents: the next in the order of file names
+            order = sorted(saved)
+            for name in order:
+                fed = load_file(tmp_path / kind / "latents" / name)["latents"]
+                donor = saved[order[(order.index(name) + 1) % len(order)]]
+                n = min(len(donor), len(fed))
+                assert (fed[:n] == donor[:n]).all() and not torch.equal(donor[:4], saved[name][:4])
     assert "donor" in run("eval.py", *evaluation(stages, tmp_path / "x", intervention="shuffle"), ok=False)
     assert "no latent_head" in run(
         "eval.py", *evaluation(stages, tmp_path / "x", model=stages["base"], intervention="noise"), ok=False
@@ -274,6 +278,9 @@ def test_extraction(text, answer):
     [
         ("Red  Circle, blue ring.", "red circle, blue ring", [], True),
         ("red circle", "red circle, blue ring", [], False),
+        ("<", ">", [], False),
+        (">", ">", [], True),
+        ("1000001", "1000000", [], False),
         ("1,000", "1000.0", [], True),
         ("0.5", ".50", [], True),
         ("12", "13", [], False),
@@ -324,6 +331,8 @@ def broken(world, tmp_path, change):
         (lambda r: r | {"id": "train-0"}, ["train-0", "repeats line 1"]),
         (lambda r: r | {"answer": 3}, ["'answer'", "found 3"]),
         (lambda r: r | {"images": ["no.png"]}, ["no.png"]),
+        (lambda r: r | {"images": [3]}, ["'images'", "found 3"]),
+        (lambda r: r | {"options": [3]}, ["'options'", "found 3"]),
         (lambda r: r | {"aux_images": []}, ["1 <latent></latent>", "0 aux_images"]),
         (lambda r: r | {"response": r["response"].replace("</think>", "")}, ["tags"]),
         (lambda r: r | {"response": "<answer> x </answer> <think> <latent></latent> </think>"}, ["tags"]),
@@ -408,11 +417,8 @@ def test_unknown_settings_and_folders(tmp_path, world):
     )
     assert "not a square" in run("fit_pca.py", "--K=5", ok=False)
     (tmp_path / "bad.png").write_text("no image")
-    assert (
-        "not a readable image"
-        in run("infer.py", f"--images={tmp_path}/bad.png", "--question=x", "--model=toy/base", ok=False)
-        or not (ROOT / "toy" / "base").exists()
-    )
+    text = run("infer.py", f"--images={tmp_path}/bad.png", "--question=x", f"--model={TOY}", ok=False)
+    assert "bad.png: not a usable image" in text
 
 
 def test_degenerate_images_are_rejected(tmp_path, base, world):

@@ -184,6 +184,9 @@ def test_options_run(tmp_path, inputs):
         "--scheduled_sampling=1",
         "--latent_loss=sum",
         "--keep_parser=0",
+        "--cpu_offload=1",
+        "--token_budget=1",
+        ranks=2,
     )
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in logged(tmp_path / "a")[1:])
 
