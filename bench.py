@@ -7,7 +7,7 @@
 With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in absolute numbers.
 
     python bench.py                 # toy shapes, CPU or GPU; a few minutes on two cores
-    python bench.py --shape=7b      # needs an 80 GB GPU
+    python bench.py --shape=7b      # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
 """
 
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -53,7 +54,7 @@ from model import (
 base = "toy/base"
 data = "out/toy/train.jsonl"
 only = ""  # a, b or c; "" for all
-shape = "toy"  # or 7b
+shape = "toy"  # or 7b, 7b-smoke
 repeats = 5  # of each measurement, ours and theirs in turn; the median counts
 questions = 16  # a batch
 new_tokens = 32
@@ -354,61 +355,59 @@ def latent_mode():
 # --- 7B shapes
 
 
+TEXT = {
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+    "7b-smoke": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+}
+
+
 def seven_b():
-    """Absolute numbers of a 7B-shaped model with random weights in bfloat16 on one CUDA GPU."""
-    if device.type != "cuda":
-        raise SystemExit("--shape=7b needs a CUDA GPU; this machine has none")
+    """Absolute numbers of a model with random weights in bfloat16: decoding, and a training forward and backward."""
+    if shape == "7b" and device.type != "cuda":
+        raise SystemExit("--shape=7b needs a CUDA GPU; this machine has none (7b-smoke runs the same code, small)")
     tokenizer = toy.make_tokenizer()
-    at = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-        ),
-        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584),
-        image_token_id=at("<|image_pad|>"),
-        video_token_id=at("<|video_pad|>"),
-        vision_start_token_id=at("<|vision_start|>"),
-        vision_end_token_id=at("<|vision_end|>"),
-    )
-    config.dtype = torch.bfloat16
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        vlm = Qwen2_5_VLForConditionalGeneration(config).eval()
-        torch.set_default_dtype(torch.float32)
-    weights = sum(
-        p.numel() * p.element_size() for p in [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
-    )
-    ids = torch.randint(20, 400, (512,))
-    prompts = [{"ids": ids, "pos": torch.arange(512).expand(3, -1), "vision": None}] * 4
+    text = TEXT[shape] | {"vocab_size": 152064}
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+    vision = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=64, out_hidden_size=text["hidden_size"])  # unused
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        vlm = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)).eval()
+    torch.set_default_dtype(torch.float32)
+    lm = vlm.model.language_model
+    size = sum(p.numel() * p.element_size() for p in [*lm.layers.parameters(), *vlm.lm_head.parameters()])
+
+    prompts = [{"ids": torch.randint(20, 400, (512,)), "pos": torch.arange(512).expand(3, -1), "vision": None}] * 4
+    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id, *range(151643, 152064)]
     for n_samples in (1, 8, 32):
         stamps = []
-        generate(
-            vlm,
-            None,
-            tokenizer,
-            prompts,
-            max_new_tokens=128,
-            n_samples=n_samples,
-            suppress=[tokenizer.eos_token_id, tokenizer.pad_token_id],
-            on_step=lambda *_: stamps.append(clock()),
-        )  # noqa: B023
+        generate(vlm, None, tokenizer, prompts, max_new_tokens=64, n_samples=n_samples, suppress=no_stop,
+                 on_step=lambda *_: stamps.append(clock()))  # noqa: B023
         s = statistics.median(b - a for a, b in zip(stamps[8:], stamps[9:]))
-        rate = f"{4 * n_samples / s:8.0f} tokens/s, weights read at {weights / s / 1e12:.2f} TB/s"
-        print(f"decode, {4 * n_samples:4} rows: {1e3 * s:7.2f} ms a step, {rate}")
-    print(f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"decode, {4 * n_samples:4} rows: {1e3 * s:8.2f} ms a step, {4 * n_samples / s:8.0f} tokens/s, "
+              f"weights read at {size / s / 1e12:.3f} TB/s")
+
+    # 4 rows of 1,024 tokens, a quarter of them labels, checkpointed; gradients in bfloat16, no optimizer
+    vlm.train()
+    for i, layer in enumerate(lm.layers):
+        lm.layers[i] = checkpoint_wrapper(layer)
+    ids, pos, times = torch.randint(20, 400, (4, 1024), device=device), torch.arange(1024, device=device).expand(3, 4, -1), []
+    for _ in range(repeats + 1):
+        start = clock()
+        h = lm(inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False).last_hidden_state
+        cross_entropy(h[:, 767:-1].flatten(0, 1), ids[:, 768:].flatten(), vlm.lm_head).backward()
+        vlm.zero_grad()
+        times.append(clock() - start)
+    print(f"training forward and backward: {4096 / statistics.median(times[1:]):8.0f} tokens/s")
+    if device.type == "cuda":
+        print(f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def main():
     torch.set_num_threads(threads)
     if side:
         training_side()
-    elif shape == "7b":
+    elif shape in TEXT:
         seven_b()
     elif shape == "toy":
         if not Path(data).exists():
@@ -417,7 +416,7 @@ def main():
             if only in ("", name):
                 f()
     else:
-        raise SystemExit(f"shape={shape!r} is not 'toy' or '7b'")
+        raise SystemExit(f"shape={shape!r} is not one of: toy, {', '.join(TEXT)}")
 
 
 if __name__ == "__main__":
