@@ -34,9 +34,15 @@ IGNORE = -100  # label of a position without cross-entropy
 # settings, files, ranks
 
 
+def settings_of(namespace):
+    """The hyperparameters among a script's globals: plain values, not CONSTANTS (K and N are hyperparameters)."""
+    return {k: v for k, v in namespace.items() if type(v) in (int, float, str, bool)
+            and not k.startswith("_") and (len(k) == 1 or not k.isupper())}
+
+
 def override(settings, argv=None):
     """Apply `--key=value` (or `--key value`) to a script's global settings, cast to the default's type."""
-    known = {k: v for k, v in settings.items() if not k.startswith("_") and type(v) in (int, float, str, bool)}
+    known = settings_of(settings)
     args = list(sys.argv[1:] if argv is None else argv)
     while args:
         key, eq, value = args.pop(0).partition("=")

@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-from model import (HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, cross_entropy, embed,
-                   encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append, open_image, override,
-                   pick_device, rank_and_world, read_lines, save_head, strip_latents, tower_fingerprint, weight_stamps,
-                   write_then_rename)
+from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, cross_entropy,
+                   embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append, open_image, override,
+                   pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents, tower_fingerprint,
+                   weight_stamps, write_then_rename)
 from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345
 # ---------------------------------------------------------------------------------------------------
 
-FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing", "FREE")  # may change on resume
+FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")  # may change on resume
 
 
 class Model(nn.Module):
@@ -323,7 +323,9 @@ def export(model, tokenizer, processor, meta, rank):
     vlm.save_pretrained(tmp, state_dict=weights_out)
     tokenizer.save_pretrained(tmp)
     processor.save_pretrained(tmp)
-    if model.head is not None:
+    if model.head is None:
+        (Path(out) / HEAD_FILE).unlink(missing_ok=True)
+    else:
         save_head(tmp, model.head, {k[5:]: v for k, v in weights.items() if k.startswith("head.")}, meta)
     for file in sorted(tmp.iterdir()):
         os.replace(file, Path(out) / file.name)
@@ -344,7 +346,7 @@ def versions():
 
 
 def main():
-    settings = {k: v for k, v in globals().items() if not k.startswith("_") and type(v) in (int, float, str, bool)}
+    settings = settings_of(globals())
     rank, world = rank_and_world()
     check_choices(globals(), method=(*HEADS, "text"), latent_loss=("mean", "sum", "relative"), rule=RULES,
                   dtype=("float32", "bfloat16"))
