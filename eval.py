@@ -138,8 +138,9 @@ ANSWER_SETTINGS = ("model", "data", "instruction", "max_new_tokens", "temperatur
 
 
 def run_key():
-    """The key of this run's answers: its settings, the data, and the weights."""
-    return key_of({name: globals()[name] for name in ANSWER_SETTINGS} | {"weights": weight_stamps(model)}, data)
+    """The key of this run's answers: its settings, the data, the weights and the donors."""
+    stamps = weight_stamps(model) + (weight_stamps(donor) if donor else [])
+    return key_of({name: globals()[name] for name in ANSWER_SETTINGS} | {"files": stamps}, data)
 
 
 def latents_name(id):

@@ -49,12 +49,17 @@ def spread(v):
     return ((v - v.mean(1, keepdim=True)).pow(2).sum(-1).mean(1) / v.pow(2).sum(-1).mean(1)).nan_to_num(0)
 
 
+def components(eigenvalues, share):
+    """k, the smallest number of components with this share of the variance."""
+    explained = eigenvalues.cumsum(0) / eigenvalues.sum()
+    return min(int((explained < share).sum()) + 1, len(eigenvalues))
+
+
 def fit(covariance, share):
     """Eigenvalues (d) in falling order, eigenvectors (d, d), and k for a retained share of the variance."""
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
-    explained = eigenvalues.cumsum(0) / eigenvalues.sum()
-    return eigenvalues, vectors, min(int((explained < share).sum()) + 1, len(eigenvalues))
+    return eigenvalues, vectors, components(eigenvalues, share)
 
 
 def moments(shards, d, device):
@@ -170,7 +175,7 @@ def finish(jobs, total, outer, n, made_by):
     target, query = (sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values())
     print(f"mean norm of targets {target:.2f}, of query-image embeddings {query:.2f}")
     for share in (0.85, 0.90, 0.95, 0.99):
-        _, _, at = fit(outer / n - mean[:, None] * mean, share)
+        at = components(eigenvalues, share)
         print(f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}")
     folder = Path(out) / "targets"
     text = json.dumps(made_by | {"rejected": rejected, "files": index})

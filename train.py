@@ -226,18 +226,22 @@ def batch_of(step, n):
     return order[at : at + global_batch].tolist()
 
 
-def solved_by_base(path):
-    """Ids that the difficulty rule trains as text. Raises SystemExit where early-stopped counts can not tell."""
-    solved = set()
+def read_difficulty(path):
+    """Ids that the difficulty rule trains as text, and all ids in the file.
+
+    Raises SystemExit where early-stopped counts can not tell.
+    """
+    solved, known = set(), set()
     for n, row in enumerate(read_lines(path), 1):
         if missing := {"id", "n", "correct", "n_options", "lower_bound"} - row.keys():
             raise SystemExit(f"{path}:{n}: lacks {sorted(missing)}; expected a line written by sample_difficulty.py")
+        known.add(row["id"])
         if not needs_latents(row, tau, rule):
             solved.add(row["id"])
         elif row["lower_bound"]:
             raise SystemExit(f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which does not "
                              f"decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or this tau and rule")
-    return solved
+    return solved, known
 
 
 def check_inputs(vlm, index, meta):
@@ -375,10 +379,10 @@ def main():
     shard(model, device)
 
     # data
-    solved = solved_by_base(difficulty) if difficulty and method != "text" else set()
+    assigned = bool(difficulty) and method != "text"
+    solved, known = read_difficulty(difficulty) if assigned else (set(), set())
     train = Data(data, vlm, tokenizer, processor, solved, index)
-    if difficulty and method != "text":
-        known = {row["id"] for row in read_lines(difficulty)}
+    if assigned:
         if missing := [row["id"] for row in train.rows if row["id"] not in known]:
             raise SystemExit(f"{difficulty} lacks {len(missing)} examples of {data} (the first is {missing[0]!r}); "
                              "run sample_difficulty.py again, it goes on where it stopped")
