@@ -7,15 +7,19 @@ Q questions, S samples a question, V vocabulary rows.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,6 +33,7 @@ LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 HEAD_FILE = "latent_head.safetensors"
 IGNORE = -100  # label of a position without cross-entropy
+PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
 
 # ---------------------------------------------------------------------------------------------------
 # settings, files, ranks
@@ -46,7 +51,7 @@ def override(settings, argv=None):
     args = list(sys.argv[1:] if argv is None else argv)
     while args:
         key, eq, value = args.pop(0).partition("=")
-        name = key.removeprefix("--")
+        name = key.removeprefix("--").replace("-", "_")
         if not key.startswith("--") or name not in known:
             raise SystemExit(f"unknown setting {key!r}; this script has: {', '.join(sorted(known))}")
         if not eq:
@@ -139,6 +144,13 @@ def weight_stamps(folder):
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
+def versions():
+    """Of python, torch, transformers and this repository, for the record of a run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+            "git": git.stdout.strip() or "unknown"}
+
+
 # ---------------------------------------------------------------------------------------------------
 # data: {"id", "images": [...], "question", "answer", "response", "aux_images": [...]}
 
@@ -211,14 +223,20 @@ def strip_latents(response):
     return re.sub(r" ?<latent></latent>", "", response)
 
 
-def open_image(path):
-    """Open an image as RGB. Raises SystemExit naming the file if it is not an image that the processor takes."""
+def image_file(source):
+    """What PIL opens, and its name in messages, for a path or the encoded bytes of an image."""
+    return (io.BytesIO(source), "an embedded image") if isinstance(source, bytes) else (source, source)
+
+
+def open_image(source):
+    """Open a path or encoded bytes as RGB. Raises SystemExit naming the file if it is not an image that the processor takes."""
+    file, name = image_file(source)
     try:
-        image = Image.open(path).convert("RGB")
-    except OSError as e:
-        raise SystemExit(f"{path}: not a usable image ({e})") from None
+        image = Image.open(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what PIL raises for a broken file
+        raise SystemExit(f"{name}: not a usable image ({e})") from None
     if max(image.size) > 200 * min(image.size):
-        raise SystemExit(f"{path}: not a usable image ({image.width} x {image.height}: aspect ratio above 200)")
+        raise SystemExit(f"{name}: not a usable image ({image.width} x {image.height}: aspect ratio above 200)")
     return image
 
 
@@ -271,13 +289,14 @@ def add_latent_tokens(vlm, tokenizer):
 def encode(vlm, tokenizer, processor, row, K=0, response=None):
     """Token ids, labels and positions of one example; a prompt alone when `response` is None.
 
-    Returns {"ids" (T), "labels" (T), "pos" (3, T), "grids" [(t, h, w)], "images"}; each `<latent></latent>`
-    becomes start, K pads, end. Cross-entropy falls on the response, never on latent pads [ours, as Mirage].
+    Returns {"ids" (T), "labels" (T), "pos" (3, T), "grids" [(t, h, w)], "images"}; each `<latent></latent>` becomes start,
+    K pads, end. Cross-entropy falls on the response, never on latent pads [ours, as Mirage]. Without `system` in the row
+    the chat template's own system prompt stands.
     """
     content = [{"type": "image"} for _ in row["images"]] + [{"type": "text", "text": row["question"]}]
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+        messages + [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     pad = vlm.config.image_token_id
     grids = [image_grid(processor, p) for p in row["images"]]
     ids, images = [], iter(grids)
@@ -294,15 +313,17 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
             "images": row["images"]}
 
 
-def image_grid(processor, path):
-    """The (t, h, w) patch grid that the processor will make of an image file, from its header alone."""
+def image_grid(processor, source):
+    """The (t, h, w) patch grid that the processor will make of an image, from its header alone."""
+    file, name = image_file(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
         h, w = smart_resize(height, width, processor.patch_size * processor.merge_size,
                             processor.size["shortest_edge"], processor.size["longest_edge"])
-    except (OSError, ValueError) as e:  # ValueError: an aspect ratio above 200
-        raise SystemExit(f"{path}: not a usable image ({e})") from None
+    # ValueError: an aspect ratio above 200
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise SystemExit(f"{name}: not a usable image ({e})") from None
     return 1, h // processor.patch_size, w // processor.patch_size
 
 
@@ -727,13 +748,22 @@ def to_text(tokenizer, ids):
     return LATENT_SPAN.join(pieces)
 
 
-def make_prompts(vlm, tokenizer, processor, rows):
-    """Encode data rows for `generate`: one tower call for all their images."""
-    prompts = [encode(vlm, tokenizer, processor, row) for row in rows]
-    images = [open_image(p) for row in rows for p in row["images"]]
-    with torch.inference_mode():
-        v = iter(encode_images(vlm, processor, images)[0] if images else ())
-    for p, row in zip(prompts, rows):
-        mine = [next(v) for _ in row["images"]]
+def see(vlm, processor, prompts):
+    """Add "vision" (N, d) or None to encoded prompts, the tower taking at most PATCHES patches a call (or one image)."""
+    todo = [(image, math.prod(grid)) for p in prompts for image, grid in zip(p["images"], p["grids"])]
+    v = []
+    while todo:
+        n = next((i for i, total in enumerate(accumulate(size for _, size in todo)) if total > PATCHES), len(todo))
+        part, todo = todo[: max(n, 1)], todo[max(n, 1) :]
+        with torch.inference_mode():
+            v += encode_images(vlm, processor, [open_image(image) for image, _ in part])[0]
+    rest = iter(v)
+    for p in prompts:
+        mine = [next(rest) for _ in p["images"]]
         p["vision"] = torch.cat(mine) if mine else None
     return prompts
+
+
+def make_prompts(vlm, tokenizer, processor, rows):
+    """Encode data rows for `generate`."""
+    return see(vlm, processor, [encode(vlm, tokenizer, processor, row) for row in rows])

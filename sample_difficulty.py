@@ -98,7 +98,7 @@ def sample_all(rows):
             answers, correct = [{} for _ in part], Counter()
 
             def on_finish(q, s, ids):
-                answers[q][s] = extract_answer(to_text(tokenizer, ids))[0]
+                answers[q][s] = extract_answer(to_text(tokenizer, ids), part[q].get("options"))[0]
                 correct[q] += is_correct(answers[q][s], part[q])
                 return early_stop and is_solved(correct[q], n_samples, len(part[q].get("options") or []), tau, rule)
 

@@ -16,8 +16,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -26,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -38,7 +35,7 @@ from tqdm import tqdm
 from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, cross_entropy,
                    embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append, open_image, override,
                    pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents, tower_fingerprint,
-                   weight_stamps, write_then_rename)
+                   versions, weight_stamps, write_then_rename)
 from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
@@ -341,12 +338,6 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def versions():
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-            "git": git.stdout.strip() or "unknown"}
 
 
 def main():

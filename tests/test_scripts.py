@@ -174,6 +174,7 @@ def test_eval_ranks_kills_and_scores(tmp_path, stages):
     two = [p for r in (0, 1) for p in read_lines(tmp_path / "two" / f"predictions.rank{r}.jsonl")]
     assert len(two) == len(one) == 12 and strip(two) == one
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())["scores"]
+    two = read_lines(tmp_path / "two" / "scored.jsonl")
     assert metrics["overall"]["n"] == 12 and sum(metrics[f"{m} moves"]["n"] for m in (1, 2, 3, 4)) == 12
     assert metrics["overall"]["accuracy"] == sum(p["correct"] for p in two) / 12
     assert metrics["overall"]["tokens"] == pytest.approx(sum(p["tokens"] for p in two) / 12)
