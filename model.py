@@ -33,7 +33,7 @@ LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 HEAD_FILE = "latent_head.safetensors"
 IGNORE = -100  # label of a position without cross-entropy
-PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
+TOWER_PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
 
 # ---------------------------------------------------------------------------------------------------
 # settings, files, ranks
@@ -749,11 +749,11 @@ def to_text(tokenizer, ids):
 
 
 def see(vlm, processor, prompts):
-    """Add "vision" (N, d) or None to encoded prompts, the tower taking at most PATCHES patches a call (or one image)."""
+    """Add "vision" (N, d) or None to encoded prompts, the tower taking at most TOWER_PATCHES patches a call (or one image)."""
     todo = [(image, math.prod(grid)) for p in prompts for image, grid in zip(p["images"], p["grids"])]
     v = []
     while todo:
-        n = next((i for i, total in enumerate(accumulate(size for _, size in todo)) if total > PATCHES), len(todo))
+        n = next((i for i, total in enumerate(accumulate(size for _, size in todo)) if total > TOWER_PATCHES), len(todo))
         part, todo = todo[: max(n, 1)], todo[max(n, 1) :]
         with torch.inference_mode():
             v += encode_images(vlm, processor, [open_image(image) for image, _ in part])[0]
