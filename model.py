@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,13 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 HEAD_FILE = "latent_head.safetensors"
+TOWER_ATTENTION = "flash_windows"  # "flash" in the name is how transformers knows to pass all windows in one call
+PATCHES = 4096  # an attention call of the tower: enough work for a GPU, small enough a copy to stay cheap
 IGNORE = -100  # label of a position without cross-entropy
 TOWER_PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
 
@@ -244,8 +247,49 @@ def open_image(source):
 # model folder, prompt, inputs
 
 
+@lru_cache(maxsize=2)  # a forward of the tower has two of them, its windows and its images: one device sync each
+def equal_windows(cu_seqlens):
+    """Batches of windows of one length, from the bounds of all windows (windows + 1).
+
+    Returns [(length, at)]: `at` picks the patches of at most PATCHES / length whole windows (one, where that is less),
+    as a slice where they are neighbours, else as indices.
+    """
+    bounds, batches = cu_seqlens.cpu(), []
+    starts, lengths = bounds[:-1], bounds.diff()
+    for length in lengths.unique().tolist():
+        for part in starts[lengths == length].split(max(1, PATCHES // length)):
+            first, end = int(part[0]), int(part[-1]) + length
+            if end - first == len(part) * length:
+                at = slice(first, end)
+            else:
+                at = (part[:, None] + torch.arange(length)).flatten().to(cu_seqlens.device)
+            batches.append((length, at))
+    return batches
+
+
+def tower_attention(module, query, key, value, attention_mask, scaling, dropout, cu_seq_lens_q, **_):
+    """Attention within each window of q, k, v (1, heads, N, D); returns (1, N, heads, D) and no weights.
+
+    The stock SDPA path calls once a window, over a thousand times a layer for a 4K image. Attention over a whole image is one
+    window of it, a view.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
+    out = torch.empty_like(q)
+    for length, at in equal_windows(cu_seq_lens_q):
+        parts = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # (windows, heads, length, D)
+        o = F.scaled_dot_product_attention(*parts, scale=scaling, dropout_p=dropout)
+        out[at] = o.transpose(1, 2).flatten(0, 1)
+    return out[None], None
+
+
+AttentionInterface.register(TOWER_ATTENTION, tower_attention)
+
+
 def load_vlm(folder, dtype=torch.float32, device="cpu"):
-    """Load a Qwen2.5-VL folder. Returns (vlm, tokenizer); raises SystemExit if it is not one."""
+    """Load a Qwen2.5-VL folder, its tower to run `tower_attention`. Returns (vlm, tokenizer).
+
+    Raises SystemExit if it is not such a folder.
+    """
     folder = Path(folder)
     config = folder / "config.json"
     if not config.is_file():
@@ -258,6 +302,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as e:  # what transformers raises for a folder that lacks or breaks a file
         raise SystemExit(f"{folder}: not a usable Qwen2.5-VL folder: {e}") from None
+    vlm.model.visual.config._attn_implementation = TOWER_ATTENTION  # of this process only: it is never saved
     return vlm.to(device).eval(), tokenizer
 
 

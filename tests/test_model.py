@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import PIXELS, random_pca
 from safetensors import safe_open
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import fit_pca
+import model
 from model import (
     HEADS,
     IGNORE,
@@ -27,6 +29,7 @@ from model import (
     intervene,
     load_examples,
     load_head,
+    load_vlm,
     make_prompts,
     open_image,
     pick,
@@ -181,6 +184,96 @@ def test_pool_is_the_mean_of_blocks(loaded, world):
     close(grid_features(vlm, processor, [image], 4, "pool")[0], blocks)
     small = image.resize((56, 56), 3)
     close(grid_features(vlm, processor, [image], 4, "resize")[0], encode_images(vlm, processor, [small])[0][0])
+
+
+# --- the tower's attention
+
+SIZES = {  # (t, h, w) in patches: windows are 8 x 8
+    "one": [(1, 16, 24)],  # whole windows only
+    "small": [(1, 2, 2)],
+    "ragged": [(1, 18, 26), (1, 6, 6), (1, 2, 40), (1, 2, 2), (1, 26, 18), (1, 16, 16), (1, 34, 2), (1, 6, 6)],
+    "frames": [(3, 10, 14), (1, 10, 14)],
+}
+
+
+def two_towers(base, sizes, dtype=torch.float32):
+    """Our tower and the stock one, pixels of noise and their grids."""
+    grids = torch.tensor(SIZES[sizes])
+    towers = load_vlm(base, dtype)[0].model.visual, stock_vlm(base, dtype).model.visual
+    return *towers, torch.randn(grids.prod(1).sum(), 1176, generator=torch.Generator().manual_seed(0)), grids
+
+
+def stock_vlm(base, dtype=torch.float32):
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("patches", [4096, 100])  # 100: a group of windows takes several calls
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tower_equals_stock(base, sizes, patches, monkeypatch):
+    """Embeddings and all gradients, for sizes that are no multiples of a window or smaller than one."""
+    monkeypatch.setattr(model, "PATCHES", patches)
+    ours, stock, pixels, grids = two_towers(base, sizes)
+    found = []
+    for tower in (ours, stock):
+        x = pixels.clone().requires_grad_()
+        v = tower(x, grid_thw=grids).pooler_output
+        found.append((v, *torch.autograd.grad(v.sin().sum(), [x, *tower.parameters()])))
+    for a, b in zip(*found):
+        close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
+
+
+def test_tower_equals_stock_in_bfloat16(base):
+    ours, stock, pixels, grids = two_towers(base, "ragged", torch.bfloat16)
+    a, b = (tower(pixels.bfloat16(), grid_thw=grids).pooler_output for tower in (ours, stock))
+    assert a.dtype == torch.bfloat16
+    close(a, b)
+
+
+def test_windows_share_a_call(base, monkeypatch):
+    """A window layer makes a call for every length, not for every window; so does a layer of whole images."""
+    ours, stock, pixels, grids = two_towers(base, "ragged")
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def count(q, *args, **kwargs):
+        calls.append(q.shape)
+        return attention(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    stock(pixels, grid_thw=grids)
+    one_by_one, n = calls[:], sum(-(-h // 8) * -(-w // 8) for _, h, w in SIZES["ragged"])  # n windows, then 8 images
+    calls.clear()
+    ours(pixels, grid_thw=grids)
+    assert sum(s[0] for s in calls) == len(one_by_one) == n + 8
+    assert len(calls) == len({s[2] for s in one_by_one[:n]}) + len({s[2] for s in one_by_one[n:]})
+
+
+def test_windows_are_taken_once():
+    """Every patch is in one batch, in a window of its own bounds; neighbours are a slice."""
+    lengths = torch.tensor([64] * 70 + [16, 64, 16, 5000, 4, 64, 64])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
+    patches, window = torch.arange(int(bounds[-1])), torch.arange(len(lengths)).repeat_interleave(lengths)
+    seen = []
+    for length, at in model.equal_windows(bounds):
+        taken = patches[at].view(-1, length)
+        assert (window[taken] == window[taken[:, :1]]).all() and (lengths[window[taken[:, 0]]] == length).all()
+        assert len(taken) == 1 or taken.numel() <= model.PATCHES
+        assert isinstance(at, slice) == bool((taken.flatten().diff() == 1).all())
+        seen += taken.flatten().tolist()
+    assert sorted(seen) == patches.tolist()
+
+
+def test_saved_config_is_stock(base, tmp_path):
+    """The attention's name is of the running process: neither in a saved folder nor on the language model."""
+    vlm, stock = load_vlm(base)[0], stock_vlm(base)
+    assert vlm.model.visual.config._attn_implementation == model.TOWER_ATTENTION
+    assert vlm.model.language_model.config._attn_implementation == vlm.config._attn_implementation == "sdpa"
+    vlm.save_pretrained(tmp_path / "ours")
+    stock.save_pretrained(tmp_path / "stock")
+    assert (tmp_path / "ours" / "config.json").read_text() == (tmp_path / "stock" / "config.json").read_text()
+    again = stock_vlm(tmp_path / "ours")
+    assert again.model.visual.config._attn_implementation == "sdpa"
+    pixels, grids = torch.randn(36, 1176), torch.tensor([[1, 6, 6]])
+    close(*(m.model.visual(pixels, grid_thw=grids).pooler_output for m in (vlm, again)))
 
 
 # --- generation

@@ -166,6 +166,7 @@ def test_folder_loads_with_plain_transformers(tmp_path, inputs):
     vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "gap", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and vlm.dtype == torch.bfloat16
     assert "<|latent_pad|>" in AutoTokenizer.from_pretrained(tmp_path / "gap").get_vocab()
+    assert "flash" not in (tmp_path / "gap" / "config.json").read_text()  # the tower's attention is not saved
     trained = state(tmp_path / "gap", 2)["model"]
     for k, v in vlm.state_dict().items():
         close(trained["vlm." + k].bfloat16(), v, rtol=0.0, atol=0.0)
