@@ -4,15 +4,15 @@
 (b) a training step: ours against HF's labels= forward with auxiliary images encoded in the step and padding to the
     longest, on a narrow model with Qwen's vocabulary of 152,064; and the peak memory of both
 (c) a decode step in latent mode against one in text mode
+(d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the peak memory of both
 With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in absolute numbers.
 
-    python bench.py                 # toy shapes, CPU or GPU; a few minutes on two cores
+    python bench.py                 # toy shapes, CPU or GPU; about 8 minutes on two cores
     python bench.py --shape=7b      # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
 """
 
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,20 +24,26 @@ from PIL import Image
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
 
 import toy
+import train
 from eval import extract_answer, is_correct
 from model import (
     IGNORE,
     LATENT_PAD,
     LATENT_START,
+    TOWER_ATTENTION,
     PCAHead,
     add_latent_tokens,
     cross_entropy,
     embed,
     encode,
+    encode_images,
     generate,
     grid_features,
     load_examples,
@@ -47,19 +53,21 @@ from model import (
     open_image,
     override,
     pick_device,
+    positions,
     to_text,
+    tower_attention,
 )
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
 data = "out/toy/train.jsonl"
-only = ""  # a, b or c; "" for all
+only = ""  # a, b, c or d; "" for all
 shape = "toy"  # or 7b, 7b-smoke
 repeats = 5  # of each measurement, ours and theirs in turn; the median counts
 questions = 16  # a batch
 new_tokens = 32
 threads = 2
-side = ""  # set by (b) for its subprocesses
+side = ""  # set by (b) and (d) for their subprocesses
 # ---------------------------------------------------------------------------------------------------
 
 device = pick_device()
@@ -85,6 +93,28 @@ def versus(name, ours, theirs):
     return b / a
 
 
+def in_processes(part, name):
+    """Run both sides of a part, each alone in a process so that its peak memory is its own, and print both ratios."""
+    found = []
+    for s in ("ours", "hf"):
+        done = subprocess.run([sys.executable, __file__, f"--only={part}", f"--side={s}", f"--threads={threads}"],
+                              capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    a, b = found
+    print(f"{name:58} ours {a['s']:8.3f} s   HF {b['s']:8.3f} s   {b['s'] / a['s']:5.2f} x")
+    print(f"{f'({part}) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it")
+
+
+def report_side(f, n, where):
+    """Run f n times on a device; print its median seconds and this process's peak GiB as JSON."""
+    times = []
+    for _ in range(n):
+        start = clock()
+        f()
+        times.append(clock() - start)
+    print(json.dumps({"s": statistics.median(times), "gib": train.peak_memory(where) / 2**30}))
+
+
 # --- (a) sampling
 
 
@@ -107,6 +137,8 @@ def hf_batch(vlm, tokenizer, processor, rows):
 
 def sampling():
     vlm, tokenizer = load_vlm(base, device=device)
+    stock, _ = load_vlm(base, device=device)
+    stock.model.visual.config._attn_implementation = "sdpa"
     rows = load_examples(data)
     small = load_processor(base, 56 * 56, 1280 * 28 * 28)
     large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
@@ -129,7 +161,7 @@ def sampling():
             )
 
         def theirs():
-            out = vlm.generate(
+            out = stock.generate(
                 **hf_batch(vlm, tokenizer, processor, part),
                 max_new_tokens=new_tokens,
                 suppress_tokens=no_stop,
@@ -160,7 +192,7 @@ def sampling():
         for i in range(0, len(job), questions):
             part = job[i : i + questions]
             batch = hf_batch(vlm, tokenizer, small, part)
-            out = vlm.generate(**batch, max_new_tokens=24, **kwargs)[:, batch["input_ids"].shape[1] :]
+            out = stock.generate(**batch, max_new_tokens=24, **kwargs)[:, batch["input_ids"].shape[1] :]
             for j, ids in enumerate(out.tolist()):
                 is_correct(extract_answer(to_text(tokenizer, ids))[0], part[j // 8])
 
@@ -233,12 +265,9 @@ def narrow():
 
 
 def training_side():
-    """One side of (b), alone in its process so that its peak memory is its own. Prints JSON."""
-    import train
-    from model import encode_images, positions
-
-    torch.set_num_threads(threads)
+    """One side of (b). Prints JSON."""
     vlm, tokenizer, processor, head, examples, aux = narrow()
+    vlm.model.visual.config._attn_implementation = {"ours": TOWER_ATTENTION, "hf": "sdpa"}[side]
     latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
     targets = grid_features(vlm, processor, aux, 36, "pool").detach().bfloat16()  # what fit_pca.py leaves on the disk
     params = [p for p in [*vlm.parameters(), *head.parameters()] if p.requires_grad]
@@ -282,31 +311,11 @@ def training_side():
         optimizer.step()
         optimizer.zero_grad()
 
-    f, times = {"ours": ours, "hf": theirs}[side], []
-    for _ in range(3):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    print(
-        json.dumps({"s": statistics.median(times), "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
-    )
+    report_side({"ours": ours, "hf": theirs}[side], 3, torch.device("cpu"))
 
 
 def training():
-    found = {}
-    for name in ("ours", "hf"):
-        done = subprocess.run(
-            [sys.executable, __file__, f"--side={name}", f"--threads={threads}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    a, b = found["ours"], found["hf"]
-    print(
-        f"{'(b) a training step, V = 152,064, K = 36':58} ours {a['s']:8.3f} s   HF {b['s']:8.3f} s   {b['s'] / a['s']:5.2f} x"
-    )
-    print(f"{'(b) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it")
+    in_processes("b", "(b) a training step, V = 152,064, K = 36")
 
 
 # --- (c) latent mode
@@ -350,6 +359,63 @@ def latent_mode():
     a, b = (statistics.median(both[k]) for k in ("latent", "text"))
     name = f"(c) a decode step of {len(prompts)} rows, latent against text mode"
     print(f"{name:58} latent {1e3 * a:6.2f} ms   text {1e3 * b:6.2f} ms   {a / b:5.2f} x")
+
+
+# --- (d) the vision tower
+
+
+GRID_4K = (1, 250, 288)  # patches of an image of 4024 x 3503 px: 1,152 windows
+
+
+def make_tower(heads, dim, depth, full):
+    """A tower of random weights with full attention in the layers `full`; 7B's has 16 heads of 80."""
+    config = Qwen2_5_VLVisionConfig(hidden_size=heads * dim, num_heads=heads, intermediate_size=heads * dim * 171 // 64,
+                                    depth=depth, fullatt_block_indexes=[*full], out_hidden_size=64)
+    return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+
+
+def forwards(tower, grid):
+    """Two functions that run a tower over one image of noise: with our attention, with the stock one."""
+    grids = torch.tensor([grid], device=device)
+    pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
+
+    @torch.inference_mode()
+    def forward(implementation):
+        tower.config._attn_implementation = implementation
+        tower(pixels, grid_thw=grids)
+
+    return lambda: forward(TOWER_ATTENTION), lambda: forward("sdpa")
+
+
+def window_attention(heads, dim, grid):
+    """The attention of one layer alone, without its projections: ours and the loop of the stock SDPA path."""
+    grids, sdpa = torch.tensor([grid], device=device), AttentionInterface()["sdpa"]
+    cu_seqlens = get_vision_window_index(grids, 2, 112, 14)[1]
+    q, k, v = torch.randn(3, 1, cu_seqlens[-1], heads, dim, device=device).transpose(2, 3)
+    layer = nn.Identity()
+
+    def theirs():
+        windows = zip(*(x.split(cu_seqlens.diff().tolist(), 2) for x in (q, k, v)))
+        return torch.cat([sdpa(layer, *w, None, scaling=dim**-0.5, is_causal=False)[0] for w in windows], 1)
+
+    return lambda: tower_attention(layer, q, k, v, None, dim**-0.5, 0.0, cu_seqlens)[0], theirs
+
+
+def tower_side():
+    """One side of (d): one forward over a 4K image, in which a full-attention layer takes nearly all the time. Prints JSON."""
+    ours, theirs = forwards(make_tower(4, 16, 4, [3]).to(device), GRID_4K)
+    report_side({"ours": ours, "hf": theirs}[side], 1, device)
+
+
+def vision():
+    ragged = (1, 250, 286)  # the last window of each row is narrower: windows of one length are no neighbours
+    for heads, dim in ((4, 16), (16, 80)):
+        for name, grid in (("4K", GRID_4K), ("4K, ragged", ragged)):
+            versus(f"(d) window attention alone, {name}, {heads} heads of {dim}", *window_attention(heads, dim, grid))
+    versus("(d) 4 window layers, 4K, 4 heads of 16", *forwards(make_tower(4, 16, 4, []).to(device), GRID_4K))
+    versus("(d) 3 window layers + 1 full, 1280 tokens, 16 heads of 80",
+           *forwards(make_tower(16, 80, 4, [3]).to(device), (1, 64, 80)))
+    in_processes("d", "(d) 3 window layers + 1 full, 4K, 4 heads of 16, once")
 
 
 # --- 7B shapes
@@ -399,6 +465,9 @@ def seven_b():
         vlm.zero_grad()
         times.append(clock() - start)
     print(f"training forward and backward: {4096 / statistics.median(times[1:]):8.0f} tokens/s")
+    heads, dim, depth, grid = (16, 80, 32, GRID_4K) if shape == "7b" else (4, 16, 8, (1, 50, 62))
+    tower = make_tower(heads, dim, depth, range(7, depth, 8)).to(device, torch.bfloat16)
+    versus(f"the vision tower, {grid[1] * grid[2] // 4} tokens", *forwards(tower, grid))
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
@@ -406,13 +475,13 @@ def seven_b():
 def main():
     torch.set_num_threads(threads)
     if side:
-        training_side()
+        {"b": training_side, "d": tower_side}[only]()
     elif shape in TEXT:
         seven_b()
     elif shape == "toy":
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
-        for name, f in (("a", sampling), ("b", training), ("c", latent_mode)):
+        for name, f in (("a", sampling), ("b", training), ("c", latent_mode), ("d", vision)):
             if only in ("", name):
                 f()
     else:
