@@ -7,7 +7,7 @@
 (d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the peak memory of both
 With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in absolute numbers.
 
-    python bench.py                 # toy shapes, CPU or GPU; about 8 minutes on two cores
+    python bench.py                 # toy shapes, CPU or GPU; about 10 minutes on two quiet cores
     python bench.py --shape=7b      # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
 """
 
@@ -413,8 +413,8 @@ def vision():
         for name, grid in (("4K", GRID_4K), ("4K, ragged", ragged)):
             versus(f"(d) window attention alone, {name}, {heads} heads of {dim}", *window_attention(heads, dim, grid))
     versus("(d) 4 window layers, 4K, 4 heads of 16", *forwards(make_tower(4, 16, 4, []).to(device), GRID_4K))
-    versus("(d) 3 window layers + 1 full, 1280 tokens, 16 heads of 80",
-           *forwards(make_tower(16, 80, 4, [3]).to(device), (1, 64, 80)))
+    versus("(d) 3 window layers + 1 full, 640 tokens, 16 heads of 80",
+           *forwards(make_tower(16, 80, 4, [3]).to(device), (1, 32, 80)))
     in_processes("d", "(d) 3 window layers + 1 full, 4K, 4 heads of 16, once")
 
 
