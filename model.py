@@ -34,7 +34,7 @@ LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 HEAD_FILE = "latent_head.safetensors"
 TOWER_ATTENTION = "flash_windows"  # "flash" in the name is how transformers knows to pass all windows in one call
-PATCHES = 4096  # an attention call of the tower: enough work for a GPU, small enough a copy to stay cheap
+CHUNK = {"cpu": 2**19, "cuda": 2**23}  # numbers in q of an attention call of the tower: fit a cache, fill a GPU
 IGNORE = -100  # label of a position without cross-entropy
 TOWER_PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
 
@@ -248,16 +248,16 @@ def open_image(source):
 
 
 @lru_cache(maxsize=2)  # a forward of the tower has two of them, its windows and its images: one device sync each
-def equal_windows(cu_seqlens):
+def equal_windows(cu_seqlens, most):
     """Batches of windows of one length, from the bounds of all windows (windows + 1).
 
-    Returns [(length, at)]: `at` picks the patches of at most PATCHES / length whole windows (one, where that is less),
+    Returns [(length, at)]: `at` picks whole windows of at most `most` patches together (one window, where that is longer),
     as a slice where they are neighbours, else as indices.
     """
     bounds, batches = cu_seqlens.cpu(), []
     starts, lengths = bounds[:-1], bounds.diff()
     for length in lengths.unique().tolist():
-        for part in starts[lengths == length].split(max(1, PATCHES // length)):
+        for part in starts[lengths == length].split(max(1, most // length)):
             first, end = int(part[0]), int(part[-1]) + length
             if end - first == len(part) * length:
                 at = slice(first, end)
@@ -275,9 +275,12 @@ def tower_attention(module, query, key, value, attention_mask, scaling, dropout,
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
     out = torch.empty_like(q)
-    for length, at in equal_windows(cu_seq_lens_q):
-        parts = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # (windows, heads, length, D)
-        o = F.scaled_dot_product_attention(*parts, scale=scaling, dropout_p=dropout)
+    for length, at in equal_windows(cu_seq_lens_q, CHUNK[q.device.type] // q[0].numel()):
+        a, b, c = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))  # (windows, heads, length, D)
+        if q.device.type == "cpu" and q.dtype == torch.float32 and length <= 256 and not dropout:
+            o = ((a * scaling) @ b.mT).softmax(-1) @ c  # two large products beat SDPA's kernel, which walks over windows
+        else:
+            o = F.scaled_dot_product_attention(a, b, c, scale=scaling, dropout_p=dropout)
         out[at] = o.transpose(1, 2).flatten(0, 1)
     return out[None], None
 

@@ -207,11 +207,11 @@ def stock_vlm(base, dtype=torch.float32):
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("patches", [4096, 100])  # 100: a group of windows takes several calls
+@pytest.mark.parametrize("numbers", [model.CHUNK["cpu"], 6400])  # 100 patches: a group of windows takes several calls
 @pytest.mark.parametrize("sizes", SIZES)
-def test_tower_equals_stock(base, sizes, patches, monkeypatch):
+def test_tower_equals_stock(base, sizes, numbers, monkeypatch):
     """Embeddings and all gradients, for sizes that are no multiples of a window or smaller than one."""
-    monkeypatch.setattr(model, "PATCHES", patches)
+    monkeypatch.setitem(model.CHUNK, "cpu", numbers)
     ours, stock, pixels, grids = two_towers(base, sizes)
     found = []
     for tower in (ours, stock):
@@ -231,7 +231,8 @@ def test_tower_equals_stock_in_bfloat16(base):
 
 def test_windows_share_a_call(base, monkeypatch):
     """A window layer makes a call for every length, not for every window; so does a layer of whole images."""
-    ours, stock, pixels, grids = two_towers(base, "ragged")
+    ours, stock, pixels, grids = two_towers(base, "ragged", torch.bfloat16)
+    pixels = pixels.bfloat16()
     attention, calls = torch.nn.functional.scaled_dot_product_attention, []
 
     def count(q, *args, **kwargs):
@@ -253,10 +254,10 @@ def test_windows_are_taken_once():
     bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
     patches, window = torch.arange(int(bounds[-1])), torch.arange(len(lengths)).repeat_interleave(lengths)
     seen = []
-    for length, at in model.equal_windows(bounds):
+    for length, at in model.equal_windows(bounds, 4096):
         taken = patches[at].view(-1, length)
         assert (window[taken] == window[taken[:, :1]]).all() and (lengths[window[taken[:, 0]]] == length).all()
-        assert len(taken) == 1 or taken.numel() <= model.PATCHES
+        assert len(taken) == 1 or taken.numel() <= 4096
         assert isinstance(at, slice) == bool((taken.flatten().diff() == 1).all())
         seen += taken.flatten().tolist()
     assert sorted(seen) == patches.tolist()
