@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import string
 import sys
@@ -32,12 +33,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tqdm import tqdm
 
-from model import (HEAD_FILE, INTERVENTIONS, LATENT_SPAN, RESERVED, append, check_choices, encode, generate, grid_features,
-                   key_of, load_examples, load_head, load_latents_file, load_processor, load_vlm, open_append, open_image,
-                   override, pick_device, rank_and_world, read_lines, read_safetensors, save_latents_file, see, seed_of,
-                   to_text, versions, weight_stamps, write_then_rename)
+from model import (HEAD_FILE, INTERVENTIONS, LATENT_SPAN, RESERVED, append, check_choices, clock, encode, generate,
+                   grid_features, key_of, load_examples, load_head, load_latents_file, load_processor, load_vlm, open_append,
+                   open_image, override, pick_device, rank_and_world, read_lines, read_safetensors, save_latents_file, see,
+                   seed_of, to_text, versions, weight_stamps, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
@@ -57,6 +59,8 @@ seed = 12345
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 donor = ""  # for shuffle: the latents/ folder of a clean run with save_latents=1
 save_latents = False  # also write <out>/latents/*.safetensors, a file an answer
+after_latents = ""  # text forced after every span, e.g. " </think> <answer>": no parser text is written
+latent_size = 10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration of output-as-input latents [paper; 0.9 ours]
 dtype = "float32"  # 7B: bfloat16
 limit = 0  # > 0: only the first rows
@@ -65,7 +69,7 @@ allow_partial = False  # score what is there although answers are missing
 judge_url = ""  # an OpenAI-compatible endpoint, http://localhost:8000/v1: also judge what no rule can decide
 judge_model = ""
 judge_key = "JUDGE_API_KEY"  # the environment variable that holds the endpoint's key, if it wants one
-judge_workers, judge_retries = 8, 6
+judge_workers, judge_tries = 8, 7
 # ---------------------------------------------------------------------------------------------------
 
 # answer extraction: one rule for every model and every benchmark, tagged or not; never a guess
@@ -362,10 +366,11 @@ def wilson(correct, n, z=1.96):
     return mid - half, mid + half
 
 
-def mcnemar(better, worse):
-    """Exact two-sided p-value of a paired difference: `better` questions won, `worse` lost, the ties left out."""
-    n, k = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+def mcnemar(a, b):
+    """Exact two-sided p-value of the paired scores a and b of the same questions: a sign test on the pairs that differ."""
+    plus, minus = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
+    n, least = plus + minus, min(plus, minus)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -817,9 +822,9 @@ AVERAGES = {"Avg-P": ("HRBench4K/overall", "MMStar/overall", "MME-RealWorld-Lite
             "Avg-R": ("MathVista/overall", "WeMath/strict", "WeMath/loose")}
 
 
-def load_benchmark(name):
-    """Rows {"id", "question" (the whole prompt), "images", "answer", "options", "kind", ...} of a public benchmark, and its
-    file's MD5. Raises SystemExit naming the file and where it comes from, or the columns found."""
+def load_benchmark(name, data_root):
+    """Rows {"id", "question" (the whole prompt), "asked", "images", "answer", "options", "kind", ...} of a public benchmark,
+    and its file's MD5. Raises SystemExit naming the file and where it comes from, or the columns found."""
     benchmark = BENCHMARKS[name]
     here = [f for f in benchmark.files if (Path(data_root) / f.path).is_file()]
     if not here:
@@ -838,6 +843,7 @@ def load_benchmark(name):
         except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as e:
             raise SystemExit(f"{path}: row {n} is not as {name} has it ({type(e).__name__}: {e})") from None
         row["id"] = str(next((row[k] for k in ("id", "index", "pid", "idx", "question_id", "Index") if k in row), n))
+        row["asked"] = str(r.get("question") or r.get("text") or r.get("Question") or "")  # without the prompt around it
         row |= {"answer": str(row["answer"]), "images": [x if isinstance(x, Cell) else str(x) for x in row["images"]]}
         missing = [x for x in row["images"] if isinstance(x, str) and not Path(x).is_file()]
         for wrong, what in ((row["id"] in seen, f"repeats the id {row['id']!r}"),
@@ -866,13 +872,13 @@ class TestSet(NamedTuple):
 
 
 ANSWER_SETTINGS = ("model", "system", "instruction", "temperature", "top_p", "seed", "intervention", "ema_beta", "dtype",
-                   "donor", "save_latents")
+                   "donor", "save_latents", "after_latents", "latent_size")
 
 
 def load_test_set(name):
     """The questions of a benchmark, or of the JSONL file `data` if the name is empty."""
     if name:
-        benchmark, folder, (rows, md5) = BENCHMARKS[name], Path(out) / name, load_benchmark(name)
+        benchmark, folder, (rows, md5) = BENCHMARKS[name], Path(out) / name, load_benchmark(name, data_root)
     else:
         benchmark, folder, rows = JSONL, Path(out), load_examples(data, training=False)
         md5 = hashlib.md5(Path(data).read_bytes()).hexdigest()
@@ -962,17 +968,19 @@ def answer_all(test, vlm, tokenizer, head, device):
             bar.update()
 
         def answer(part):
-            rows = [row for row, _ in part]
+            rows, start = [row for row, _ in part], clock(device)
             answers = generate(
                 vlm, head, tokenizer, see(vlm, processor, [prompt for _, prompt in part]),
                 max_new_tokens=limits["max_new_tokens"], temperature=temperature, top_p=top_p,
                 seeds=[seed_of(seed, row["id"]) for row in rows], intervention=intervention,
-                fed=fed_latents(rows, vlm, processor, head, donors), ema_beta=ema_beta)
+                fed=fed_latents(rows, vlm, processor, head, donors), ema_beta=ema_beta, after=after_latents)
+            seconds = (clock(device) - start) / len(part)
             for row, (a,) in zip(rows, answers):
-                if save_latents and len(a["latents"]) >= head.K:  # before the line that says it is done
-                    save_latents_file(test.out / "latents" / latents_name(row["id"]), a["latents"], head.K)
+                if save_latents:  # before the line that says it is done
+                    save_latents_file(test.out / "latents" / latents_name(row["id"]), a["latents"], head)
                 append(f, {"id": row["id"], "key": row_key(test.key, row), "raw": to_text(tokenizer, a["ids"]),
-                           "truncated": not a["finished"], "tokens": len(a["ids"]), "latents": len(a["latents"])})
+                           "truncated": not a["finished"], "tokens": len(a["ids"]), "latents": len(a["latents"]),
+                           "seconds": seconds})
             bar.update(len(part))
 
         for part in batches(todo, prepare, failed):
@@ -1112,18 +1120,46 @@ JUDGE_PROMPTS = {
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
 
 
-def ask(client, prompt):
-    """One reply of the endpoint, with growing pauses between tries. Raises SystemExit when all have failed."""
-    for attempt in range(judge_retries + 1):
+def answered(call, url, tries, first_pause=0.5):
+    """call(), which asks an endpoint, with growing pauses between tries or the server's Retry-After.
+
+    Raises SystemExit where no try can help (offline, 401, 403, 404), else the last error: HTTPError, or whatever reading an
+    answer of another protocol raised.
+    """
+    for n in range(tries):
         try:
-            reply = client.chat_completion([{"role": "user", "content": prompt}], model=judge_model or None, temperature=0,
-                                           max_tokens=512)
-            return reply.choices[0].message.content or ""
-        except Exception as e:  # networks and endpoints fail in many ways; each is tried again, and told at the end
-            if attempt == judge_retries:
-                raise SystemExit(f"{judge_url}: no judgement after {attempt + 1} tries ({type(e).__name__}: {e}); "
-                                 "the finished ones are kept, run eval.py again") from None
-            time.sleep(min(60, 0.5 * 2**attempt))
+            return call()
+        except OfflineModeIsEnabled:
+            raise SystemExit(f"HF_HUB_OFFLINE is set, and the client then does not ask {url}; unset it") from None
+        except (HTTPError, ValueError, TypeError, LookupError, AttributeError) as e:
+            response = getattr(e, "response", None)
+            status = response.status_code if response is not None else 0
+            if status in (401, 403, 404):
+                raise SystemExit(f"{url} answers {status}: {' '.join(str(e).split())}; check endpoint, model name and key") \
+                    from None
+            if n + 1 == tries or is_refusal(status):
+                raise
+            told = response.headers.get("retry-after", "") if response is not None else ""
+            pause = float(told) if told.isdigit() else first_pause * 2**n
+            time.sleep(min(pause, 60) * random.uniform(1, 1.2))  # not all at the same moment
+
+
+def is_refusal(status):
+    """An HTTP status that says of a request that it will never be answered."""
+    return 400 <= status < 500 and status not in (408, 409, 425, 429)
+
+
+def ask_judge(client, prompt):
+    """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
+    def call():
+        reply = client.chat_completion([{"role": "user", "content": prompt}], model=judge_model or None, temperature=0,
+                                       max_tokens=512)
+        return reply.choices[0].message.content or ""
+    try:
+        return answered(call, judge_url, judge_tries)
+    except (HTTPError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise SystemExit(f"{judge_url}: no judgement ({type(e).__name__}: {e}); the finished ones are kept, run eval.py again") \
+            from None
 
 
 def judge(test, graded):
@@ -1138,7 +1174,7 @@ def judge(test, graded):
     client = InferenceClient(base_url=judge_url, api_key=os.environ.get(judge_key) or "none", timeout=120)
     todo = [id for id in prompts if keys[id] not in kept]
     with open_append(path) as f, ThreadPoolExecutor(judge_workers) as pool:
-        replies = pool.map(lambda id: ask(client, prompts[id]), todo)
+        replies = pool.map(lambda id: ask_judge(client, prompts[id]), todo)
         for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
             kept[keys[id]] = next(replies)
             append(f, {"id": id, "key": keys[id], "reply": kept[keys[id]]})
@@ -1171,12 +1207,13 @@ def compare(a, b):
         if one.keys() != two.keys() or not one:
             raise SystemExit(f"{Path(a) / name} and {Path(b) / name} hold other questions ({len(one)} and {len(two)}, "
                              f"{len(one.keys() & two.keys())} of them shared)")
-        n, differences = len(one), [two[id] - one[id] for id in one]
+        n, two_in_order = len(one), [two[id] for id in one]
+        differences = [y - x for x, y in zip(one.values(), two_in_order)]
         d, wins, losses = mean(differences), sum(x > 0 for x in differences), sum(x < 0 for x in differences)
         half = 1.96 * math.sqrt(max(0.0, mean(x * x for x in differences) - d * d) / n)
         print(f"{name.parent}: n = {n}, A {mean(one.values()):.3f}, B {mean(two.values()):.3f}, B - A {d:+.3f} "
               f"(95 % interval {d - half:+.3f} to {d + half:+.3f}); B wins {wins}, loses {losses}, "
-              f"McNemar p = {mcnemar(wins, losses):.3g}")
+              f"McNemar p = {mcnemar(two_in_order, one.values()):.3g}")
 
 
 def main():
@@ -1195,7 +1232,7 @@ def main():
     if not score_only:
         device = pick_device()
         vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-        head = load_head(model, device)
+        head = load_head(model, vlm, tokenizer, latent_size)
         if head is None and intervention != "clean":
             raise SystemExit(f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model with latents")
         for test in tests:

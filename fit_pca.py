@@ -33,6 +33,8 @@ out = "out/pca"
 K = 4  # latents a span, a square; the paper's 36
 mode = "pool"  # how an image becomes a sqrt(K) grid: pool its merged tokens, or resize the image [ours]
 retained = 0.95  # k is the smallest number of components with this share of the variance [paper]
+basis = "pca"  # or "random", a control: a random orthonormal basis of the same k
+centre = True  # False, a control: mu = 0 in v_hat = P_k c + mu
 degenerate = 1e-3  # an image is rejected if var(v) / mean ||v||^2 over its latents is below this [ours]
 batch = 64  # images a tower call
 shard = 512  # examples a file
@@ -60,6 +62,13 @@ def fit(covariance, share):
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
     return eigenvalues, vectors, components(eigenvalues, share)
+
+
+def random_basis(covariance):
+    """The variances (d) along random orthonormal directions, and the directions (d, d); their sum is the total variance."""
+    draws = torch.randn(covariance.shape, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0))
+    vectors = torch.linalg.qr(draws)[0]
+    return (vectors * (covariance @ vectors)).sum(0), vectors
 
 
 def moments(shards, d, device):
@@ -103,7 +112,7 @@ def main():
     rank, world = rank_and_world()
     if math.isqrt(K) ** 2 != K or K < 1:
         raise SystemExit(f"K={K} is not a square: latents are a sqrt(K) x sqrt(K) grid")
-    check_choices(globals(), mode=("pool", "resize"), dtype=("float32", "bfloat16"))
+    check_choices(globals(), mode=("pool", "resize"), basis=("pca", "random"), dtype=("float32", "bfloat16"))
     if not 0 < retained <= 1:
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
     device = pick_device()
@@ -169,7 +178,8 @@ def finish(jobs, total, outer, n, made_by):
     if n < 2:
         raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
     mean = total / n
-    eigenvalues, vectors, k = fit(outer / n - mean[:, None] * mean, retained)
+    covariance = outer / n - mean[:, None] * mean
+    eigenvalues, vectors, k = fit(covariance, retained)
     print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {len(mean)}")
     print(f"rejected as degenerate: {len(rejected)} ({len(rejected) / max(len(index), 1):.2%}) {' '.join(rejected[:20])}")
     target, query = (sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values())
@@ -177,11 +187,13 @@ def finish(jobs, total, outer, n, made_by):
     for share in (0.85, 0.90, 0.95, 0.99):
         at = components(eigenvalues, share)
         print(f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}")
+    if basis == "random":
+        eigenvalues, vectors = random_basis(covariance)
     folder = Path(out) / "targets"
     text = json.dumps(made_by | {"rejected": rejected, "files": index})
     write_then_rename(folder / "index.json", lambda p: p.write_text(text))
-    meta = {k_: str(v) for k_, v in (made_by | {"retained": retained, "k": k, "n": n}).items()}
-    tensors = {"mean": mean.float(), "basis": vectors[:, :k].float().contiguous(), "eigenvalues": eigenvalues.float()}
+    meta = {k_: str(v) for k_, v in (made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}).items()}
+    tensors = {"mean": mean.float() * centre, "basis": vectors[:, :k].float().contiguous(), "eigenvalues": eigenvalues.float()}
     write_then_rename(Path(out) / "pca.safetensors", lambda p: save_file(tensors, p, meta))
     print(f"wrote {os.path.join(out, 'pca.safetensors')} (k = {k}) and {folder / 'index.json'}")
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from model import (HEAD_FILE, INTERVENTIONS, LATENT_END, LATENT_PAD, LATENT_START, RESERVED, check_choices, encode_images,
-                   generate, grid_features, load_examples, load_head, load_latents_file, load_processor, load_vlm, make_prompts,
-                   open_image, override, pick_device, read_safetensors, save_latents_file, write_then_rename)
+from model import (HEAD_FILE, INTERVENTIONS, RESERVED, check_choices, encode_images, generate, grid_features, latent_ids,
+                   load_examples, load_head, load_latents_file, load_processor, load_vlm, make_prompts, open_image,
+                   override, pick_device, read_safetensors, save_latents_file, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"
@@ -30,6 +30,7 @@ seed = 12345
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 aux = ""  # for oracle: the auxiliary image(s), a.png,b.png
 donor = ""  # for shuffle: a latents.safetensors of another example
+latent_size = 10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
@@ -75,7 +76,7 @@ def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     device = pick_device()
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-    processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, device)
+    processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, vlm, tokenizer, latent_size)
     if head is None and (intervention != "clean" or show or latents):
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
     paths = [p for p in images.split(",") if p]
@@ -96,15 +97,18 @@ def main():
             raise SystemExit("shuffle feeds the latents of --donor=latents.safetensors, another example's")
         fed = [load_latents_file(donor, head)]
 
-    start, pad, end = map(tokenizer.convert_tokens_to_ids, (LATENT_START, LATENT_PAD, LATENT_END))
-    text, printed = [], 0
+    start, pad, end = latent_ids(tokenizer)
+    text, printed, written = [], 0, 0
 
     def stream(rows, tokens, x, h):
-        nonlocal printed
+        nonlocal printed, written
         t = int(tokens[0])
-        if t == start:
-            print(f"⟨latent x{head.K}⟩", end="", flush=True)
-        elif t not in (pad, end, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if t == pad:
+            written += 1
+        elif t == end:
+            print(f"⟨latent x{written}⟩", end="", flush=True)
+            written = 0
+        elif t not in (start, tokenizer.eos_token_id, tokenizer.pad_token_id):
             text.append(t)
             so_far = tokenizer.decode(text)
             if not so_far.endswith("\ufffd"):  # half of a character: wait for the rest
@@ -120,7 +124,7 @@ def main():
         print("the model opened no latent span here: nothing to show or save")
         return
     if latents:
-        save_latents_file(latents, found, head.K)
+        save_latents_file(latents, found, head)
         print(f"wrote {latents}: {len(found)} latents")
     if show:
         if not paths:

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
+MONET_TOKENS = "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>"  # the same three in a Monet checkpoint
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 HEAD_FILE = "latent_head.safetensors"
 TOWER_ATTENTION = "flash_windows"  # "flash" in the name is how transformers knows to pass all windows in one call
@@ -88,6 +90,11 @@ def rank_and_world():
 def pick_device():
     """The CUDA device of this local rank, else the CPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def clock(device):
+    """Seconds for timing work: of this process alone on a CPU, which others may share; of the wall where a GPU works."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def write_then_rename(path, write):
@@ -479,11 +486,52 @@ class FullHead(LatentHead):
 
     def __init__(self, pca, K):
         super().__init__(pca, K)
-        d = self.basis.shape[0]
-        self.hidden, self.out = nn.Linear(d, d), nn.Linear(d, d)
+        d, m = self.basis.shape[0], self.width()
+        self.hidden, self.out = nn.Linear(d, m), nn.Linear(m, d)
+
+    def width(self):
+        return self.basis.shape[0]
 
     def forward(self, h):
         return self.out(F.silu(self.hidden(h)))
+
+
+class FrozenHead(PCAHead):
+    """A control: c = P_k^T h_bar, where GAP's head starts, with nothing to learn."""
+
+    kind = "frozen"
+
+    def __init__(self, pca, K):
+        LatentHead.__init__(self, pca, K)
+
+    def coefficients(self, h):
+        return h.float() @ self.basis
+
+
+class WideHead(FrozenHead):
+    """A control: the capacity of the full head inside GAP's subspace, c = P_k^T h_bar + a two-layer MLP d -> d -> k."""
+
+    kind = "wide"
+
+    def __init__(self, pca, K):
+        super().__init__(pca, K)
+        d, k = self.basis.shape
+        self.hidden, self.out = nn.Linear(d, d), nn.Linear(d, k)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def coefficients(self, h):
+        return super().coefficients(h) + self.out(F.silu(self.hidden(h))).float()
+
+
+class MatchedHead(FullHead):
+    """A control: the full head d -> m -> d, m such that it has as many weights as GAP's head of this k."""
+
+    kind = "matched"
+
+    def width(self):
+        d, k = self.basis.shape  # m (2d + 1) + d against d k + 3 k^2
+        return max(1, round((d * k + 3 * k * k - d) / (2 * d + 1)))
 
 
 class OutputHead(LatentHead):
@@ -495,7 +543,24 @@ class OutputHead(LatentHead):
         return h
 
 
-HEADS = {head.kind: head for head in (PCAHead, FullHead, OutputHead)}
+class MonetHead(OutputHead):
+    """Output as input in a checkpoint that has Monet's tokens and no head file: no PCA, and a span of at most K latents."""
+
+    def __init__(self, vlm, K):
+        d = vlm.config.text_config.hidden_size
+        super().__init__({"basis": torch.zeros(d, 0), "mean": torch.zeros(d), "eigenvalues": torch.zeros(0),
+                          "total_variance": 0.0}, K)
+
+
+HEADS = {head.kind: head for head in (PCAHead, FullHead, OutputHead, FrozenHead, MatchedHead, WideHead)}
+
+
+def latent_ids(tokenizer):
+    """The ids (start, pad, end) of a tokenizer's latent tokens, ours or Monet's; three times None where it has neither."""
+    for names in ((LATENT_START, LATENT_PAD, LATENT_END), MONET_TOKENS):
+        if None not in (ids := [tokenizer.get_vocab().get(name) for name in names]):
+            return ids
+    return None, None, None
 
 
 def load_pca(path):
@@ -514,17 +579,21 @@ def save_head(folder, head, weights, meta):
     write_then_rename(Path(folder) / HEAD_FILE, lambda p: save_file(tensors, p, {k: str(v) for k, v in meta.items()}))
 
 
-def load_head(folder, device="cpu"):
-    """The latent head of a checkpoint folder, in float32, or None where the folder has none (base, text method)."""
+def load_head(folder, vlm, tokenizer, latent_size):
+    """The latent head of a checkpoint folder, in float32, or None where the folder has none (base, text method).
+
+    A folder without a head file whose tokenizer has Monet's tokens feeds back its own states, at most `latent_size` a span.
+    """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
-        return None
+        monet = set(MONET_TOKENS) <= tokenizer.get_vocab().keys()
+        return MonetHead(vlm, latent_size).to(vlm.device).eval() if monet else None
     tensors, meta = read_safetensors(path, ("mean", "basis", "eigenvalues"), ("K", "kind", "total_variance"))
     if meta.get("kind") not in HEADS:
         raise SystemExit(f"{path}: head kind is {meta.get('kind')!r}, expected one of {sorted(HEADS)}")
     head = HEADS[meta["kind"]](tensors | {"total_variance": float(meta["total_variance"])}, int(meta["K"]))
     head.load_state_dict(tensors)
-    return head.to(device).eval()
+    return head.to(vlm.device).eval()
 
 
 def read_safetensors(path, names, fields=()):
@@ -539,19 +608,24 @@ def read_safetensors(path, names, fields=()):
     return tensors, meta
 
 
-def save_latents_file(path, latents, K):
-    """Write the whole spans of generated latents (m * K, d); a span that the token limit cut off is left out."""
-    whole = latents[: len(latents) // K * K].contiguous()
-    write_then_rename(path, lambda p: save_file({"latents": whole}, p))
+def span_unit(head):
+    """Latents are kept in multiples of this: whole spans; a Monet span may be shorter than K."""
+    return 1 if head is None or isinstance(head, MonetHead) else head.K
+
+
+def save_latents_file(path, latents, head):
+    """Write the whole spans of generated latents (m * K, d), if any; a span that the token limit cut off is left out."""
+    if whole := len(latents) // span_unit(head) * span_unit(head):
+        write_then_rename(path, lambda p: save_file({"latents": latents[:whole].contiguous()}, p))
 
 
 def load_latents_file(path, head):
     """Latents (m, K, d) to feed to a model with this head. Raises SystemExit if they do not fit it."""
-    latents = read_safetensors(path, ("latents",))[0]["latents"]
+    latents, unit = read_safetensors(path, ("latents",))[0]["latents"], span_unit(head)
     d = head.mean.shape[0]
-    if not len(latents) or latents.shape[1] != d or len(latents) % head.K:
-        raise SystemExit(f"{path}: latents of shape {tuple(latents.shape)}; the model's head writes spans of {head.K} x {d}")
-    return latents.view(-1, head.K, d)
+    if not len(latents) or latents.shape[1] != d or len(latents) % unit:
+        raise SystemExit(f"{path}: latents of shape {tuple(latents.shape)}; the model's head writes spans of {unit} x {d}")
+    return latents.view(-1, unit, d)
 
 
 def tower_fingerprint(vlm):
@@ -706,22 +780,24 @@ class Decoder:
 
 @torch.inference_mode()
 def generate(vlm, head, tokenizer, prompts, *, max_new_tokens, n_samples=1, temperature=0.0, top_p=1.0, seeds=None,
-             intervention="clean", fed=None, ema_beta=0.0, suppress=(), on_step=None, on_finish=None):
+             intervention="clean", fed=None, ema_beta=0.0, suppress=(), after="", on_step=None, on_finish=None):
     """Answer a batch of prompts, each {"ids" (T), "pos" (3, T), "vision" (N, d) or None}.
 
     Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the head's output for the
-    state before it, then `<|latent_end|>` is forced (section 3.4; forced end [ours]). With no head, or under `zero`,
-    a span can not open. `seeds` (Q * n_samples ints) fix each row's draws; `fed` (a (m, K, d) tensor a question) feeds
-    `shuffle` and `oracle`; ema_beta > 0 rescales each latent to n_bar (EMA norm calibration); tokens in `suppress` are
-    never written.
+    state before it, then `<|latent_end|>` and the text `after` are forced (section 3.4; forced end [ours]); a Monet
+    model may also end its span itself. With no head, or under `zero`, a span can not open. `seeds` (Q * n_samples ints)
+    fix each row's draws; `fed` (a (m, K, d) tensor a question) feeds `shuffle` and `oracle`; ema_beta > 0 rescales each
+    latent to n_bar (EMA norm calibration); tokens in `suppress` are never written.
     on_step(rows, tokens, x, h) sees what each living row is fed, and from which state; on_finish(q, s, ids) is called
     as a row ends and may return True to drop the question's other rows.
     Returns per question a list of {"ids", "latents" (m, d), "finished"}.
     """
     if intervention not in INTERVENTIONS:
         raise SystemExit(f"intervention {intervention!r} is not one of {', '.join(INTERVENTIONS)}")
+    if intervention in ("noise", "mean", "oracle_pca") and head and not head.basis.numel():
+        raise SystemExit(f"the intervention {intervention!r} needs the PCA of a {HEAD_FILE}, which this model does not have")
     device, S0 = vlm.device, n_samples
-    start, pad, end = map(tokenizer.convert_tokens_to_ids, (LATENT_START, LATENT_PAD, LATENT_END))
+    start, pad, end = latent_ids(tokenizer)
     closed = head is None or intervention == "zero"
     never = [t for t in (pad, end, *suppress) + (start,) * closed if t is not None]
     eos = vlm.generation_config.eos_token_id  # an int, a list, or None
@@ -730,15 +806,24 @@ def generate(vlm, head, tokenizer, prompts, *, max_new_tokens, n_samples=1, temp
     rng = [torch.Generator().manual_seed(s) for s in seeds] if seeds else None
     u = torch.stack([torch.rand(max_new_tokens, generator=g) for g in rng]) if temperature else None
 
+    # what a span forces after its start; `left` counts down to its last position
+    then = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
+    forced = torch.tensor([] if closed else [pad] * head.K + then)
+
     decoder = Decoder(vlm, prompts, S0, tokenizer.pad_token_id)
     h = decoder.h
     rows = torch.arange(len(prompts) * S0).view(-1, S0)  # which row of the result a slot holds
     alive, left = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)  # left: forced positions to come
     ids, latents = [[] for _ in range(rows.numel())], [[] for _ in range(rows.numel())]
     for n in range(max_new_tokens):
-        text, inside = alive & (left == 0), alive & (left > 1)
+        text, inside = alive & (left == 0), alive & (left > len(then))
+        if inside.any() and isinstance(head, MonetHead):
+            ended = pick(vlm.lm_head(h[inside]).float(), temperature, top_p, u[rows[inside], n] if temperature else None) == end
+            left[inside] = torch.where(ended.cpu(), len(then), left[inside])
+            inside = alive & (left > len(then))
         token = torch.full_like(rows, tokenizer.pad_token_id)
-        token[inside], token[alive & (left == 1)] = pad or 0, end or 0
+        if (on := alive & (left > 0)).any():
+            token[on] = forced[-left[on]]
         if text.any():
             logits = vlm.lm_head(h[text]).float()
             logits[:, never] = -torch.inf
@@ -762,7 +847,7 @@ def generate(vlm, head, tokenizer, prompts, *, max_new_tokens, n_samples=1, temp
             ids[i].append(t)
         if on_step:
             on_step(rows[alive], token[alive], x[alive], h[alive])
-        left = torch.where(text & (token == start), head.K + 1, (left - 1).clamp(min=0)) if not closed else left
+        left = torch.where(text & (token == start), len(forced), (left - 1).clamp(min=0)) if not closed else left
         done = text & torch.isin(token, stops) | (alive if n + 1 == max_new_tokens else False)
         alive = alive & ~done
         for slot in done.nonzero().tolist() if on_finish else ():
@@ -784,7 +869,7 @@ def generate(vlm, head, tokenizer, prompts, *, max_new_tokens, n_samples=1, temp
 
 def to_text(tokenizer, ids):
     """Decode generated ids, each latent span written `<latent></latent>` as in the data."""
-    start, pad, end = map(tokenizer.convert_tokens_to_ids, (LATENT_START, LATENT_PAD, LATENT_END))
+    start, pad, end = latent_ids(tokenizer)
     drop = {pad, end, tokenizer.eos_token_id, tokenizer.pad_token_id}
     pieces, run = [], []
     for t in ids + [start]:

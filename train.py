@@ -7,7 +7,7 @@ plain `from_pretrained` loads, latent_head.safetensors, log.jsonl, and sharded c
     torchrun --nproc-per-node 8 train.py --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 
 method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and regressed),
-text (dense-caption SFT: latents stripped everywhere, the parser text kept).
+text (dense-caption SFT: latents stripped everywhere, the parser text kept). Controls: frozen, matched, wide (model.HEADS).
 """
 
 import json
@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
-from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, cross_entropy,
-                   embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append, open_image, override,
-                   pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents, tower_fingerprint,
-                   versions, weight_stamps, write_then_rename)
+from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, clock,
+                   cross_entropy, embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append,
+                   open_image, override, pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents,
+                   tower_fingerprint, versions, weight_stamps, write_then_rename)
 from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
@@ -50,6 +50,7 @@ out = "out/gap"
 tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 keep_parser = True  # of a stripped example [ours]
+write_parser = True  # False, a control: no example has parser text
 lambda_latent = 1.0
 latent_loss = "relative"  # mean over d (7B), sum (the paper's equation literally), relative (1 - R^2) [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
@@ -140,10 +141,10 @@ class Data:
         self.vlm, self.tokenizer, self.processor, self.index = vlm, tokenizer, processor, index
         self.rows, self.n_latent, self.n_rejected, self.open = [], 0, 0, {}
         for row in load_examples(path):
+            if not write_parser or (row["id"] in solved and not keep_parser):
+                row["response"] = re.sub(r" ?<parser>.*?</parser>", "", row["response"], flags=re.DOTALL)
             if method == "text" or row["id"] in solved or not row["aux_images"]:
                 row["response"] = strip_latents(row["response"])
-                if row["id"] in solved and not keep_parser:
-                    row["response"] = re.sub(r" ?<parser>.*?</parser>", "", row["response"], flags=re.DOTALL)
             elif row["id"] in index["rejected"]:
                 self.n_rejected += 1
                 continue
@@ -437,7 +438,7 @@ def main():
     ahead = loader.submit(train.load, batch_of(first, len(train.rows)), rank, world)
     bar = tqdm(total=total, initial=first, unit="step", desc=Path(out).name, disable=rank > 0, mininterval=1)
     for step in range(first, total):
-        start = time.time()
+        start, began = time.time(), clock(device)
         batches, counts = ahead.result()
         if step + 1 < total:
             ahead = loader.submit(train.load, batch_of(step + 1, len(train.rows)), rank, world)
@@ -449,7 +450,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         row |= {"grad_norm": norm, "lr": lr_at(step, total, lr), "peak_gib": peak_memory(device) / 2**30,
-                "tokens_per_s": counts["tokens"] / (time.time() - start)}
+                "tokens_per_s": counts["tokens"] / (time.time() - start), "seconds": clock(device) - began}
         last = step + 1 == total
         if val and (last or (step + 1) % eval_every == 0):
             row |= validate()

@@ -136,7 +136,7 @@ def test_extraction_under_fuzz(text):
     for kind in ("text", "number", "list", "yesno"):
         value, _ = evaluate.extract_answer(text, None, kind)
         if value is not None and kind != "number":
-            assert value.lower() in text.lower() or "\\" in text
+            assert all(word in text.lower() for word in value.lower().split()) or "\\" in text
         if value is not None and kind == "number":
             float(value)
             words = [w for w, n in evaluate.COUNT_WORDS.items() if n == value]
@@ -386,13 +386,6 @@ def test_other_scores_by_slow_formulas():
         said[i] == "B" and said[i + 1] == "A" if i in (99, 279) else right[i] and right[i + 1] for i in range(1, 300, 2)
     )
     assert sum(p["correct"] for p in found["corrected gold"]) == swapped
-
-
-def test_mcnemar_against_scipy():
-    from scipy.stats import binomtest
-
-    for b, c in ((0, 0), (1, 0), (5, 5), (3, 12), (40, 71), (600, 500)):
-        assert evaluate.mcnemar(b, c) == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1.0, rel=1e-9)
 
 
 # --- official files
@@ -730,10 +723,10 @@ def test_every_benchmark_through_the_script(tmp_path, base, bench_root):
     assert scores["HRBench4K"]["overall"]["n_unparsed"] == 2 and scores["HRBench4K"]["overall"]["n"] == 4
 
 
-def test_prompts_are_the_harnesses(bench_root, monkeypatch):
+def test_prompts_are_the_harnesses(bench_root):
     root, _ = bench_root
-    monkeypatch.setattr(evaluate, "data_root", str(root))
-    first = {name: evaluate.load_benchmark(name)[0][0]["question"] for name in evaluate.BENCHMARKS}
+    load = lambda name: evaluate.load_benchmark(name, root)[0]  # noqa: E731
+    first = {name: load(name)[0]["question"] for name in evaluate.BENCHMARKS}
     # the option None is missing to pandas, and so to VLMEvalKit
     assert first["HRBench4K"] == (
         'Question: Which 0?\nOptions:\nA. one\nB. two\nlines "quoted"\nD. four, or\tso\n'
@@ -748,14 +741,14 @@ def test_prompts_are_the_harnesses(bench_root, monkeypatch):
         first["VSI-Bench"] == "These are frames of a video.\nHow many?\nPlease answer the question using a single word or phrase."
     )
     assert first["MMVP"] == "Open? (a) Open (b) Closed"
-    rows = evaluate.load_benchmark("HRBench4K")[0]
+    rows = load("HRBench4K")
     assert [evaluate.images_of(r) for r in rows] == [[picture(i)] for i in (0, 1, 0, 0)]  # two rows refer to row 0
-    assert [evaluate.images_of(r) for r in evaluate.load_benchmark("BLINK")[0]] == [
+    assert [evaluate.images_of(r) for r in load("BLINK")] == [
         [picture(i), picture(i + 1)] for i in range(4)
     ]
-    options = [r["options"] for r in evaluate.load_benchmark("VisualPuzzles")[0]]
+    options = [r["options"] for r in load("VisualPuzzles")]
     assert options == [{"A": "it's", "B": "b", "C": "c", "D": "d"}, dict.fromkeys("ABCD", "")]
-    assert evaluate.load_benchmark("MMStar")[0][0]["options"] == {"A": "one", "B": "two", "C": "three", "D": "four"}
+    assert load("MMStar")[0]["options"] == {"A": "one", "B": "two", "C": "three", "D": "four"}
 
 
 def test_benchmark_ranks_kills_and_failures(tmp_path, base, bench_root):
@@ -933,8 +926,8 @@ def test_judge(tmp_path, base, bench_root):
     server.shutdown()
     server.server_close()
     (out / "MMStar/judge.jsonl").unlink()
-    text = run("eval.py", *args(score_only=1, judge_url=url, judge_retries=1), ok=False, env=ONLINE)
-    assert "no judgement after 2 tries" in text
+    text = run("eval.py", *args(score_only=1, judge_url=url, judge_tries=2), ok=False, env=ONLINE)
+    assert "no judgement (" in text
 
 
 def test_compare(tmp_path):

@@ -27,8 +27,10 @@ from model import (
     generate,
     grid_features,
     intervene,
+    latent_ids,
     load_examples,
     load_head,
+    load_pca,
     load_vlm,
     make_prompts,
     open_image,
@@ -94,17 +96,42 @@ def test_gradient_is_the_k_dimensional_one(head):
         close(c, b, rtol=1e-4, atol=1e-4)
 
 
+def test_controls():
+    """The matched head has GAP's number of weights, the frozen one none; the wide one starts where GAP's does."""
+    count = lambda head: sum(p.numel() for p in head.parameters())  # noqa: E731
+    for d, k in ((128, 7), (128, 30), (256, 20)):
+        pca = random_pca(d, k)
+        matched = count(HEADS["matched"](pca, 4)) / count(PCAHead(pca, 4))
+        one_more = (2 * d + 1) / count(PCAHead(pca, 4))  # a unit of the hidden layer
+        assert abs(matched - 1) <= one_more / 2 + 1e-9
+    assert count(HEADS["frozen"](random_pca(), 4)) == 0
+    h = torch.randn(5, 128)
+    for kind in ("frozen", "wide"):
+        close(HEADS[kind](random_pca(), 4)(h), PCAHead(random_pca(), 4)(h))
+
+
+def test_random_basis():
+    """Orthonormal, not the PCA's; the variances are those of the data along it and sum to the total."""
+    x = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(1, -1, 12, dtype=torch.float64)
+    x = x - x.mean(0)
+    variances, vectors = fit_pca.random_basis(x.T @ x / 500)
+    close(vectors.T @ vectors, torch.eye(12, dtype=torch.float64))
+    close(variances, (x @ vectors).var(0, correction=0))
+    close(variances.sum(), x.var(0, correction=0).sum())
+    assert vectors.abs().max(0).values.max() < 0.99  # the PCA's vectors are near the axes
+
+
 def test_full_head_has_two_d_squared_weights():
     assert sum(p.numel() for p in FullHead(random_pca(), 4).parameters() if p.ndim == 2) == 2 * 128**2
     assert not list(OutputHead(random_pca(), 4).parameters())
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_head_survives_the_disk(tmp_path, kind):
+def test_head_survives_the_disk(tmp_path, loaded, kind):
     torch.manual_seed(0)
     head, h = HEADS[kind](random_pca(), 9), torch.randn(3, 128)
     save_head(tmp_path, head, head.state_dict(), {"mode": "pool"})
-    again = load_head(tmp_path)
+    again = load_head(tmp_path, *loaded[:2], 4)
     assert again.K == 9 and again.kind == kind
     close(again(h), head(h))
 
@@ -287,7 +314,7 @@ def make_open(vlm, tokenizer, prompts, opens):
     with torch.no_grad():
         h = torch.cat([Decoder(vlm, [p], 1, 0).h[:, 0] for p in prompts])
         want = torch.tensor([60.0 if i in opens else -60.0 for i in range(len(prompts))])
-        vlm.lm_head.weight[tokenizer.convert_tokens_to_ids(LATENT_START)] = torch.linalg.lstsq(
+        vlm.lm_head.weight[latent_ids(tokenizer)[0]] = torch.linalg.lstsq(
             h, want[:, None]
         ).solution[:, 0]
 
@@ -421,6 +448,15 @@ def test_ema_is_the_loop():
     close(ema_norm(v, 0.9), 0.9 * (0.9 * 5 + 0.1 * 1) + 0.1 * 10)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+def test_ema_is_the_weighted_sum(beta):
+    """Unrolled: the first norm weighs beta^(N-1), norm i (1 - beta) beta^(N-1-i), term by term over the coordinates."""
+    v = torch.randn(30, 7, generator=torch.Generator().manual_seed(0)).double()
+    norms = [sum(x * x for x in row) ** 0.5 for row in v.tolist()]
+    slow = beta**29 * norms[0] + sum((1 - beta) * beta ** (29 - i) * norms[i] for i in range(1, 30))
+    assert ema_norm(v, beta) == pytest.approx(slow, rel=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.9])
 def test_ema_calibration_sets_the_norm(loaded, head, world, beta):
     vlm, tokenizer, processor = loaded
@@ -481,6 +517,25 @@ def test_noise_has_the_training_spread(head):
     close(((fed - head.mean) @ head.basis).std(0), head.eigenvalues.sqrt(), rtol=0.03, atol=0.0)
 
 
+def test_forced_text_after_a_span(loaded, head, world):
+    """`after` follows each span at once, and the text then goes on as if the model had written it."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    make_open(vlm, tokenizer, prompts, {0})
+    after = tokenizer(" </think> <answer>")["input_ids"]
+    (a,), (b,) = generate(vlm, head, tokenizer, prompts, max_new_tokens=24, after=" </think> <answer>")
+    start, pad, end = latent_ids(tokenizer)
+    assert a["ids"][: 6 + len(after)] == [start, *[pad] * 4, end, *after]
+    assert b["ids"][:1] != [start] and len(after) > 1
+    ids = torch.cat([prompts[0]["ids"], torch.tensor(a["ids"])])
+    pos = torch.cat([prompts[0]["pos"], prompts[0]["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1)
+    x = embed(vlm, ids[None], prompts[0]["vision"], a["latents"], pad)
+    h = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state[0]
+    logits = vlm.lm_head(h[len(prompts[0]["ids"]) + 5 + len(after)])
+    logits[[pad, end]] = -torch.inf
+    assert logits[: len(tokenizer)].argmax() == a["ids"][6 + len(after)]
+
+
 def test_text_of_spans(loaded):
     _, tokenizer, _ = loaded
     text = "<think> Follow the dot. <latent></latent> <parser> four </parser> </think>"
@@ -504,3 +559,13 @@ def test_targets_are_safetensors_only(tmp_path, base, world):
     with safe_open(tmp_path / "targets" / index["files"]["train-3"], "pt") as f:
         assert f.get_tensor("train-3").shape == (2, 4, 128) and f.get_tensor("train-3").dtype == torch.bfloat16
     assert PIXELS == (index["min_pixels"], index["max_pixels"])
+
+    # the controls on the same targets: a random basis of the same k, and no mean
+    before = load_pca(tmp_path / "pca.safetensors")[0]
+    run("fit_pca.py", f"--base={base}", f"--data={world}/train.jsonl", f"--val_data={world}/val.jsonl", f"--out={tmp_path}",
+        "--shard=20", "--basis=random", "--centre=0")
+    after, meta = load_pca(tmp_path / "pca.safetensors")
+    assert meta["basis"] == "random" and after["basis"].shape == before["basis"].shape and not after["mean"].any()
+    close(after["basis"].T @ after["basis"], torch.eye(after["basis"].shape[1]))
+    close(after["total_variance"], before["total_variance"], rtol=1e-5, atol=0.0)
+    assert after["eigenvalues"].sum() < before["eigenvalues"].sum()

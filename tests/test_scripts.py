@@ -164,7 +164,7 @@ def evaluation(stages, out, **change):
 
 
 def strip(predictions):
-    return {p["id"]: {k: v for k, v in p.items() if k != "key"} for p in predictions}
+    return {p["id"]: {k: v for k, v in p.items() if k not in ("key", "seconds")} for p in predictions}
 
 
 def test_eval_ranks_kills_and_scores(tmp_path, stages):

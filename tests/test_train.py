@@ -192,6 +192,19 @@ def test_options_run(tmp_path, inputs):
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in logged(tmp_path / "a")[1:])
 
 
+def test_who_keeps_the_parser_text(monkeypatch, loaded, world):
+    """keep_parser=0 drops it from stripped examples, write_parser=0 from all; latent spans stay where they belong."""
+    ids = [r["id"] for r in load_examples(world / "train.jsonl")]
+    solved, index = set(ids[::2]), {"K": 4, "d": 128, "rejected": [], "files": dict.fromkeys(ids, "x")}
+    for keep, write in ((True, True), (False, True), (True, False)):
+        monkeypatch.setattr(train, "keep_parser", keep)
+        monkeypatch.setattr(train, "write_parser", write)
+        for row in train.Data(world / "train.jsonl", *loaded, solved, index).rows:
+            assert ("<parser>" in row["response"]) == (write and (keep or row["id"] not in solved))
+            assert ("<latent>" in row["response"]) == (row["id"] not in solved)
+            assert row["response"].endswith(f"</think> <answer> {row['answer']} </answer>")
+
+
 def test_micro_batches():
     for lengths, world, budget in (([5, 9, 9, 3, 2, 7], 1, 18), ([5] * 7, 2, 10), ([4], 3, 100), ([100, 1, 1], 2, 50)):
         parts = train.micro_batches(lengths, world, budget)
