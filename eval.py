@@ -986,10 +986,7 @@ def answer_all(test, vlm, tokenizer, head, device):
         for part in batches(todo, prepare, failed):
             try:
                 answer(part)
-            except (Exception, SystemExit) as e:
-                if len(part) == 1:
-                    failed(part[0][0], e)
-                    continue
+            except (Exception, SystemExit):
                 for one in part:  # find out whose failure it is; a batch too large for the memory also ends here
                     try:
                         answer([one])
