@@ -439,8 +439,9 @@ def write_report():
         "data, teacher-forced. A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. p is "
         "McNemar's, exact, over the questions of all seeds, not corrected for the number of tests. \"Yes\" and \"no\" mean that "
         "the interval excludes zero, \"undecided\" that it does not. "
-        f"Revisions: {', '.join(revisions)}.", "", *diagnosis(lines), *main, "", *by_category(lines), *variance,
-        *interventions, *budget, "", *costs(lines), *[x for section in beyond for x in section], "", *scarcity(lines), ""]
+        + f"Revisions: {', '.join(revisions)}." * bool(revisions), "", *diagnosis(lines), *main, "", *by_category(lines),
+        *variance, *interventions, *budget, "", *costs(lines), *[x for section in beyond for x in section], "",
+        *scarcity(lines), ""]
     write_then_rename(results + ".md", lambda p: p.write_text("\n".join(text)))
     print(f"wrote {results}.md: {len(some)} runs")
 
