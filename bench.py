@@ -13,7 +13,6 @@ With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with rand
 
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -113,11 +112,7 @@ def report_side(f, n, where):
         start = clock()
         f()
         times.append(clock() - start)
-    if where.type == "cuda":
-        gib = torch.cuda.max_memory_allocated() / 2**30
-    else:  # not ru_maxrss, which begins at what the parent process held
-        gib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
-    print(json.dumps({"s": statistics.median(times), "gib": gib}))
+    print(json.dumps({"s": statistics.median(times), "gib": train.peak_memory(where) / 2**30}))
 
 
 # --- (a) sampling

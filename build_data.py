@@ -43,7 +43,8 @@ from eval import (BENCHMARKS, answered, boxed, extract_answer, images_of, is_cor
                   normalise)
 from fit_pca import spread
 from model import (LATENT_SPAN, RESERVED, TAG_ORDER, TAGS, append, check_choices, grid_features, key_of, load_examples,
-                   load_processor, load_vlm, open_append, open_image, override, pick_device, read_lines, write_then_rename)
+                   load_processor, load_vlm, open_append, open_image, override, pick_device, read_lines, write_lines,
+                   write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 out = "data"
@@ -257,11 +258,6 @@ def run_stage(name, rows, work, settings, rejects="rejects.jsonl"):
     if unanswered:
         print(f"  run the same command again to ask once more for the {len(unanswered)} without an answer")
     return kept
-
-
-def write_lines(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_then_rename(path, lambda p: p.write_bytes(text.encode()))
 
 
 def data_files():

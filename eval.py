@@ -39,7 +39,7 @@ from tqdm import tqdm
 from model import (HEAD_FILE, INTERVENTIONS, LATENT_SPAN, RESERVED, append, check_choices, clock, encode, generate,
                    grid_features, key_of, load_examples, load_head, load_latents_file, load_processor, load_vlm, open_append,
                    open_image, override, pick_device, rank_and_world, read_lines, read_safetensors, save_latents_file, see,
-                   seed_of, to_text, versions, weight_stamps, write_then_rename)
+                   seed_of, to_text, versions, weight_stamps, write_lines, write_then_rename)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
@@ -1056,8 +1056,7 @@ def score(test, predictions):
         scores["judge"] = {"url": judge_url, "model": judge_model, "judged": sum("judgement" in row for row in judged)}
 
     fields = ("id", "category", "answer", "extracted", "method", "correct", "truncated", "tokens", "latents", "error", "raw")
-    lines = [json.dumps({k: row[k] for k in fields if k in row}, ensure_ascii=False) + "\n" for row in graded]
-    write_then_rename(test.out / "scored.jsonl", lambda p: p.write_text("".join(lines)))
+    write_lines(test.out / "scored.jsonl", [{k: row[k] for k in fields if k in row} for row in graded])
     record = {"settings": test.settings, "key": test.key, "missing": len(missing), "versions": versions()} | scores
     write_then_rename(test.out / "metrics.json", lambda p: p.write_text(json.dumps(record, indent=1)))
     s = test.settings

@@ -106,6 +106,12 @@ def write_then_rename(path, write):
     os.replace(tmp, path)
 
 
+def write_lines(path, rows):
+    """Write a JSONL file at once."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_then_rename(path, lambda p: p.write_bytes(text.encode()))
+
+
 def read_lines(path):
     """Rows of an append-only JSONL file; a last line cut off by a kill (no newline) is left out."""
     rows = []

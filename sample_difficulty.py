@@ -10,7 +10,6 @@ what the base solves. The prompt and its image are run once a question; its samp
 A killed run goes on where it stopped: each rank appends to its own file, and the last to finish merges them.
 """
 
-import json
 import math
 from collections import Counter
 from datetime import timedelta
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from eval import extract_answer, is_correct
 from model import (append, check_choices, generate, key_of, load_examples, load_processor, load_vlm, make_prompts,
                    open_append, override, pick_device, rank_and_world, read_lines, seed_of, to_text, weight_stamps,
-                   write_then_rename)
+                   write_lines)
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
@@ -118,8 +117,7 @@ def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them."""
     found = {r["id"]: r for p in [out, *part_files()] for r in read_lines(p)}
     merged = [found[row["id"]] for row in rows]
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in merged)
-    write_then_rename(out, lambda p: p.write_text(text))
+    write_lines(out, merged)
     for p in part_files():
         p.unlink()
     return merged
