@@ -33,7 +33,7 @@ base_folder = "toy/base"
 base_scale = 1.0  # of the number of steps
 base_batch = 30
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
-first_phase = 0  # 1: go on from the base_folder that the first phase left
+first_phase = 0  # 1, 2: go on from the base_folder that the phases before it left
 threads = 2
 # ---------------------------------------------------------------------------------------------------
 
@@ -191,15 +191,18 @@ def lesson(kind, rng):
     names, path = new_path(rng, rng.randint(2, 4) if "any" in kind else 1)
     answer = f"<answer> {answer_of(board, path)} </answer>"
     if "think" in kind:
-        return board, None, question_of(names, path), [
-            (f"<think> Follow the dot. <parser> {PARSER} </parser> </think>", 0), (" " + answer, 1)]
+        words = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
+        words = words[: rng.randint(1, len(words))] if "part" in kind else words
+        return board, None, question_of(names, path), [(" ".join(words), 0), (" " + answer, 1)]
     return board, None, question_of(names, path), [(answer, 1)]
 
 
-PHASES = [  # (steps, the lessons of a batch in turn): first to see, to name places and to move once, then to read storyboards
-    # and to try questions of any length, at which it stays at chance
+PHASES = [  # (steps, the lessons of a batch in turn): first to see, to name places and to move once; then to read storyboards and
+    # to try questions of any length, at which it stays at chance; then to move once after any part of the think text too, as
+    # a real model can: difficulty-aware data trains what the base solves at once to be answered after that text
     (5000, ["look", "look", "where", "steplook", "steplook", "question", "question", "dots", "dotlook", "step"]),
     (800, ["look", "dotlook", "dotlook", "steplook", "question", "think", "any", "dots", "think any", "step"]),
+    (1300, ["look", "dotlook", "part think", "part think", "question", "think", "dots", "part think", "part think", "think"]),
 ]
 
 
