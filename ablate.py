@@ -29,7 +29,7 @@ base = "toy/base"
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
 val_data = "out/ablate/toy/val.jsonl"
 test_data = "out/ablate/toy/test.jsonl"
-out = "out/ablate"  # working files: targets and PCA are kept, checkpoints and answers deleted after each run
+out = "out/ablate"  # working files, a folder a base: targets and PCA are kept, checkpoints and answers deleted after each run
 results = "results/toy"  # .jsonl and .md
 examples = 1000  # few enough to be off the ceiling: with 6,000 GAP solves everything
 seeds = "1,2,3"
@@ -104,9 +104,9 @@ def first_lines(n):
     return str(path)
 
 
-def fitted(file, fit):
-    """The folder of targets and PCA for a data file and settings of fit_pca.py, made once."""
-    folder = Path(out) / f"pca-{key_of(fit | {'base': base, 'args': fit_args}, file)}"
+def fitted(work, file, fit):
+    """The folder in `work` of targets and PCA for a data file and settings of fit_pca.py, made once."""
+    folder = work / f"pca-{key_of(fit | {'args': fit_args}, file)}"
     if not (folder / "pca.safetensors").exists():
         call("fit_pca.py", fit_args, base=base, data=file, val_data=val_data, out=folder, **fit)
     return folder
@@ -124,16 +124,16 @@ def answers(folder, rows):
         field: every[field] for field in ("tokens", "latents", "opened_latents", "n_truncated")}
 
 
-def one_run(folder, settings, seed, file, rows):
+def one_run(work, folder, settings, seed, file, rows):
     """Train, answer under every evaluation, probe, all under `folder`: what a line of results says of the run."""
     model, line, run = folder / "model", {}, settings["run"]
     if run is None:
         model = base
     else:
         own = {k: v for k, v in run.items() if k not in FIT and k != "examples"}
-        pca = fitted(file, {k: v for k, v in run.items() if k in FIT})
+        pca = fitted(work, file, {k: v for k, v in run.items() if k in FIT})
         call("train.py", train_args, **{"base": base, "data": file, "val_data": val_data, "pca": pca, "out": model, "seed": seed,
-                                        "difficulty": Path(out) / "difficulty.jsonl", "eval_every": 10**9} | own)
+                                        "difficulty": work / "difficulty.jsonl", "eval_every": 10**9} | own)
         first, *log = read_lines(model / "log.jsonl") or [{}]
         if not log:
             raise SystemExit(f"{model / 'log.jsonl'} holds no steps of this run; delete {folder} to train it again")
@@ -164,7 +164,8 @@ def run_all():
     if unknown := set(wanted) - set(names):
         raise SystemExit(f"only={only!r}: no such run {sorted(unknown)[0]!r}; there are: {', '.join(names)}")
     done = lambda: {(line["name"], line["seed"], line["key"]) for line in read_lines(results + ".jsonl")}  # noqa: E731
-    difficulty = Path(out) / "difficulty.jsonl"
+    work = Path(out) / weights  # another base, other targets and difficulties
+    difficulty = work / "difficulty.jsonl"
     if not difficulty.exists():  # whole counts, which decide every tau
         call("sample_difficulty.py", sample_args, base=base, data=data, out=difficulty, early_stop=False)
     todo = []
@@ -183,8 +184,8 @@ def run_all():
             if (name, seed, key) in done():  # by another sitting, meanwhile
                 continue
             line = {"name": name, "seed": seed, "key": key, "sitting": sitting, "settings": settings_for(name)}
-            folder = Path(out) / f"{key}-{seed}"
-            line |= one_run(folder, settings_for(name), seed, file, rows)
+            folder = work / f"{key}-{seed}"
+            line |= one_run(work, folder, settings_for(name), seed, file, rows)
             append(f, json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.4g}")))  # four digits are enough
             shutil.rmtree(folder)
             write_report()

@@ -88,7 +88,8 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     sizes = {c: n for c, (n, _) in lines[0]["evals"]["clean"]["right"].items()}
     assert sizes == {"1 moves": 5, "2 moves": 3, "3 moves": 2, "4 moves": 2}
     assert lines[1]["settings"]["examples"] == 32 and len((world / "train-32.jsonl").read_text().splitlines()) == 32
-    assert not [f for f in (tmp_path / "out").iterdir() if f.is_dir() and not f.name.startswith("pca-")]  # no checkpoint stays
+    work, = (tmp_path / "out").iterdir()  # one base
+    assert not [f for f in work.iterdir() if f.is_dir() and not f.name.startswith("pca-")]  # no checkpoint stays
     (tmp_path / "r" / "toy.jsonl").open("a").write('{"name": "te')  # killed while it wrote
     text = run("ablate.py", *args, "--only=text", "--seeds=1,2")
     again = read_lines(tmp_path / "r" / "toy.jsonl")
