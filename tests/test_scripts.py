@@ -13,7 +13,7 @@ from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 
 import eval as evaluate
-from model import load_examples, read_lines
+from model import encode, generate, load_examples, load_processor, load_vlm, read_lines, see, strip_latents, to_text
 from sample_difficulty import is_solved, needs_latents
 
 
@@ -60,6 +60,21 @@ def training(stages, **change):
 
 
 TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, sometimes
+
+
+def test_toy_base_moves_once_in_both_formats(world):
+    """Difficulty-aware data holds that what the base solves at once it can also say after the text of a stripped example."""
+    vlm, tokenizer = load_vlm(TOY)
+    processor = load_processor(TOY, 56 * 56, 1280 * 28 * 28)
+    found = {}
+    for row in load_examples(world / "test.jsonl"):
+        text = strip_latents(row["response"]).partition(" <answer>")[0]
+        prompts = [encode(vlm, tokenizer, processor, row), encode(vlm, tokenizer, processor, row, response=text)]
+        prompts[1] |= {"ids": prompts[1]["ids"][:-1], "pos": prompts[1]["pos"][:, :-1]}  # open: without the end token
+        answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
+        right = [evaluate.extract_answer(to_text(tokenizer, a["ids"]))[0] == row["answer"] for a, in answers]
+        found.setdefault(row["category"] == "1 moves", []).append(right)
+    assert all(map(all, found[True])) and sum(map(sum, found[False])) <= 1  # the hard ones in neither
 
 
 def sampling(base, world, out, **change):
