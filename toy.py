@@ -33,7 +33,7 @@ base_folder = "toy/base"
 base_scale = 1.0  # of the number of steps
 base_batch = 30
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
-first_phase = 0  # 1, 2: go on from the base_folder that the phases before it left
+first_phase = 0  # 1 to 3: go on from the base_folder that the phases before it left
 threads = 2
 # ---------------------------------------------------------------------------------------------------
 
@@ -120,6 +120,11 @@ def new_path(rng, n_moves):
     return names, path
 
 
+def storyboard(path):
+    """The places of the four dots: after each of the last moves, the start standing in where there are fewer."""
+    return [path[max(0, len(path) - 4 + k)] for k in range(4)]
+
+
 def question_of(names, path):
     return f"Start at {PLACES[path[0]]}. Moves: {', '.join(names)}. Which two pieces does the dot reach last?"
 
@@ -137,9 +142,8 @@ def write_split(folder, split, n):
         for i in tqdm(range(n), desc=split, unit="example"):
             board, n_moves = new_board(rng), (1, 2, 3, 4, 1)[i % 5]
             names, path = new_path(rng, n_moves)
-            dots = [path[max(0, n_moves - 3 + k)] for k in range(4)]
             tile([draw_cell(board[p], p) for p in range(9)], 3).save(images / f"{i}.png")
-            tile([draw_panel(p) for p in dots], 2).save(images / f"{i}-aux.png")
+            tile([draw_panel(p) for p in storyboard(path)], 2).save(images / f"{i}-aux.png")
             answer = answer_of(board, path)
             think = f"<think> Follow the dot. <latent></latent> <parser> {PARSER} </parser> </think>"
             f.write(json.dumps({
@@ -188,21 +192,25 @@ def lesson(kind, rng):
         return None, dots, "Where are the dots?", [("".join(f" {PLACES[p]}," for p in dots), 1)]
     if kind == "dotlook":
         return board, dots, "Which pieces are under the dots?", [("".join(f"{name[p]}," for p in dots), 1)]
-    names, path = new_path(rng, rng.randint(2, 4) if "any" in kind else 1)
+    names, path = new_path(rng, rng.randint(2, 4) if "any" in kind else rng.randint(1, 4) if "shown" in kind else 1)
+    dots = storyboard(path) if "shown" in kind else None
     answer = f"<answer> {answer_of(board, path)} </answer>"
     if "think" in kind:
         words = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
         words = words[: rng.randint(1, len(words))] if "part" in kind else words
-        return board, None, question_of(names, path), [(" ".join(words), 0), (" " + answer, 1)]
-    return board, None, question_of(names, path), [(answer, 1)]
+        return board, dots, question_of(names, path), [(" ".join(words), 0), (" " + answer, 1)]
+    return board, dots, question_of(names, path), [(answer, 1)]
 
 
-PHASES = [  # (steps, the lessons of a batch in turn): first to see, to name places and to move once; then to read storyboards and
-    # to try questions of any length, at which it stays at chance; then to move once after any part of the think text too, as
-    # a real model can: difficulty-aware data trains what the base solves at once to be answered after that text
+PHASES = [  # (steps, the lessons of a batch in turn). First to see, to name places and to move once
     (5000, ["look", "look", "where", "steplook", "steplook", "question", "question", "dots", "dotlook", "step"]),
+    # to read storyboards, and to try questions of any length, at which it stays at chance
     (800, ["look", "dotlook", "dotlook", "steplook", "question", "think", "any", "dots", "think any", "step"]),
+    # to move once after any part of the think text: difficulty-aware data has what the base solves at once answered after it
     (1300, ["look", "dotlook", "part think", "part think", "question", "think", "dots", "part think", "part think", "think"]),
+    # to answer from a storyboard that it is shown: latents in the space of its vision embeddings rest on its reading those
+    (1500, ["dotlook", "shown", "part think", "shown", "question", "think", "shown", "shown", "shown part think",
+            "shown think"]),
 ]
 
 
