@@ -31,7 +31,7 @@ val_data = "out/ablate/toy/val.jsonl"
 test_data = "out/ablate/toy/test.jsonl"
 out = "out/ablate"  # working files, a folder a base: targets and PCA are kept, checkpoints and answers deleted after each run
 results = "results/toy"  # .jsonl and .md
-examples = 1000  # few enough to be off the ceiling: with 6,000 GAP solves everything
+examples = 250  # few enough to be off the ceiling: with 1,000 every latent method solves nearly everything
 seeds = "1,2,3"
 only = ""  # names of runs, with commas between
 report = False  # run nothing
@@ -48,7 +48,7 @@ FIT = ("K", "mode", "retained", "basis", "centre")  # settings of fit_pca.py; th
 NO_DA = {"difficulty": ""}
 MAIN = {"text": {"method": "text"}, "output": {"method": "output"} | NO_DA, "LH": {"method": "lh"} | NO_DA,
         "LH+DA": {"method": "lh"}, "LH+PCA": NO_DA, "GAP": {}}
-SIZES = (250, 4000, 16000)
+SIZES = (1000, 4000, 16000)
 RUNS = [  # groups, most important first: what differs from GAP; None is no training
     {"base": None} | MAIN,
     {"random basis": {"basis": "random"}, "no mean": {"centre": False}, "matched full head": {"method": "matched"},
@@ -67,8 +67,8 @@ RUNS = [  # groups, most important first: what differs from GAP; None is no trai
 EVALS = {kind: {"intervention": kind} for kind in ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")} | {
     "clean": {"save_latents": True}, "EMA": {"ema_beta": 0.9}, "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one": {"batch": 1, "limit": 50}}  # the last is timed
-MORE = {"GAP": ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped"), "output": ("EMA", "oracle"),
-        "LH": ("oracle",), "LH+DA": ("oracle", "EMA"), "LH+PCA": ("oracle",)}
+INTERVENTIONS = ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped")
+MORE = dict.fromkeys(("LH", "LH+DA", "LH+PCA", "GAP"), ("oracle",)) | {"output": ("EMA", "oracle"), "GAP n=1000": INTERVENTIONS}
 
 # ---------------------------------------------------------------------------------------------------
 # running
@@ -84,10 +84,15 @@ def call(script, extra, **settings):
         raise SystemExit(f"{' '.join(command)} with {settings} failed:\n{done.stdout[-3000:]}")
 
 
+def evals_of(name):
+    """The evaluations of a run: clean, what MORE has for it or for its method at any size, and the timed one."""
+    return ["clean", *MORE.get(name, MORE.get(name.partition(" n=")[0], ())), "one by one"]
+
+
 def settings_for(name):
     """What determines a run, its seed and files apart."""
     run = next(group[name] for group in RUNS if name in group)
-    return {"run": run, "examples": (run or {}).get("examples", examples), "evals": ["clean", *MORE.get(name, ()), "one by one"],
+    return {"run": run, "examples": (run or {}).get("examples", examples), "evals": evals_of(name),
             "sample_args": sample_args, "fit_args": fit_args, "train_args": train_args, "eval_args": eval_args}
 
 
@@ -321,11 +326,16 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       "wide head 99%": ""}, "GAP",
      [("95 % beats 85 %", "GAP", "retained 85%"), ("95 % beats 90 %", "GAP", "retained 90%"),
       ("85 % beats the full head", "retained 85%", "LH+DA")]),
-    ("Interventions on GAP's latents", "7B: mean of two",
-     {"base": "68.31", "text": "68.79", "GAP/zero": "70.33", "GAP/noise": "69.69", "GAP": "72.13", "GAP/mean": "",
-      "GAP/shuffle": "", "GAP/oracle": "", "GAP/oracle_pca": "", "LH+DA/oracle": "", "output/oracle": ""}, "GAP",
-     [("clean beats noise", "GAP", "GAP/noise"), ("clean beats zero", "GAP", "GAP/zero"),
-      ("zero beats noise", "GAP/zero", "GAP/noise"), ("zero beats dense-caption SFT", "GAP/zero", "text")]),
+    ("Interventions on GAP's latents, 1,000 examples", "7B: mean of two",
+     {"base": "68.31", "text n=1000": "68.79", "GAP n=1000/zero": "70.33", "GAP n=1000/noise": "69.69", "GAP n=1000": "72.13",
+      "GAP n=1000/mean": "", "GAP n=1000/shuffle": "", "GAP n=1000/oracle": "", "GAP n=1000/oracle_pca": ""}, "GAP n=1000",
+     [("clean beats noise", "GAP n=1000", "GAP n=1000/noise"), ("clean beats zero", "GAP n=1000", "GAP n=1000/zero"),
+      ("zero beats noise", "GAP n=1000/zero", "GAP n=1000/noise"),
+      ("zero beats dense-caption SFT", "GAP n=1000/zero", "text n=1000")]),
+    ("The real auxiliary features in place of the latents", "",
+     {"output/oracle": "", "LH/oracle": "", "LH+DA/oracle": "", "LH+PCA/oracle": "", "GAP": "", "GAP/oracle": ""}, "GAP",
+     [("better latents would help GAP", "GAP/oracle", "GAP"), ("better latents would help LH+PCA", "LH+PCA/oracle", "LH+PCA"),
+      ("GAP reads real features as well as LH+PCA", "GAP/oracle", "LH+PCA/oracle")]),
     ("Latent budget (the toy's picture has four cells: 36 is too many)", "7B: Avg-3 at 0, 4, 16, 36, 64, 144",
      {"text": "66.03", "K=1": "", "GAP": "67.56", "K=9": "", "K=16": "69.11", "K=36": "69.22; 64: 68.68; 144: 67.91",
       "LH+DA": "", "LH+DA K=16": "", "LH+DA K=36": ""}, "GAP",
@@ -346,10 +356,10 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       ("the guess-aware rule beats tau = 0 on the easy questions", "guess-aware", "GAP", "easy"),
       ("keeping the parser text helps", "GAP", "parser dropped")]),
     ("Training choices", "", {"GAP": "lambda = 1, pool, teacher forcing", "lambda=0.1": "", "lambda=10": "", "resize": "",
-                              "scheduled sampling": "", "GAP/parser skipped": "at inference only",
+                              "scheduled sampling": "", "GAP n=1000": "", "GAP n=1000/parser skipped": "at inference only",
                               "no parser text": "neither in training"}, "GAP",
      [("scheduled sampling helps", "scheduled sampling", "GAP"),
-      ("a model trained with the parser text needs it at inference", "GAP", "GAP/parser skipped"),
+      ("a model trained with the parser text needs it at inference", "GAP n=1000", "GAP n=1000/parser skipped"),
       ("the parser text helps", "GAP", "no parser text")]),
 ]
 
@@ -407,7 +417,7 @@ def by_category(lines):
 def costs(lines):
     """Speed against the text run of the same seed and sitting; tokens and latents an answer."""
     rows = []
-    for name in ("text", "output", "LH+DA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP/parser skipped", "no parser text"):
+    for name in ("text", "output", "LH+DA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP n=1000/parser skipped", "no parser text"):
         run = name.partition("/")[0]
         same = [(line, lines["text"][s]) for s, line in lines.get(run, {}).items() if s in lines.get("text", {})
                 and line["sitting"] == lines["text"][s]["sitting"]]

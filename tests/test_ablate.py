@@ -44,7 +44,7 @@ def test_every_row_and_claim_names_a_run():
     for _, _, rows, reference, claims in ablate.SCORES:
         for what in (*rows, reference, *(x for claim in claims for x in claim[1:3])):
             name, _, kind = what.partition("/")
-            assert name in names and (kind or "clean") in ("clean", *ablate.MORE.get(name, ()))
+            assert name in names and (kind or "clean") in ablate.evals_of(name)
 
 
 def line(name, seed, right):
