@@ -49,18 +49,20 @@ NO_DA = {"difficulty": ""}
 MAIN = {"text": {"method": "text"}, "output": {"method": "output"} | NO_DA, "LH": {"method": "lh"} | NO_DA,
         "LH+DA": {"method": "lh"}, "LH+PCA": NO_DA, "GAP": {}}
 SIZES = (1000, 4000, 16000)
-RUNS = [  # groups, most important first: what differs from GAP; None is no training
+RUNS = [  # groups, most important first: settings of train.py and fit_pca.py; None is no training
     {"base": None} | MAIN,
-    {"random basis": {"basis": "random"}, "no mean": {"centre": False}, "matched full head": {"method": "matched"},
-     "frozen linear head": {"method": "frozen"}, "wide head": {"method": "wide"}},
+    # what asks about the head is asked of LH + PCA: with latents everywhere, seeds differ least
+    {name: NO_DA | run for name, run in {
+        "random basis": {"basis": "random"}, "no mean": {"centre": False}, "matched full head": {"method": "matched"},
+        "frozen linear head": {"method": "frozen"}, "wide head": {"method": "wide"}}.items()},
+    {f"retained {share:.0%}": NO_DA | {"retained": share} for share in (0.85, 0.90, 0.99)} | {
+        "wide head 99%": NO_DA | {"method": "wide", "retained": 0.99}},
     *({f"{name} n={n}": MAIN[name] | {"examples": n} for name in ("GAP", "LH+DA", "LH+PCA", "LH", "text", "output")}
       for n in SIZES),
-    {f"retained {share:.0%}": {"retained": share} for share in (0.85, 0.90, 0.99)} | {
-        "wide head 99%": {"method": "wide", "retained": 0.99}},
-    {f"K={K}": {"K": K} for K in (1, 9, 16, 36)} | {f"LH+DA K={K}": MAIN["LH+DA"] | {"K": K} for K in (16, 36)},
-    {"resize": {"mode": "resize"}, "scheduled sampling": {"scheduled_sampling": True}, "parser dropped": {"keep_parser": False},
-     "no parser text": {"write_parser": False}},
-    {"lambda=0.1": {"lambda_latent": 0.1}, "lambda=10": {"lambda_latent": 10.0}},
+    {f"K={K}": NO_DA | {"K": K} for K in (1, 9, 16, 36)} | {f"LH K={K}": MAIN["LH"] | {"K": K} for K in (16, 36)},
+    {"resize": NO_DA | {"mode": "resize"}, "scheduled sampling": NO_DA | {"scheduled_sampling": True},
+     "no parser text": NO_DA | {"write_parser": False}, "parser dropped": {"keep_parser": False}},
+    {"lambda=0.1": NO_DA | {"lambda_latent": 0.1}, "lambda=10": NO_DA | {"lambda_latent": 10.0}},
     # the toy has no options, but a guess is right once in 72: the guess-aware rule wants two of eight, which is tau = 1/8
     {"guess-aware": {"tau": 0.125}, "tau=0.25": {"tau": 0.25}, "tau=0.5": {"tau": 0.5}},
 ]
@@ -321,11 +323,11 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       ("EMA calibration helps output-as-input", "output/EMA", "output"),
       ("difficulty-aware data helps the full head, all questions", "LH+DA", "LH", "all"),
       ("difficulty-aware data helps the PCA head, all questions", "GAP", "LH+PCA", "all")]),
-    ("Retained variance", "7B: Avg-3",
-     {"LH+DA": "67.40", "retained 85%": "67.63", "retained 90%": "67.69", "GAP": "69.22", "retained 99%": "", "wide head": "",
-      "wide head 99%": ""}, "GAP",
-     [("95 % beats 85 %", "GAP", "retained 85%"), ("95 % beats 90 %", "GAP", "retained 90%"),
-      ("85 % beats the full head", "retained 85%", "LH+DA")]),
+    ("Retained variance (here without difficulty-aware data)", "7B: Avg-3",
+     {"LH": "67.40", "retained 85%": "67.63", "retained 90%": "67.69", "LH+PCA": "69.22", "retained 99%": "", "wide head": "",
+      "wide head 99%": ""}, "LH+PCA",
+     [("95 % beats 85 %", "LH+PCA", "retained 85%"), ("95 % beats 90 %", "LH+PCA", "retained 90%"),
+      ("85 % beats the full head", "retained 85%", "LH")]),
     ("Interventions on GAP's latents, 1,000 examples", "7B: mean of two",
      {"base": "68.31", "text n=1000": "68.79", "GAP n=1000/zero": "70.33", "GAP n=1000/noise": "69.69", "GAP n=1000": "72.13",
       "GAP n=1000/mean": "", "GAP n=1000/shuffle": "", "GAP n=1000/oracle": "", "GAP n=1000/oracle_pca": ""}, "GAP n=1000",
@@ -336,31 +338,32 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
      {"output/oracle": "", "LH/oracle": "", "LH+DA/oracle": "", "LH+PCA/oracle": "", "GAP": "", "GAP/oracle": ""}, "GAP",
      [("better latents would help GAP", "GAP/oracle", "GAP"), ("better latents would help LH+PCA", "LH+PCA/oracle", "LH+PCA"),
       ("GAP reads real features as well as LH+PCA", "GAP/oracle", "LH+PCA/oracle")]),
-    ("Latent budget (the toy's picture has four cells: 36 is too many)", "7B: Avg-3 at 0, 4, 16, 36, 64, 144",
-     {"text": "66.03", "K=1": "", "GAP": "67.56", "K=9": "", "K=16": "69.11", "K=36": "69.22; 64: 68.68; 144: 67.91",
-      "LH+DA": "", "LH+DA K=16": "", "LH+DA K=36": ""}, "GAP",
-     [("four latents beat none", "GAP", "text"), ("four beat one", "GAP", "K=1"), ("too many cost", "GAP", "K=36"),
-      ("with 16 the PCA head beats the full one", "K=16", "LH+DA K=16"),
-      ("with 36 the PCA head beats the full one", "K=36", "LH+DA K=36")]),
-    ("Controls that the paper lacks", "what differs from GAP",
-     {"GAP": "", "random basis": "a random orthonormal basis of the same k", "no mean": "mu = 0",
-      "matched full head": "d -> m -> d with as many weights as GAP's head", "LH+DA": "d -> d -> d",
-      "wide head": "c = P_k^T h + an MLP d -> d -> k", "frozen linear head": "c = P_k^T h, nothing trained in it"}, "GAP",
-     [("the PCA basis beats a random one", "GAP", "random basis"), ("the mean helps", "GAP", "no mean"),
-      ("GAP beats a full head of as many weights", "GAP", "matched full head"),
-      ("training the head helps", "GAP", "frozen linear head"),
-      ("at the full head's capacity, the subspace helps", "wide head", "LH+DA")]),
+    ("Latent budget (the toy's picture has four cells: 36 is too many; here without difficulty-aware data)",
+     "7B: Avg-3 at 0, 4, 16, 36, 64, 144",
+     {"text": "66.03", "K=1": "", "LH+PCA": "67.56", "K=9": "", "K=16": "69.11", "K=36": "69.22; 64: 68.68; 144: 67.91",
+      "LH": "", "LH K=16": "", "LH K=36": ""}, "LH+PCA",
+     [("four latents beat none", "LH+PCA", "text"), ("four beat one", "LH+PCA", "K=1"), ("too many cost", "LH+PCA", "K=36"),
+      ("with 16 the PCA head beats the full one", "K=16", "LH K=16"),
+      ("with 36 the PCA head beats the full one", "K=36", "LH K=36")]),
+    ("Controls that the paper lacks (without difficulty-aware data)", "what differs from LH+PCA",
+     {"LH+PCA": "", "random basis": "a random orthonormal basis of the same k", "no mean": "mu = 0",
+      "matched full head": "d -> m -> d with as many weights as the PCA head", "LH": "d -> d -> d",
+      "wide head": "c = P_k^T h + an MLP d -> d -> k", "frozen linear head": "c = P_k^T h, nothing trained in it"}, "LH+PCA",
+     [("the PCA basis beats a random one", "LH+PCA", "random basis"), ("the mean helps", "LH+PCA", "no mean"),
+      ("the PCA head beats a full head of as many weights", "LH+PCA", "matched full head"),
+      ("training the head helps", "LH+PCA", "frozen linear head"),
+      ("at the full head's capacity, the subspace helps", "wide head", "LH")]),
     ("Which questions get latents", "", {"GAP": "tau = 0", "guess-aware": "tau = 1/8 here", "tau=0.25": "", "tau=0.5": "",
                                          "LH+PCA": "tau = 1: all", "parser dropped": "of the stripped examples"}, "GAP",
      [("the guess-aware rule beats tau = 0", "guess-aware", "GAP"),
       ("the guess-aware rule beats tau = 0 on the easy questions", "guess-aware", "GAP", "easy"),
       ("keeping the parser text helps", "GAP", "parser dropped")]),
-    ("Training choices", "", {"GAP": "lambda = 1, pool, teacher forcing", "lambda=0.1": "", "lambda=10": "", "resize": "",
-                              "scheduled sampling": "", "GAP n=1000": "", "GAP n=1000/parser skipped": "at inference only",
-                              "no parser text": "neither in training"}, "GAP",
-     [("scheduled sampling helps", "scheduled sampling", "GAP"),
-      ("a model trained with the parser text needs it at inference", "GAP n=1000", "GAP n=1000/parser skipped"),
-      ("the parser text helps", "GAP", "no parser text")]),
+    ("Training choices (without difficulty-aware data)", "",
+     {"LH+PCA": "lambda = 1, pool, teacher forcing", "lambda=0.1": "", "lambda=10": "", "resize": "", "scheduled sampling": "",
+      "no parser text": "neither in training nor after", "GAP n=1000": "", "GAP n=1000/parser skipped": "at inference only"},
+     "LH+PCA",
+     [("scheduled sampling helps", "scheduled sampling", "LH+PCA"), ("the parser text helps", "LH+PCA", "no parser text"),
+      ("a model trained with the parser text needs it at inference", "GAP n=1000", "GAP n=1000/parser skipped")]),
 ]
 
 
@@ -417,7 +420,8 @@ def by_category(lines):
 def costs(lines):
     """Speed against the text run of the same seed and sitting; tokens and latents an answer."""
     rows = []
-    for name in ("text", "output", "LH+DA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP n=1000/parser skipped", "no parser text"):
+    for name in ("text", "output", "LH", "LH+PCA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP n=1000/parser skipped",
+                 "no parser text"):
         run = name.partition("/")[0]
         same = [(line, lines["text"][s]) for s, line in lines.get(run, {}).items() if s in lines.get("text", {})
                 and line["sitting"] == lines["text"][s]["sitting"]]
