@@ -293,8 +293,7 @@ def sentences(lines, claims, paper):
     whole = (f"The toy agrees with the paper on {n['yes']} of {len(found)} findings, disagrees on {n['no']}" if paper else
              f"Of {len(found)} expectations {n['yes']} hold here, {n['no']} do not")
     whole += f"; {n['undecided']} undecided" + f", {n['not run yet']} not run yet." * bool(n["not run yet"])
-    return [whole.rstrip(".") + ".", "", *(f"- {text}: **{verdict(d)}**" + (f", {shown(d)}, seeds: {d[3]}" if d else "")
-                                           for text, d in found)]
+    return [whole.rstrip(".") + ".", "", *(f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d[3]}" for text, d in found if d)]
 
 
 def markdown(head, rows):
@@ -303,13 +302,17 @@ def markdown(head, rows):
 
 def accuracy_table(lines, rows, reference, paper):
     """Rows {run or run/evaluation: the paper's number}: accuracies, and the difference on hard questions to a reference."""
-    cells = []
+    cells, absent = [], [what for what in rows if what.partition("/")[0] not in lines]
     for what, number in rows.items():
+        if what in absent:
+            continue
         d = difference(lines, what, reference) if what != reference else None
-        p = f"{paired_p(lines, what, reference):.2g}" if d else ""
+        p = paired_p(lines, what, reference) if d else None
+        p = "" if p is None else f"{p:.2g}" if p > 1e-99 else "< 1e-99"
         cells.append([what, len(lines.get(what.partition("/")[0], {})), *(mean_sd(values(lines, what, m).values()) for m in
                       ("hard", "easy", "val_r2")), shown(d) if d else "", p, number])
-    return markdown(["run", "seeds", "hard", easy or "easy", "R2", f"hard, minus {reference}", "p", paper], cells)
+    return [*markdown(["run", "seeds", "hard", easy or "easy", "R2", f"hard, minus {reference}", "p", paper], cells),
+            *[f"Not run yet: {', '.join(absent)}.", ""] * bool(absent)]
 
 
 SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, [(finding or expectation, more, less)])
@@ -372,10 +375,11 @@ def diagnosis(lines):
     rows = []
     for name in ("base", "text", "output", "LH", "LH+DA", "LH+PCA", "GAP"):
         cell = lambda path, digits: mean_sd(values(lines, name, f"probe.{path}").values(), digits)  # noqa: B023, E731
+        beside = lambda a, b, digits: f"{cell(a, digits)} ({cell(b, digits)})" if cell(a, digits) else ""  # noqa: B023, E731
         rows.append([name, *(f"{cell(f'growth.{x}.before', 1)}; {cell(f'growth.{x}.after', 1)}" for x in ("text", "image")),
                      cell("predicted.mean_log", 2), cell("real.mean_log", 2), cell("predicted.inside", 3),
-                     *(f"{cell(f'predicted.{x}', 2)} ({cell(f'real.{x}', 2)})" for x in ("effective_rank", "cosine")),
-                     cell("agreement.r2", 3), f"{cell('agreement.retrieval_at_1', 3)} ({cell('agreement.chance', 3)})"])
+                     *(beside(f"predicted.{x}", f"real.{x}", 2) for x in ("effective_rank", "cosine")),
+                     cell("agreement.r2", 3), beside("agreement.retrieval_at_1", "agreement.chance", 3)])
     rows.append(["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""])
     return ["## Diagnosis", "", "Norms as multiples of the input embeddings' before and after the final norm; natural "
             "logarithms of L2 norms; the share of the latents' energy in the PCA subspace; rank and cosine of an example's "
@@ -390,8 +394,8 @@ def diagnosis(lines):
 
 def scarcity(lines):
     """Accuracy by number of training examples, and where the PCA head pays."""
-    sizes = sorted({*SIZES, examples})
     at = lambda name, n: name if n == examples else f"{name} n={n}"  # noqa: E731
+    sizes = [n for n in sorted({*SIZES, examples}) if any(at(name, n) in lines for name in MAIN)]
     rows = [[name, *(mean_sd(values(lines, at(name, n)).values()) for n in sizes)] for name in MAIN]
     where_it_pays = []
     for a, b in (("GAP", "LH+DA"), ("LH+PCA", "LH")):
@@ -423,6 +427,8 @@ def costs(lines):
     for name in ("text", "output", "LH", "LH+PCA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP n=1000/parser skipped",
                  "no parser text"):
         run = name.partition("/")[0]
+        if run not in lines:
+            continue
         same = [(line, lines["text"][s]) for s, line in lines.get(run, {}).items() if s in lines.get("text", {})
                 and line["sitting"] == lines["text"][s]["sitting"]]
         ratio = lambda f: mean_sd([f(a) / f(b) for a, b in same], 2)  # noqa: E731

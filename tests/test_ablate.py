@@ -73,7 +73,7 @@ def test_differences_and_verdicts():
     claims = [("x", "GAP", "LH+DA", "hard"), ("y", "GAP", "LH", "hard"), ("z", "GAP", "LH+DA", "easy")]
     said = ablate.sentences(lines, claims, True)
     assert said[0] == "The toy agrees with the paper on 0 of 3 findings, disagrees on 1; 1 undecided, 1 not run yet."
-    assert said[2].startswith("- x: **undecided**, +0.500 [") and said[3] == "- y: **not run yet**" and "**no**" in said[4]
+    assert said[2].startswith("- x: **undecided**, +0.500 [") and said[3].startswith("- z: **no**") and len(said) == 4
 
 
 def test_table_grows_over_sittings(tmp_path, base, world):
