@@ -35,6 +35,7 @@ examples = 250  # few enough to be off the ceiling: with 1,000 every latent meth
 seeds = "1,2,3"
 only = ""  # names of runs, with commas between
 report = False  # run nothing
+interventions_at = 1000  # training examples of the GAP run whose latents are intervened on; 0: the main one (7B)
 easy = "1 moves"  # the category reported apart, which needs no latents; "" for none
 launch = ""  # "": this python; 7B: torchrun --nproc-per-node 8
 sample_args = ""  # further --key=value of sample_difficulty.py; 7B: --dtype=bfloat16 --max_new_tokens=2048 --batch=16
@@ -69,8 +70,8 @@ RUNS = [  # groups, most important first: settings of train.py and fit_pca.py; N
 EVALS = {kind: {"intervention": kind} for kind in ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")} | {
     "clean": {"save_latents": True}, "EMA": {"ema_beta": 0.9}, "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one": {"batch": 1, "limit": 50}}  # the last is timed
-INTERVENTIONS = ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped")
-MORE = dict.fromkeys(("LH", "LH+DA", "LH+PCA", "GAP"), ("oracle",)) | {"output": ("EMA", "oracle"), "GAP n=1000": INTERVENTIONS}
+MORE = dict.fromkeys(("LH", "LH+DA", "LH+PCA", "GAP"), ("oracle",)) | {
+    "output": ("EMA", "oracle"), "GAP*": ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped")}
 
 # ---------------------------------------------------------------------------------------------------
 # running
@@ -86,9 +87,15 @@ def call(script, extra, **settings):
         raise SystemExit(f"{' '.join(command)} with {settings} failed:\n{done.stdout[-3000:]}")
 
 
+def sized(name):
+    """The run that a name in SCORES or MORE means: a star stands for `interventions_at` examples."""
+    return name.replace("*", f" n={interventions_at}" if interventions_at else "")
+
+
 def evals_of(name):
     """The evaluations of a run: clean, what MORE has for it or for its method at any size, and the timed one."""
-    return ["clean", *MORE.get(name, MORE.get(name.partition(" n=")[0], ())), "one by one"]
+    more = MORE["GAP*"] if name == sized("GAP*") else MORE.get(name.partition(" n=")[0], ())
+    return ["clean", *more, "one by one"]
 
 
 def settings_for(name):
@@ -331,12 +338,12 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       "wide head 99%": ""}, "LH+PCA",
      [("95 % beats 85 %", "LH+PCA", "retained 85%"), ("95 % beats 90 %", "LH+PCA", "retained 90%"),
       ("85 % beats the full head", "retained 85%", "LH")]),
-    ("Interventions on GAP's latents, 1,000 examples", "7B: mean of two",
-     {"base": "68.31", "text n=1000": "68.79", "GAP n=1000/zero": "70.33", "GAP n=1000/noise": "69.69", "GAP n=1000": "72.13",
-      "GAP n=1000/mean": "", "GAP n=1000/shuffle": "", "GAP n=1000/oracle": "", "GAP n=1000/oracle_pca": ""}, "GAP n=1000",
-     [("clean beats noise", "GAP n=1000", "GAP n=1000/noise"), ("clean beats zero", "GAP n=1000", "GAP n=1000/zero"),
-      ("zero beats noise", "GAP n=1000/zero", "GAP n=1000/noise"),
-      ("zero beats dense-caption SFT", "GAP n=1000/zero", "text n=1000")]),
+    ("Interventions on GAP's latents", "7B: mean of two",
+     {"base": "68.31", "text*": "68.79", "GAP*/zero": "70.33", "GAP*/noise": "69.69", "GAP*": "72.13",
+      "GAP*/mean": "", "GAP*/shuffle": "", "GAP*/oracle": "", "GAP*/oracle_pca": ""}, "GAP*",
+     [("clean beats noise", "GAP*", "GAP*/noise"), ("clean beats zero", "GAP*", "GAP*/zero"),
+      ("zero beats noise", "GAP*/zero", "GAP*/noise"),
+      ("zero beats dense-caption SFT", "GAP*/zero", "text*")]),
     ("The real auxiliary features in place of the latents", "",
      {"output/oracle": "", "LH/oracle": "", "LH+DA/oracle": "", "LH+PCA/oracle": "", "GAP": "", "GAP/oracle": ""}, "GAP",
      [("better latents would help GAP", "GAP/oracle", "GAP"), ("better latents would help LH+PCA", "LH+PCA/oracle", "LH+PCA"),
@@ -363,10 +370,10 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       ("keeping the parser text helps", "GAP", "parser dropped")]),
     ("Training choices (without difficulty-aware data)", "",
      {"LH+PCA": "lambda = 1, pool, teacher forcing", "lambda=0.1": "", "lambda=10": "", "resize": "", "scheduled sampling": "",
-      "no parser text": "neither in training nor after", "GAP n=1000": "", "GAP n=1000/parser skipped": "at inference only"},
+      "no parser text": "neither in training nor after", "GAP*": "", "GAP*/parser skipped": "at inference only"},
      "LH+PCA",
      [("scheduled sampling helps", "scheduled sampling", "LH+PCA"), ("the parser text helps", "LH+PCA", "no parser text"),
-      ("a model trained with the parser text needs it at inference", "GAP n=1000", "GAP n=1000/parser skipped")]),
+      ("a model trained with the parser text needs it at inference", "GAP*", "GAP*/parser skipped")]),
 ]
 
 
@@ -424,7 +431,7 @@ def by_category(lines):
 def costs(lines):
     """Speed against the text run of the same seed and sitting; tokens and latents an answer."""
     rows = []
-    for name in ("text", "output", "LH", "LH+PCA", "GAP", "K=1", "K=9", "K=16", "K=36", "GAP n=1000/parser skipped",
+    for name in ("text", "output", "LH", "LH+PCA", "GAP", "K=1", "K=9", "K=16", "K=36", sized("GAP*/parser skipped"),
                  "no parser text"):
         run = name.partition("/")[0]
         if run not in lines:
@@ -450,7 +457,8 @@ def write_report():
     revisions = sorted({line["git"][:7] for line in some if "git" in line})
     sections = []
     for title, column, rows, reference, claims in SCORES:
-        sections.append(["", f"## {title}", *accuracy_table(lines, rows, reference, column),
+        rows, claims = {sized(what): x for what, x in rows.items()}, [(text, *map(sized, c)) for text, *c in claims]
+        sections.append(["", f"## {title}", *accuracy_table(lines, rows, sized(reference), column),
                          *sentences(lines, [(*c, "hard")[:4] for c in claims], column.startswith("7B"))])
     main, variance, interventions, budget, *beyond = sections
     text = [

@@ -43,7 +43,7 @@ def test_every_row_and_claim_names_a_run():
     assert len(names) == len(set(names))
     for _, _, rows, reference, claims in ablate.SCORES:
         for what in (*rows, reference, *(x for claim in claims for x in claim[1:3])):
-            name, _, kind = what.partition("/")
+            name, _, kind = ablate.sized(what).partition("/")
             assert name in names and (kind or "clean") in ablate.evals_of(name)
 
 
