@@ -138,9 +138,9 @@ def answers(folder, rows):
         field: every[field] for field in ("tokens", "latents", "opened_latents", "n_truncated")}
 
 
-def one_run(work, folder, settings, seed, file, rows):
+def one_run(folder, settings, seed, file, rows):
     """Train, answer under every evaluation, probe, all under `folder`: what a line of results says of the run."""
-    model, line, run = folder / "model", {}, settings["run"]
+    work, model, line, run = folder.parent, folder / "model", {}, settings["run"]
     if run is None:
         model = base
     else:
@@ -199,7 +199,7 @@ def run_all():
                 continue
             line = {"name": name, "seed": seed, "key": key, "sitting": sitting, "settings": settings_for(name)}
             folder = work / f"{key}-{seed}"
-            line |= one_run(work, folder, settings_for(name), seed, file, rows)
+            line |= one_run(folder, settings_for(name), seed, file, rows)
             append(f, json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.4g}")))  # four digits are enough
             shutil.rmtree(folder)
             write_report()
@@ -299,8 +299,8 @@ def sentences(lines, claims, paper):
     n = {word: sum(verdict(d) == word for _, d in found) for word in ("yes", "no", "undecided", "not run yet")}
     whole = (f"The toy agrees with the paper on {n['yes']} of {len(found)} findings, disagrees on {n['no']}" if paper else
              f"Of {len(found)} expectations {n['yes']} hold here, {n['no']} do not")
-    whole += f"; {n['undecided']} undecided" + f", {n['not run yet']} not run yet." * bool(n["not run yet"])
-    return [whole.rstrip(".") + ".", "", *(f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d[3]}" for text, d in found if d)]
+    whole += f"; {n['undecided']} undecided" + f", {n['not run yet']} not run yet" * bool(n["not run yet"])
+    return [whole + ".", "", *(f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d[3]}" for text, d in found if d)]
 
 
 def markdown(head, rows):
@@ -316,7 +316,7 @@ def accuracy_table(lines, rows, reference, paper):
         d = difference(lines, what, reference) if what != reference else None
         p = paired_p(lines, what, reference) if d else None
         p = "" if p is None else f"{p:.2g}" if p > 1e-99 else "< 1e-99"
-        cells.append([what, len(lines.get(what.partition("/")[0], {})), *(mean_sd(values(lines, what, m).values()) for m in
+        cells.append([what, len(lines[what.partition("/")[0]]), *(mean_sd(values(lines, what, m).values()) for m in
                       ("hard", "easy", "val_r2")), shown(d) if d else "", p, number])
     return [*markdown(["run", "seeds", "hard", easy or "easy", "R2", f"hard, minus {reference}", "p", paper], cells),
             *[f"Not run yet: {', '.join(absent)}.", ""] * bool(absent)]
@@ -436,7 +436,7 @@ def costs(lines):
         run = name.partition("/")[0]
         if run not in lines:
             continue
-        same = [(line, lines["text"][s]) for s, line in lines.get(run, {}).items() if s in lines.get("text", {})
+        same = [(line, lines["text"][s]) for s, line in lines[run].items() if s in lines.get("text", {})
                 and line["sitting"] == lines["text"][s]["sitting"]]
         ratio = lambda f: mean_sd([f(a) / f(b) for a, b in same], 2)  # noqa: E731
         rows.append([name, ratio(lambda x: x["steps_per_s"]) if run == name else "",

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, clock,
                    cross_entropy, embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append,
                    open_image, override, pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents,
-                   tower_fingerprint, versions, weight_stamps, write_then_rename)
+                   tower_fingerprint, versions, weight_stamps, write_lines)
 from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
@@ -404,8 +404,7 @@ def main():
               f"{total} steps, from {first}; {world} rank(s) on {device}")
         log = Path(out) / "log.jsonl"
         old = [row for row in read_lines(log) if row.get("step", 0) <= first] if first else []
-        text = "".join(json.dumps(row) + "\n" for row in old or [settings | versions() | {"world": world}])
-        write_then_rename(log, lambda p: p.write_text(text))
+        write_lines(log, old or [settings | versions() | {"world": world}])
         log = open_append(log)
 
     def sums(batches, counts, backward):
