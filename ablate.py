@@ -49,7 +49,7 @@ FIT = ("K", "mode", "retained", "basis", "centre")  # settings of fit_pca.py; th
 NO_DA = {"difficulty": ""}
 MAIN = {"text": {"method": "text"}, "output": {"method": "output"} | NO_DA, "LH": {"method": "lh"} | NO_DA,
         "LH+DA": {"method": "lh"}, "LH+PCA": NO_DA, "GAP": {}}
-SIZES = (1000, 4000, 16000)
+SIZES = (500, 1000, 4000, 16000)
 RUNS = [  # groups, most important first: settings of train.py and fit_pca.py; None is no training
     {"base": None} | MAIN,
     # what asks about the head is asked of LH + PCA: with latents everywhere, seeds differ least
@@ -429,21 +429,20 @@ def by_category(lines):
 
 
 def costs(lines):
-    """Speed against the text run of the same seed and sitting; tokens and latents an answer."""
+    """Speed against the text run of the same seed; tokens and latents an answer."""
     rows = []
     for name in ("text", "output", "LH", "LH+PCA", "GAP", "K=1", "K=9", "K=16", "K=36", sized("GAP*/parser skipped"),
                  "no parser text"):
         run = name.partition("/")[0]
         if run not in lines:
             continue
-        same = [(line, lines["text"][s]) for s, line in lines[run].items() if s in lines.get("text", {})
-                and line["sitting"] == lines["text"][s]["sitting"]]
+        same = [(line, lines["text"][s]) for s, line in lines[run].items() if s in lines.get("text", {})]
         ratio = lambda f: mean_sd([f(a) / f(b) for a, b in same], 2)  # noqa: E731
         rows.append([name, ratio(lambda x: x["steps_per_s"]) if run == name else "",
                      ratio(lambda x: x["ms_per_answer"]) if run == name else "",
                      *(mean_sd(values(lines, name, m).values(), 1) for m in ("tokens", "latents"))])
-    return ["## Cost", "", "Ratios to dense-caption SFT, same seed and sitting, one question at a time, in seconds of one CPU "
-            "thread on a shared machine: the counts are exact, the ratios are not. Paper: 36 latents take 1.61 times as long.",
+    return ["## Cost", "", "Ratios to dense-caption SFT of the same seed, one question at a time, in seconds on a shared "
+            "machine: the counts are exact, the ratios are not. Paper: 36 latents take 1.61 times as long.",
             *markdown(["run", "steps a second, ratio", "time an answer, ratio", "positions an answer", "of them latents"], rows)]
 
 
