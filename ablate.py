@@ -308,6 +308,10 @@ def markdown(head, rows):
     return ["", *("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]), ""]
 
 
+def not_run(names):
+    return [f"Not run yet: {', '.join(names)}.", ""] * bool(names)
+
+
 def accuracy_table(lines, rows, reference, paper):
     """Rows {run or run/evaluation: the paper's number}: accuracies, and the difference on hard questions to a reference."""
     cells, absent = [], [what for what in rows if what.partition("/")[0] not in lines]
@@ -320,7 +324,7 @@ def accuracy_table(lines, rows, reference, paper):
         cells.append([what, len(lines[what.partition("/")[0]]), *(mean_sd(values(lines, what, m).values()) for m in
                       ("hard", "easy", "val_r2")), shown(d) if d else "", p, number])
     return [*markdown(["run", "seeds", "hard", easy or "easy", "R2", f"hard, minus {reference}", "p", paper], cells),
-            *[f"Not run yet: {', '.join(absent)}.", ""] * bool(absent)]
+            *not_run(absent)]
 
 
 SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, [(finding or expectation, more, less)])
@@ -362,6 +366,7 @@ SCORES = [  # (title, the paper's column, {run: the paper's number}, reference, 
       ("the PCA head beats a full head of as many weights", "LH+PCA", "matched full head"),
       ("training the head helps", "LH+PCA", "frozen linear head"),
       ("at the full head's capacity, the subspace helps", "wide head", "LH"),
+      ("the same with 99 % of the variance", "wide head 99%", "LH"),
       ("a full head beats output-as-input", "LH", "output"),
       ("with 500 examples a full head beats output-as-input", "LH n=500", "output n=500"),
       ("with 16 latents the PCA head beats the full one", "K=16", "LH K=16"),
@@ -422,7 +427,7 @@ def scarcity(lines):
         where_it_pays.append(f"- The PCA head in place of the full one ({a} against {b}) {found}.")
     return ["## Scarce data", "", "Hard questions by the number of training examples, at the same number of steps.",
             *markdown(["run", *(f"{n:,}" if n else "all" for n in sizes)], rows),
-            *where_it_pays]
+            *not_run([at(name, n) for n in SIZES for name in MAIN if at(name, n) not in lines]), *where_it_pays]
 
 
 def by_category(lines):
