@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -191,14 +190,13 @@ def run_all():
                     file = first_lines(settings_for(name)["examples"])
                     key = key_of(settings_for(name) | {"weights": weights}, file, test_data)
                     todo += [(name, int(seed), file, key)] * ((name, int(seed), key) not in done())
-    sitting = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with open_append(results + ".jsonl") as f:
         bar = tqdm(todo, unit="run", desc="ablate")
         for name, seed, file, key in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
             if (name, seed, key) in done():  # by another sitting, meanwhile
                 continue
-            line = {"name": name, "seed": seed, "key": key, "sitting": sitting, "settings": settings_for(name)}
+            line = {"name": name, "seed": seed, "key": key, "settings": settings_for(name)}
             folder = work / f"{key}-{seed}"
             line |= one_run(folder, settings_for(name), seed, file, rows)
             append(f, json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.4g}")))  # four digits are enough
@@ -448,8 +446,8 @@ def costs(lines):
         run = name.partition("/")[0]
         if run not in lines:
             continue
-        same = [(line, lines["text"][s]) for s, line in lines[run].items() if s in lines.get("text", {})]
-        ratio = lambda f: mean_sd([f(a) / f(b) for a, b in same], 2)  # noqa: E731
+        pairs = [(line, lines["text"][s]) for s, line in lines[run].items() if s in lines.get("text", {})]
+        ratio = lambda f: mean_sd([f(a) / f(b) for a, b in pairs], 2)  # noqa: E731
         rows.append([name, ratio(lambda x: x["steps_per_s"]) if run == name else "",
                      ratio(lambda x: x["ms_per_answer"]) if run == name else "",
                      *(mean_sd(values(lines, name, m).values(), 1) for m in ("tokens", "latents"))])

@@ -51,7 +51,7 @@ def line(name, seed, right):
     """A line of results for questions of two categories, right a string of 0 and 1 a category."""
     packed = {c: [len(b), f"{int(b, 2):x}"] for c, b in right.items()}
     cost = {"tokens": 40.0, "latents": 4.0, "opened_latents": 1.0, "n_truncated": 0}
-    return {"name": name, "seed": seed, "key": f"{name}{seed}", "sitting": "s", "settings": ablate.settings_for(name),
+    return {"name": name, "seed": seed, "key": f"{name}{seed}", "settings": ablate.settings_for(name),
             "git": "0123456", "steps_per_s": 2.0, "ms_per_answer": 10.0, "probe": {},
             "evals": {"clean": {"right": packed} | cost}}
 
