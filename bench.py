@@ -26,13 +26,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
 import toy
 import train
-from eval import extract_answer, is_correct
+from answers import extract_answer, is_correct
+from data import load_examples, open_image, pick_device, start
+from generate import generate, make_prompts, to_text
 from model import (
     IGNORE,
     LATENT_PAD,
@@ -44,17 +48,10 @@ from model import (
     embed,
     encode,
     encode_images,
-    generate,
     grid_features,
-    load_examples,
     load_processor,
     load_vlm,
-    make_prompts,
-    open_image,
-    override,
-    pick_device,
     positions,
-    to_text,
     tower_attention,
 )
 
@@ -97,12 +94,18 @@ def in_processes(part, name):
     """Run both sides of a part, each alone in a process so that its peak memory is its own, and print both ratios."""
     found = []
     for s in ("ours", "hf"):
-        done = subprocess.run([sys.executable, __file__, f"--only={part}", f"--side={s}", f"--threads={threads}"],
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, f"--only={part}", f"--side={s}", f"--threads={threads}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.append(json.loads(done.stdout.splitlines()[-1]))
     a, b = found
     print(f"{name:58} ours {a['s']:8.3f} s   HF {b['s']:8.3f} s   {b['s'] / a['s']:5.2f} x")
-    print(f"{f'({part}) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it")
+    print(
+        f"{f'({part}) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it"
+    )
 
 
 def report_side(f, n, where):
@@ -125,7 +128,9 @@ def hf_batch(vlm, tokenizer, processor, rows):
     left = lambda x, v: torch.cat([torch.full((T - len(x),), v), x])  # noqa: E731
     ids = torch.stack([left(e["ids"], tokenizer.pad_token_id) for e in examples])
     mask = torch.stack([left(torch.ones_like(e["ids"]), 0) for e in examples])
-    images = processor(images=[open_image(p) for row in rows for p in row["images"]], return_tensors="pt")
+    images = processor(
+        images=[open_image(p) for row in rows for p in row["images"]], return_tensors="pt"
+    )
     batch = {
         "input_ids": ids,
         "attention_mask": mask,
@@ -185,14 +190,18 @@ def sampling():
                 n_samples=8,
                 temperature=1.0,
                 seeds=list(range(8 * len(part))),
-                on_finish=lambda q, s, ids: is_correct(extract_answer(to_text(tokenizer, ids))[0], part[q]),
+                on_finish=lambda q, s, ids: is_correct(
+                    extract_answer(to_text(tokenizer, ids))[0], part[q]
+                ),
             )  # noqa: B023
 
     def theirs_job():
         for i in range(0, len(job), questions):
             part = job[i : i + questions]
             batch = hf_batch(vlm, tokenizer, small, part)
-            out = stock.generate(**batch, max_new_tokens=24, **kwargs)[:, batch["input_ids"].shape[1] :]
+            out = stock.generate(**batch, max_new_tokens=24, **kwargs)[
+                :, batch["input_ids"].shape[1] :
+            ]
             for j, ids in enumerate(out.tolist()):
                 is_correct(extract_answer(to_text(tokenizer, ids))[0], part[j // 8])
 
@@ -216,7 +225,9 @@ def narrow():
                 num_hidden_layers=4,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
+                rope_parameters=dict(
+                    rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]
+                ),
             ),
             vision_config=dict(
                 depth=4,
@@ -243,7 +254,9 @@ def narrow():
         "total_variance": 64.0,
     }
     rng = random.Random(0)
-    noise = lambda: Image.effect_noise((28 * rng.randrange(6, 20), 28 * rng.randrange(6, 20)), 60).convert("RGB")  # noqa: E731
+    noise = lambda: Image.effect_noise(
+        (28 * rng.randrange(6, 20), 28 * rng.randrange(6, 20)), 60
+    ).convert("RGB")  # noqa: E731
     images, aux = [noise() for _ in range(8)], [noise() for _ in range(8)]
     examples = []
     for image in images:
@@ -254,11 +267,15 @@ def narrow():
             + [at("<|vision_end|>")]
             + [rng.randrange(20, 400) for _ in range(40)]
         )
-        before, after = ([rng.randrange(20, 400) for _ in range(rng.randrange(20, 100))] for _ in range(2))
+        before, after = (
+            [rng.randrange(20, 400) for _ in range(rng.randrange(20, 100))] for _ in range(2)
+        )
         answer = [*before, at(LATENT_START), *[at(LATENT_PAD)] * 36, at("<|latent_end|>"), *after]
         ids, labels = (
             torch.tensor(ids + answer),
-            torch.tensor([IGNORE] * len(ids) + [IGNORE if t == at(LATENT_PAD) else t for t in answer]),
+            torch.tensor(
+                [IGNORE] * len(ids) + [IGNORE if t == at(LATENT_PAD) else t for t in answer]
+            ),
         )
         examples.append((ids, labels, image))
     return vlm.train(), tokenizer, processor, PCAHead(pca, 36), examples, aux
@@ -269,7 +286,9 @@ def training_side():
     vlm, tokenizer, processor, head, examples, aux = narrow()
     vlm.model.visual.config._attn_implementation = {"ours": TOWER_ATTENTION, "hf": "sdpa"}[side]
     latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
-    targets = grid_features(vlm, processor, aux, 36, "pool").detach().bfloat16()  # what fit_pca.py leaves on the disk
+    targets = (
+        grid_features(vlm, processor, aux, 36, "pool").detach().bfloat16()
+    )  # what fit_pca.py leaves on the disk
     params = [p for p in [*vlm.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
     pad = lambda xs, v: pad_sequence(xs, batch_first=True, padding_value=v)  # noqa: E731
@@ -277,13 +296,20 @@ def training_side():
     def ours():
         n = sum(int((labels != IGNORE).sum()) for _, labels, _ in examples)
         for part in train.micro_batches([len(ids) for ids, _, _ in examples], 1, 2048):
-            ids, labels = pad([examples[i][0] for i in part], 0), pad([examples[i][1] for i in part], IGNORE)
+            ids, labels = (
+                pad([examples[i][0] for i in part], 0),
+                pad([examples[i][1] for i in part], IGNORE),
+            )
             with torch.no_grad():
                 v, grids = encode_images(vlm, processor, [examples[i][2] for i in part])
-            pos = pad([positions(vlm, examples[i][0], [g]).T for i, g in zip(part, grids.tolist())], 0).permute(2, 0, 1)
+            pos = pad(
+                [positions(vlm, examples[i][0], [g]).T for i, g in zip(part, grids.tolist())], 0
+            ).permute(2, 0, 1)
             t = targets[part].flatten(0, 1)
             x = embed(vlm, ids, torch.cat(v), t, latent)
-            h = vlm.model.language_model(inputs_embeds=x, position_ids=pos, use_cache=False).last_hidden_state[:, :-1]
+            h = vlm.model.language_model(
+                inputs_embeds=x, position_ids=pos, use_cache=False
+            ).last_hidden_state[:, :-1]
             on = labels[:, 1:] != IGNORE
             ce = cross_entropy(h[on], labels[:, 1:][on], vlm.lm_head) / n
             (ce + head.squared_error(h[ids[:, 1:] == latent], t).sum() / (36 * 8 * 256)).backward()
@@ -296,7 +322,9 @@ def training_side():
         with torch.no_grad():
             v, grids = encode_images(vlm, processor, [e[2] for e in examples])
             t = grid_features(vlm, processor, aux, 36, "pool").flatten(0, 1)
-        pos, _ = vlm.model.get_rope_index(ids, (ids == vlm.config.image_token_id).int(), grids, attention_mask=mask)
+        pos, _ = vlm.model.get_rope_index(
+            ids, (ids == vlm.config.image_token_id).int(), grids, attention_mask=mask
+        )
         x = embed(vlm, ids, torch.cat(v), t, latent)
         out = vlm(
             inputs_embeds=x,
@@ -336,7 +364,9 @@ def latent_mode():
     }
     head = PCAHead(pca, 128).to(device).eval()
     text_only = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    all_but_start = [t for t in range(len(tokenizer)) if t != tokenizer.convert_tokens_to_ids(LATENT_START)]
+    all_but_start = [
+        t for t in range(len(tokenizer)) if t != tokenizer.convert_tokens_to_ids(LATENT_START)
+    ]
 
     def steps(suppress, intervention):
         stamps = []
@@ -354,7 +384,10 @@ def latent_mode():
 
     both = {"latent": [], "text": []}
     for i in range(repeats + 1):
-        for name, times in (("latent", steps(all_but_start, "clean")), ("text", steps(text_only, "zero"))):
+        for name, times in (
+            ("latent", steps(all_but_start, "clean")),
+            ("text", steps(text_only, "zero")),
+        ):
             both[name] += times if i else []
     a, b = (statistics.median(both[k]) for k in ("latent", "text"))
     name = f"(c) a decode step of {len(prompts)} rows, latent against text mode"
@@ -369,8 +402,14 @@ GRID_4K = (1, 250, 288)  # patches of an image of 4024 x 3503 px: 1,152 windows
 
 def make_tower(heads, dim, depth, full):
     """A tower of random weights with full attention in the layers `full`; 7B's has 16 heads of 80."""
-    config = Qwen2_5_VLVisionConfig(hidden_size=heads * dim, num_heads=heads, intermediate_size=heads * dim * 171 // 64,
-                                    depth=depth, fullatt_block_indexes=[*full], out_hidden_size=64)
+    config = Qwen2_5_VLVisionConfig(
+        hidden_size=heads * dim,
+        num_heads=heads,
+        intermediate_size=heads * dim * 171 // 64,
+        depth=depth,
+        fullatt_block_indexes=[*full],
+        out_hidden_size=64,
+    )
     return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
 
 
@@ -396,7 +435,9 @@ def window_attention(heads, dim, grid):
 
     def theirs():
         windows = zip(*(x.split(cu_seqlens.diff().tolist(), 2) for x in (q, k, v)))
-        return torch.cat([sdpa(layer, *w, None, scaling=dim**-0.5, is_causal=False)[0] for w in windows], 1)
+        return torch.cat(
+            [sdpa(layer, *w, None, scaling=dim**-0.5, is_causal=False)[0] for w in windows], 1
+        )
 
     return lambda: tower_attention(layer, q, k, v, None, dim**-0.5, 0.0, cu_seqlens)[0], theirs
 
@@ -408,13 +449,25 @@ def tower_side():
 
 
 def vision():
-    ragged = (1, 250, 286)  # the last window of each row is narrower: windows of one length are no neighbours
+    ragged = (
+        1,
+        250,
+        286,
+    )  # the last window of each row is narrower: windows of one length are no neighbours
     for heads, dim in ((4, 16), (16, 80)):
         for name, grid in (("4K", GRID_4K), ("4K, ragged", ragged)):
-            versus(f"(d) window attention alone, {name}, {heads} heads of {dim}", *window_attention(heads, dim, grid))
-    versus("(d) 4 window layers, 4K, 4 heads of 16", *forwards(make_tower(4, 16, 4, []).to(device), GRID_4K))
-    versus("(d) 3 window layers + 1 full, 640 tokens, 16 heads of 80",
-           *forwards(make_tower(16, 80, 4, [3]).to(device), (1, 32, 80)))
+            versus(
+                f"(d) window attention alone, {name}, {heads} heads of {dim}",
+                *window_attention(heads, dim, grid),
+            )
+    versus(
+        "(d) 4 window layers, 4K, 4 heads of 16",
+        *forwards(make_tower(4, 16, 4, []).to(device), GRID_4K),
+    )
+    versus(
+        "(d) 3 window layers + 1 full, 640 tokens, 16 heads of 80",
+        *forwards(make_tower(16, 80, 4, [3]).to(device), (1, 32, 80)),
+    )
     in_processes("d", "(d) 3 window layers + 1 full, 4K, 4 heads of 16, once")
 
 
@@ -422,45 +475,90 @@ def vision():
 
 
 TEXT = {
-    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
-    "7b-smoke": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+    "7b": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "7b-smoke": dict(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
 }
 
 
 def seven_b():
     """Absolute numbers of a model with random weights in bfloat16: decoding, and a training forward and backward."""
     if shape == "7b" and device.type != "cuda":
-        raise SystemExit("--shape=7b needs a CUDA GPU; this machine has none (7b-smoke runs the same code, small)")
+        raise SystemExit(
+            "--shape=7b needs a CUDA GPU; this machine has none (7b-smoke runs the same code, small)"
+        )
     tokenizer = toy.make_tokenizer()
     text = TEXT[shape] | {"vocab_size": 152064}
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    vision = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=64, out_hidden_size=text["hidden_size"])  # unused
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        num_heads=4,
+        intermediate_size=64,
+        out_hidden_size=text["hidden_size"],
+    )  # unused
     torch.set_default_dtype(torch.bfloat16)
     with device:
         vlm = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)).eval()
+            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)
+        ).eval()
     torch.set_default_dtype(torch.float32)
     lm = vlm.model.language_model
-    size = sum(p.numel() * p.element_size() for p in [*lm.layers.parameters(), *vlm.lm_head.parameters()])
+    size = sum(
+        p.numel() * p.element_size() for p in [*lm.layers.parameters(), *vlm.lm_head.parameters()]
+    )
 
-    prompts = [{"ids": torch.randint(20, 400, (512,)), "pos": torch.arange(512).expand(3, -1), "vision": None}] * 4
+    prompts = [
+        {
+            "ids": torch.randint(20, 400, (512,)),
+            "pos": torch.arange(512).expand(3, -1),
+            "vision": None,
+        }
+    ] * 4
     no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id, *range(151643, 152064)]
     for n_samples in (1, 8, 32):
         stamps = []
-        generate(vlm, None, tokenizer, prompts, max_new_tokens=64, n_samples=n_samples, suppress=no_stop,
-                 on_step=lambda *_: stamps.append(clock()))  # noqa: B023
+        generate(
+            vlm,
+            None,
+            tokenizer,
+            prompts,
+            max_new_tokens=64,
+            n_samples=n_samples,
+            suppress=no_stop,
+            on_step=lambda *_: stamps.append(clock()),
+        )  # noqa: B023
         s = statistics.median(b - a for a, b in zip(stamps[8:], stamps[9:]))
-        print(f"decode, {4 * n_samples:4} rows: {1e3 * s:8.2f} ms a step, {4 * n_samples / s:8.0f} tokens/s, "
-              f"weights read at {size / s / 1e12:.3f} TB/s")
+        print(
+            f"decode, {4 * n_samples:4} rows: {1e3 * s:8.2f} ms a step, {4 * n_samples / s:8.0f} tokens/s, "
+            f"weights read at {size / s / 1e12:.3f} TB/s"
+        )
 
     # 4 rows of 1,024 tokens, a quarter of them labels, checkpointed; gradients in bfloat16, no optimizer
     vlm.train()
     for i, layer in enumerate(lm.layers):
         lm.layers[i] = checkpoint_wrapper(layer)
-    ids, pos, times = torch.randint(20, 400, (4, 1024), device=device), torch.arange(1024, device=device).expand(3, 4, -1), []
+    ids, pos, times = (
+        torch.randint(20, 400, (4, 1024), device=device),
+        torch.arange(1024, device=device).expand(3, 4, -1),
+        [],
+    )
     for _ in range(repeats + 1):
         start = clock()
-        h = lm(inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False).last_hidden_state
+        h = lm(
+            inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False
+        ).last_hidden_state
         cross_entropy(h[:, 767:-1].flatten(0, 1), ids[:, 768:].flatten(), vlm.lm_head).backward()
         vlm.zero_grad()
         times.append(clock() - start)
@@ -469,7 +567,9 @@ def seven_b():
     tower = make_tower(heads, dim, depth, range(7, depth, 8)).to(device, torch.bfloat16)
     versus(f"the vision tower, {grid[1] * grid[2] // 4} tokens", *forwards(tower, grid))
     if device.type == "cuda":
-        print(f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(
+            f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        )
 
 
 def main():
@@ -489,5 +589,4 @@ def main():
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

@@ -19,7 +19,6 @@ import hashlib
 import html
 import io
 import json
-import math
 import os
 import random
 import re
@@ -39,12 +38,41 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from eval import (BENCHMARKS, answered, boxed, extract_answer, images_of, is_correct, is_refusal, load_benchmark,
-                  normalise)
-from fit_pca import spread
-from model import (LATENT_SPAN, RESERVED, TAG_ORDER, TAGS, append, check_choices, grid_features, key_of, load_examples,
-                   load_processor, load_vlm, open_append, open_image, override, pick_device, read_lines, write_lines,
-                   write_then_rename)
+from answers import extract_answer, is_correct, normalise
+from benchmarks import BENCHMARKS, images_of, load_benchmark
+from data import (
+    LATENT_SPAN,
+    RESERVED,
+    TAG_ORDER,
+    TAGS,
+    append,
+    check_choices,
+    key_of,
+    load_examples,
+    open_append,
+    open_image,
+    pick_device,
+    read_lines,
+    start,
+    write_lines,
+    write_then_rename,
+)
+from endpoint import answered, is_refusal
+from model import grid_features, load_processor, load_vlm, spread
+from pages import coloured, write_page
+from sources import (
+    COMPOSITION,
+    FIELDS,
+    NEEDED,
+    SOURCES,
+    SURROGATE,
+    Reject,
+    Unanswered,
+    clean,
+    in_our_tags,
+    source_of,
+    wrapped,
+)
 
 # ---------------------------------------------------------------------------------------------------
 out = "data"
@@ -66,9 +94,13 @@ bomb_pixels = 50_000_000  # an image of more is taken for a decompression bomb
 min_side = 28  # pixels: one merged vision token
 
 # synthesise
-teacher_url = os.environ.get("TEACHER_URL", "http://localhost:8000/v1")  # /chat/completions is appended
+teacher_url = os.environ.get(
+    "TEACHER_URL", "http://localhost:8000/v1"
+)  # /chat/completions is appended
 teacher_model = os.environ.get("TEACHER_MODEL", "Qwen2.5-VL-72B-Instruct")
-teacher_key = os.environ.get("TEACHER_KEY_NAME", "TEACHER_KEY")  # the *name* of the environment variable that holds the key
+teacher_key = os.environ.get(
+    "TEACHER_KEY_NAME", "TEACHER_KEY"
+)  # the *name* of the environment variable that holds the key
 image_url = os.environ.get("IMAGE_URL", "http://localhost:8001/v1")  # /images/edits is appended
 image_model = os.environ.get("IMAGE_MODEL", "Qwen-Image-Edit")
 image_key = os.environ.get("IMAGE_KEY_NAME", "IMAGE_KEY")
@@ -98,7 +130,10 @@ Answer: {answer}"""
 
 # filter
 need_parser = True  # an example with latents has a text that says what they mean
-parser_words_min, parser_words_max = 5, 200  # [ours; the paper filters by length and names no bounds]
+parser_words_min, parser_words_max = (
+    5,
+    200,
+)  # [ours; the paper filters by length and names no bounds]
 parser_repeats = 0.8  # Jaccard overlap of the parser's and the question's words from which it only repeats the question
 blank = 2.0  # grey levels: an auxiliary image whose standard deviation is below this is blank
 same_as_query = 8.0  # grey levels: the largest difference on a 64 x 64 grid below which it is the query image again
@@ -121,41 +156,15 @@ sheet = "data/sheet.html"
 n_sheet = 40
 # ---------------------------------------------------------------------------------------------------
 
-FIELDS = {  # for gap, teacher and qa: the columns that a field is looked for in, the first that is there counts.
-    # Of the release only `data_source` is known; put its real names here.
-    "images": ("images", "image", "image_path", "query_image", "query_images"),
-    "question": ("question", "query", "problem", "prompt"),
-    "answer": ("answer", "gold_answer", "gold", "ground_truth"),
-    "response": ("response", "teacher_response", "structured_response", "raw", "output", "completion"),
-    "aux_images": ("aux_images", "auxiliary_images", "aux_image", "auxiliary_image", "latent_images", "latent_image"),
-    "options": ("options", "choices"),
-    "category": ("data_source", "category", "dataset", "source"),
-}
-NEEDED = {"gap": ("images", "question", "response", "category"), "teacher": ("images", "question", "response"),
-          "qa": ("images", "question", "answer")}
-
-COMPOSITION = [  # the paper's Fig. 5, in its order: candidates after filtering; the release's train, validation, with latents
-    ("Visual CoT", 20000, 16449, 1812, 13608), ("chart", 7282, 6187, 671, 5831), ("GEOQA", 7057, 3760, 401, 1174),
-    ("MM Math", 5345, 1988, 246, 730), ("Zebra-CoT count", 2766, 832, 91, 134),
-    ("Zebra-CoT visual search", 2687, 2236, 280, 910), ("MathVision", 2032, 393, 44, 233), ("Geometry3K", 1082, 656, 79, 253),
-    ("CogCoM", 567, 401, 43, 376), ("ReFocus", 426, 358, 38, 282), ("Zebra-CoT geometry", 65, 19, 1, 17),
-]
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # decoded in this process; EPS would start another program
-SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of bytes that are no UTF-8
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+)  # decoded in this process; EPS would start another program
 LOCK = threading.Lock()
-
-
-class Reject(Exception):
-    """Why an item is left out: (reason, number, detail). The number is what a threshold was held against."""
-
-
-class Unanswered(Reject):
-    """An endpoint failed: the item is left out of this run, and tried again by the next."""
-
-
-# ---------------------------------------------------------------------------------------------------
-# items, finished items, results
 
 
 def read_items(path):
@@ -185,7 +194,9 @@ def read_items(path):
 def parse(load, text):
     """(value, "") or (None, what is wrong)."""
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit // 2)  # of a thousand brackets in each other; what passes can be written again from anywhere
+    sys.setrecursionlimit(
+        limit // 2
+    )  # of a thousand brackets in each other; what passes can be written again from anywhere
     try:
         value = load(text)
         if SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -195,11 +206,6 @@ def parse(load, text):
         return None, f"not JSON: {e}"
     finally:
         sys.setrecursionlimit(limit)
-
-
-def clean(text):
-    """One line of text that any file can hold."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:500]
 
 
 def each(work, items):
@@ -233,12 +239,22 @@ def run_stage(name, rows, work, settings, rejects="rejects.jsonl"):
             return {"key": key, "row": work(row)}
         except Reject as e:
             reason, number, detail = (*e.args, None, "")[:3]
-            line = {"key": key, "reject": {"id": clean(row["id"]), "reason": reason, "number": number, "detail": clean(detail)}}
+            line = {
+                "key": key,
+                "reject": {
+                    "id": clean(row["id"]),
+                    "reason": reason,
+                    "number": number,
+                    "detail": clean(detail),
+                },
+            }
             return line | {"again": True} if isinstance(e, Unanswered) else line
 
     todo = [(k, row) for k, row in zip(keys, rows) if k not in done]
     with open_append(path) as f:
-        for line in tqdm(each(one, todo), total=len(rows), initial=len(rows) - len(todo), desc=name, unit="item"):
+        for line in tqdm(
+            each(one, todo), total=len(rows), initial=len(rows) - len(todo), desc=name, unit="item"
+        ):
             if "again" not in line:
                 append(f, line)
                 done[line["key"]], in_a_row = line, 0
@@ -246,17 +262,26 @@ def run_stage(name, rows, work, settings, rejects="rejects.jsonl"):
             unanswered[line["key"]], in_a_row = line, in_a_row + 1
             if in_a_row == give_up:
                 reject = line["reject"]
-                raise SystemExit(f"{give_up} items in a row had no answer ({reject['reason']}: {reject['detail']}); what is "
-                                 "finished is kept: mend the endpoint and run the same command again")
+                raise SystemExit(
+                    f"{give_up} items in a row had no answer ({reject['reason']}: {reject['detail']}); what is "
+                    "finished is kept: mend the endpoint and run the same command again"
+                )
     lines = [done.get(k) or unanswered[k] for k in keys]
-    kept, rejected = [line["row"] for line in lines if "row" in line], [line["reject"] for line in lines if "reject" in line]
+    kept, rejected = (
+        [line["row"] for line in lines if "row" in line],
+        [line["reject"] for line in lines if "reject" in line],
+    )
     write_lines(Path(out) / rejects, rejected)
     write_lines(Path(out) / f"{name}.jsonl", kept)
     print(f"{name}: kept {len(kept)} of {len(rows)}, rejected {len(rejected)}")
     for reason, n in Counter(r["reason"] for r in rejected).most_common():
-        print(f"  {n:7} {reason:34} e.g. {next(r['id'] for r in rejected if r['reason'] == reason)}")
+        print(
+            f"  {n:7} {reason:34} e.g. {next(r['id'] for r in rejected if r['reason'] == reason)}"
+        )
     if unanswered:
-        print(f"  run the same command again to ask once more for the {len(unanswered)} without an answer")
+        print(
+            f"  run the same command again to ask once more for the {len(unanswered)} without an answer"
+        )
     return kept
 
 
@@ -267,7 +292,9 @@ def data_files():
         raise SystemExit("data='' names no file; give --data=FILE or several with commas between")
     for path in paths:
         if not path.is_file() or path.resolve().parent != Path(out).resolve():
-            raise SystemExit(f"{path}: no such file in out={out!r}; a file from elsewhere comes in by `convert`")
+            raise SystemExit(
+                f"{path}: no such file in out={out!r}; a file from elsewhere comes in by `convert`"
+            )
     return paths
 
 
@@ -279,7 +306,10 @@ def load_data():
             if row["id"] in seen:
                 raise SystemExit(f"{path}: id {row['id']!r} occurs in several of {data}")
             seen.add(row["id"])
-            rows.append(row | {f: [os.path.relpath(p, out) for p in row[f]] for f in ("images", "aux_images")})
+            rows.append(
+                row
+                | {f: [os.path.relpath(p, out) for p in row[f]] for f in ("images", "aux_images")}
+            )
     return draw_rows(rows)
 
 
@@ -288,10 +318,6 @@ def draw_rows(rows):
     if not limit or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-
-
-# ---------------------------------------------------------------------------------------------------
-# images: nothing outside `folder` is read, nothing is decoded before its size is known
 
 
 def read_inside(folder, name):
@@ -305,7 +331,12 @@ def read_inside(folder, name):
         if (size := path.stat().st_size) > max_bytes:
             raise Reject("image file too large", size, name)
         return path.read_bytes()
-    except (OSError, ValueError, RuntimeError, TypeError) as e:  # NUL bytes, endless names, links in circles, no string at all
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as e:  # NUL bytes, endless names, links in circles, no string at all
         raise Reject("unreadable path", None, f"{clean(name)}: {e}") from None
 
 
@@ -316,14 +347,18 @@ def decode(content):
         width, height = image.size
         if width * height > bomb_pixels:
             raise Reject("image has too many pixels", width * height, f"{width} x {height}")
-        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a phone's photo with a preview
+        if image.format != "MPO" and getattr(
+            image, "is_animated", False
+        ):  # MPO: a phone's photo with a preview
             raise Reject("animated image")
         image.load()
         kind = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(image.format, "")
         as_is = kind and image.mode in ("RGB", "L") and not image.has_transparency_data
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.has_transparency_data:  # on white, as a reader sees it; RGB alone would show what lies beneath
+        elif (
+            image.has_transparency_data
+        ):  # on white, as a reader sees it; RGB alone would show what lies beneath
             layer = image.convert("RGBA")
             image = Image.new("RGB", image.size, "white")
             image.paste(layer, mask=layer.getchannel("A"))
@@ -341,7 +376,9 @@ def check_size(image):
     if low < min_side:
         raise Reject("image too small", low, f"{image.width} x {image.height}")
     if high > 200 * low:
-        raise Reject("image too narrow for the processor", high // low, f"{image.width} x {image.height}")
+        raise Reject(
+            "image too narrow for the processor", high // low, f"{image.width} x {image.height}"
+        )
     return image
 
 
@@ -365,141 +402,43 @@ def store(content, image, suffix):
 def stand_in(image, box):
     """The auxiliary image that a box gives, by the rule `draw`. The box (x1, y1, x2, y2) is in pixels or in shares of 1."""
     size = np.tile(image.size, 2)
-    inside = np.clip(np.array(box) * (size if max(box) <= 1.1 else 1), 0, size)  # shares reach 1.002 in Visual-CoT
+    inside = np.clip(
+        np.array(box) * (size if max(box) <= 1.1 else 1), 0, size
+    )  # shares reach 1.002 in Visual-CoT
     if (inside[2:] - inside[:2]).min() < 2:
-        raise Reject("box is empty or outside the image", None, f"{box} in {image.width} x {image.height}")
-    margin = crop_margin * np.tile(inside[2:] - inside[:2], 2) * (-1, -1, 1, 1) if draw == "crop" else 0
+        raise Reject(
+            "box is empty or outside the image", None, f"{box} in {image.width} x {image.height}"
+        )
+    margin = (
+        crop_margin * np.tile(inside[2:] - inside[:2], 2) * (-1, -1, 1, 1) if draw == "crop" else 0
+    )
     low, high = np.clip(np.rint(inside + margin), 0, size).astype(int).reshape(2, 2)
     if draw == "outline":
         image = image.copy()
-        ImageDraw.Draw(image).rectangle((*low, *(high - 1)), outline="red", width=max(2, max(image.size) // 200))
+        ImageDraw.Draw(image).rectangle(
+            (*low, *(high - 1)), outline="red", width=max(2, max(image.size) // 200)
+        )
         return image
     part = image.crop((*low, *high))
     scale = max(1, crop_side / max(part.size), min_side / min(part.size))
-    return check_size(part.resize((round(part.width * scale), round(part.height * scale)), Image.BICUBIC))
-
-
-# ---------------------------------------------------------------------------------------------------
-# convert: each source's layout to {"images", "question", "answer", "response", "aux", "category"}, where images are paths (or
-# encoded bytes) and aux holds paths, bytes, or boxes (tuples) of the first image. A row of another layout
-# raises KeyError or its like.
-
-MARKS = re.compile(r"(?:<latent>\s*)?<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>(?:\s*</latent>)?"  # the teacher
-                   r"|<abs_vis_token>\s*</abs_vis_token>|<lvr>|<latent>\s*</latent>")  # Monet, LVR, ours
-ROI = re.compile(r"\s*Please (?:think step by step and )?provide the bounding box coordinate of the region that can help you "
-                 r"answer the question better\.\s*$")
-BOXED_SUFFIX = re.compile(r"\s*Put your final answer within \\boxed\{\}\.?\s*$")
-
-
-def box_of(values):
-    """(x1, y1, x2, y2), finite floats. Raises ValueError or TypeError for anything else."""
-    x1, y1, x2, y2 = map(float, values)
-    if not math.isfinite(x1 + y1 + x2 + y2):
-        raise ValueError("a box with a number that is not finite")
-    return x1, y1, x2, y2
-
-
-def text_of(value):
-    """A field that must hold text; numbers are text too."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"expected text, found {type(value).__name__}")
-    return str(value).strip()
-
-
-def in_our_tags(text):
-    """A tagged response with its source's marks as spans; what stands around <think> ... </answer> is cut off."""
-    text = MARKS.sub(LATENT_SPAN, text).replace("<observation>", "<parser>").replace("</observation>", "</parser>")
-    whole = re.search(r"<think>.*</answer>", text, re.DOTALL)
-    return whole[0] if whole else text
-
-
-def wrapped(text, answer):
-    """A response from a source that has no tags of its own but an answer's."""
-    text = re.sub(r"</?think>|<answer>.*?(?:</answer>|$)", "", in_our_tags(text), flags=re.DOTALL).strip()
-    return f"<think> {text} </think> <answer> {answer} </answer>"
-
-
-def listed(value):
-    return [] if value is None or value == "" else value if isinstance(value, list) else [value]
-
-
-def from_table(item):
-    """gap (the authors' release), teacher (raw responses) and qa (questions to synthesise for): columns found by FIELDS."""
-    row = {field: next((item[c] for c in columns if item.get(c) is not None), None) for field, columns in FIELDS.items()}
-    answer = text_of(row["answer"] if row["answer"] is not None else extract_answer(text_of(row["response"]))[0])
-    return {"images": listed(row["images"]), "question": text_of(row["question"]), "answer": answer,
-            "response": wrapped("", answer) if row["response"] is None else in_our_tags(text_of(row["response"])),
-            "aux": listed(row["aux_images"]), "category": text_of(row["category"] or source),
-            **({"options": [text_of(o) for o in listed(row["options"])]} if row["options"] else {})}
-
-
-def from_monet(item):
-    """Monet-SFT-125K: chat turns in which <abs_vis_token></abs_vis_token> stands before each image of the assistant."""
-    turns = {role: [part for turn in item["data"] if turn["role"] == role for part in turn["content"]]
-             for role in ("user", "assistant")}
-    images = {role: [part["image"].replace("created_dataset/filtered_data/", "") for part in parts if part["type"] == "image"]
-              for role, parts in turns.items()}
-    question, text = ("\n".join(part["text"] for part in turns[role] if part["type"] == "text") for role in turns)
-    if (answer := boxed(text)) is None:
-        raise Reject("no \\boxed answer", None, text[-200:])
-    return {"images": images["user"], "question": BOXED_SUFFIX.sub("", question), "answer": answer.strip(),
-            "response": wrapped(text, answer.strip()), "aux": images["assistant"],
-            "category": f"monet_{item['metadata']['dataset_name']}"}
-
-
-def from_viscot(item):
-    """Visual-CoT: viscot_363k.json (the box after ### in the second image path) or metadata/*_cot_train.jsonl (bboxs)."""
-    if "conversations" in item:
-        turns = [turn["value"] for turn in item["conversations"]]
-        path, question, answer = item["image"][0], turns[0], turns[3]
-        box = json.loads(item["image"][1].partition("###")[2])
-    else:
-        folder = "textvqa" if item["dataset"] == "textcap" else item["dataset"]  # the two share their images
-        path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
-        width, height = item["width"], item["height"]
-        box = [v / side for v, side in zip(item["bboxs"][0], (width, height, width, height), strict=True)]
-    answer = text_of(answer)
-    return {"images": [path], "question": ROI.sub("", question), "answer": answer,
-            "response": wrapped(LATENT_SPAN, answer), "aux": [box_of(box)], "category": "Visual_CoT"}
-
-
-def from_lvr(item):
-    """LVR: LLaVA's conversations, <lvr> for each box in `bboxes` (shares of the image's sides)."""
-    question, text = (item["conversations"][i]["value"] for i in (0, 1))
-    answer = extract_answer(text)[0] or ""
-    return {"images": listed(item["image"]), "question": question, "answer": answer,
-            "response": wrapped(text, answer), "aux": [box_of(box) for box in item["bboxes"]],
-            "category": f"lvr_{item['dataset']}"}
-
-
-def from_zebra(item):
-    """Zebra-CoT as JSONL: the trace names its images; image columns hold a path, or {"bytes": base64} as parquet exports do."""
-    def picture(name):
-        cell = item[name]
-        if isinstance(cell, dict):
-            return base64.b64decode(cell["bytes"], validate=True) if cell.get("bytes") else cell["path"]
-        return cell
-
-    mark = re.compile(r"(?:<image_start>\s*)?\[(problem|reasoning)_image_(\d+)\](?:\s*<image_end>)?")
-    trace = re.sub(r"THOUGHT\s+\d+:\s*", "", item["Text Reasoning Trace"])
-    aux = [picture(f"reasoning_image_{k}") for kind, k in mark.findall(trace) if kind == "reasoning"]
-    trace = mark.sub(lambda m: LATENT_SPAN if m[1] == "reasoning" else "", trace)
-    answer = text_of(item["Final Answer"])
-    columns = sorted((c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]), key=lambda c: int(c[14:]))
-    return {"images": [picture(c) for c in columns], "question": mark.sub("", item["Question"]), "answer": answer,
-            "response": wrapped(trace, answer), "aux": aux, "category": "Zebra_CoT"}
-
-
-SOURCES = {"gap": from_table, "teacher": from_table, "qa": from_table, "monet": from_monet, "viscot": from_viscot,
-           "lvr": from_lvr, "zebra": from_zebra}
+    return check_size(
+        part.resize((round(part.width * scale), round(part.height * scale)), Image.BICUBIC)
+    )
 
 
 def check_example(row):
     """The checks of load_examples on one row. Raises Reject."""
     for field, kind in [(f, str) for f in ("id", "question", "answer", "response")] + [
-            (f, list) for f in ("images", "aux_images", "options") if f != "options" or f in row]:
-        if not isinstance(row.get(field), kind) or (kind is list and not all(isinstance(x, str) for x in row[field])):
-            raise Reject("field of another type", None, f"{field}: {row.get(field)!r}, expected {kind.__name__}")
+        (f, list) for f in ("images", "aux_images", "options") if f != "options" or f in row
+    ]:
+        if not isinstance(row.get(field), kind) or (
+            kind is list and not all(isinstance(x, str) for x in row[field])
+        ):
+            raise Reject(
+                "field of another type",
+                None,
+                f"{field}: {row.get(field)!r}, expected {kind.__name__}",
+            )
     for field in ("question", "answer", "images"):
         if not row[field]:
             raise Reject(f"{field} is empty")
@@ -507,13 +446,18 @@ def check_example(row):
         if found := RESERVED.search(row[field]):
             raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
     tags = "".join(TAGS.findall(row["response"]))
-    if not TAG_ORDER.fullmatch(tags) or not re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", row["response"], re.DOTALL):
+    if not TAG_ORDER.fullmatch(tags) or not re.fullmatch(
+        r"<think>.*</think>\s*<answer>.*</answer>", row["response"], re.DOTALL
+    ):
         raise Reject("tags missing or out of order", None, tags)
     if (spans := row["response"].count(LATENT_SPAN)) != tags.count("<latent>"):
         raise Reject("text inside a latent span", None, tags)
     if spans != len(row["aux_images"]):
-        raise Reject("spans and auxiliary images differ", spans - len(row["aux_images"]),
-                     f"{spans} spans, {len(row['aux_images'])} images")
+        raise Reject(
+            "spans and auxiliary images differ",
+            spans - len(row["aux_images"]),
+            f"{spans} spans, {len(row['aux_images'])} images",
+        )
 
 
 def convert_one(row):
@@ -526,7 +470,9 @@ def convert_one(row):
         raise Reject("another layout than the source's", None, f"{type(e).__name__}: {e}") from None
     names, aux = example.pop("images"), example.pop("aux")
     example["question"] = example["question"].replace("<image>", "").strip()
-    example = {"id": row["id"]} | example | {"images": ["?"] * len(names), "aux_images": ["?"] * len(aux)}
+    example = (
+        {"id": row["id"]} | example | {"images": ["?"] * len(names), "aux_images": ["?"] * len(aux)}
+    )
     check_example(example)  # before an image is written
 
     def picture(name):
@@ -534,9 +480,14 @@ def convert_one(row):
         return content, *decode(content)
 
     pictures = [picture(name) for name in names]
-    drawn = [(b"", stand_in(pictures[0][1], a), "") if isinstance(a, tuple) else picture(a) for a in aux]
-    return example | {"images": [store(*p) for p in pictures], "aux_images": [store(*p) for p in drawn],
-                      "category": label or example["category"]}
+    drawn = [
+        (b"", stand_in(pictures[0][1], a), "") if isinstance(a, tuple) else picture(a) for a in aux
+    ]
+    return example | {
+        "images": [store(*p) for p in pictures],
+        "aux_images": [store(*p) for p in drawn],
+        "category": label or example["category"] or source,
+    }
 
 
 def convert():
@@ -545,24 +496,42 @@ def convert():
         raise SystemExit(f"label={label!r} is no name for a file in {out}")
     paths = [path for path in sorted(glob.glob(files, recursive=True)) if os.path.isfile(path)]
     if not paths:
-        raise SystemExit(f"files={files!r} matches no file; give --files=FILE, or a pattern in quotes")
+        raise SystemExit(
+            f"files={files!r} matches no file; give --files=FILE, or a pattern in quotes"
+        )
     rows = []
     for path in tqdm(paths, desc="reading", unit="file"):
         folder = root or os.path.dirname(path) or "."
         name = os.path.relpath(path, folder)
-        rows += [{"id": clean(f"{label or source}/{name}:{n}"), "root": folder, "item": item, "error": error}
-                 for n, item, error in read_items(path)]
+        rows += [
+            {
+                "id": clean(f"{label or source}/{name}:{n}"),
+                "root": folder,
+                "item": item,
+                "error": error,
+            }
+            for n, item, error in read_items(path)
+        ]
     columns = {c for row in rows if isinstance(row["item"], dict) for c in row["item"]}
     for field in NEEDED.get(source, ()):
         if columns and not columns & set(FIELDS[field]):
-            raise SystemExit(f"{files}: no column for {field!r}: looked for {', '.join(FIELDS[field])}; found "
-                             f"{', '.join(sorted(map(clean, columns)))}. Add its name to FIELDS in build_data.py")
-    changes = ("source", "label", "draw", "crop_margin", "crop_side", "max_bytes", "bomb_pixels", "min_side")
-    run_stage(label or source, draw_rows(rows), convert_one, changes, f"rejects.{label or source}.jsonl")
-
-
-# ---------------------------------------------------------------------------------------------------
-# synthesise (the paper's appendix I): an image model draws the auxiliary image, a teacher that sees it writes the response
+            raise SystemExit(
+                f"{files}: no column for {field!r}: looked for {', '.join(FIELDS[field])}; found "
+                f"{', '.join(sorted(map(clean, columns)))}. Add its name to FIELDS in build_data.py"
+            )
+    changes = (
+        "source",
+        "label",
+        "draw",
+        "crop_margin",
+        "crop_side",
+        "max_bytes",
+        "bomb_pixels",
+        "min_side",
+    )
+    run_stage(
+        label or source, draw_rows(rows), convert_one, changes, f"rejects.{label or source}.jsonl"
+    )
 
 
 def ask(call, url):
@@ -577,9 +546,18 @@ def ask(call, url):
             status = response.status_code if response is not None else 0
             if is_refusal(status):
                 raise Reject("refused by the endpoint", status, str(e)) from None
-            raise Unanswered("no answer from the endpoint", status or None, f"{type(e).__name__}: {e}") from None
-        except (ValueError, TypeError, LookupError, AttributeError) as e:  # no JSON, or JSON of another protocol
-            raise Unanswered("answer of another protocol", None, f"{type(e).__name__}: {e}") from None
+            raise Unanswered(
+                "no answer from the endpoint", status or None, f"{type(e).__name__}: {e}"
+            ) from None
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ) as e:  # no JSON, or JSON of another protocol
+            raise Unanswered(
+                "answer of another protocol", None, f"{type(e).__name__}: {e}"
+            ) from None
     raise last
 
 
@@ -595,7 +573,12 @@ def data_url(path):
     """An image of <out> as the teacher gets it, at most send_side large."""
     image = open_image(Path(out) / path)
     image.thumbnail((send_side, send_side))
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(encode_image(image)).decode()}"}}
+    return {
+        "type": "image_url",
+        "image_url": {
+            "url": f"data:image/png;base64,{base64.b64encode(encode_image(image)).decode()}"
+        },
+    }
 
 
 def draw_image(row):
@@ -607,10 +590,22 @@ def draw_image(row):
         start = time.monotonic()
         try:
             response = get_session().post(
-                f"{image_url.rstrip('/')}/images/edits", timeout=timeout,
+                f"{image_url.rstrip('/')}/images/edits",
+                timeout=timeout,
                 headers={"Authorization": f"Bearer {os.environ.get(image_key) or 'none'}"},
-                data={"model": image_model, "prompt": image_prompt.format(question=row["question"]), "n": "1"},
-                files={"image": ("query.png", encode_image(open_image(Path(out) / row["images"][0])), "image/png")})
+                data={
+                    "model": image_model,
+                    "prompt": image_prompt.format(question=row["question"]),
+                    "n": "1",
+                },
+                files={
+                    "image": (
+                        "query.png",
+                        encode_image(open_image(Path(out) / row["images"][0])),
+                        "image/png",
+                    )
+                },
+            )
         finally:
             log_cost(image_model, start)
         hf_raise_for_status(response)
@@ -626,15 +621,23 @@ def write_response(row):
     if len(row["aux_images"]) != 1:
         raise Reject("teacher writes for one auxiliary image", len(row["aux_images"]))
     # without a key the client would send the user's own hub token to this endpoint
-    client = InferenceClient(base_url=teacher_url, api_key=os.environ.get(teacher_key) or "none", timeout=timeout)
+    client = InferenceClient(
+        base_url=teacher_url, api_key=os.environ.get(teacher_key) or "none", timeout=timeout
+    )
     prompt = teacher_prompt.format(question=row["question"], answer=row["answer"])
-    content = [data_url(p) for p in row["images"] + row["aux_images"]] + [{"type": "text", "text": prompt}]
+    content = [data_url(p) for p in row["images"] + row["aux_images"]] + [
+        {"type": "text", "text": prompt}
+    ]
 
     def call():
         start, usage = time.monotonic(), None
         try:
-            reply = client.chat_completion([{"role": "user", "content": content}], model=teacher_model,
-                                           max_tokens=max_tokens, temperature=temperature)
+            reply = client.chat_completion(
+                [{"role": "user", "content": content}],
+                model=teacher_model,
+                max_tokens=max_tokens,
+                temperature=temperature,
+            )
             usage = reply.usage
         finally:
             log_cost(teacher_model, start, usage)
@@ -653,20 +656,39 @@ def write_response(row):
 def synthesise():
     start = time.monotonic()
     for url in (teacher_url, image_url):
-        if not url.startswith(("http://", "https://")):  # the client would take it for the name of a model on the hub
-            raise SystemExit(f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1")
-    open_append(Path(out) / "work" / "cost.jsonl").close()  # a line that a kill cut in two is gone before the next is written
-    drawn = run_stage("drawn", load_data(), draw_image, ("image_url", "image_model", "image_prompt"), "rejects.drawn.jsonl")
-    changes = ("teacher_url", "teacher_model", "teacher_prompt", "max_tokens", "temperature", "send_side")
+        if not url.startswith(
+            ("http://", "https://")
+        ):  # the client would take it for the name of a model on the hub
+            raise SystemExit(
+                f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1"
+            )
+    open_append(
+        Path(out) / "work" / "cost.jsonl"
+    ).close()  # a line that a kill cut in two is gone before the next is written
+    drawn = run_stage(
+        "drawn",
+        load_data(),
+        draw_image,
+        ("image_url", "image_model", "image_prompt"),
+        "rejects.drawn.jsonl",
+    )
+    changes = (
+        "teacher_url",
+        "teacher_model",
+        "teacher_prompt",
+        "max_tokens",
+        "temperature",
+        "send_side",
+    )
     run_stage("synthesised", drawn, write_response, changes, "rejects.synthesised.jsonl")
     lines = read_lines(Path(out) / "work" / "cost.jsonl")
-    total = {k: sum(line[k] for line in lines) for k in ("prompt_tokens", "completion_tokens", "seconds")}
-    print(f"cost, all runs: {len(lines):,} requests, {total['prompt_tokens']:,} prompt and {total['completion_tokens']:,} "
-          f"written tokens, {total['seconds']:,.0f} s of requests; this run took {time.monotonic() - start:,.0f} s")
-
-
-# ---------------------------------------------------------------------------------------------------
-# filter
+    total = {
+        k: sum(line[k] for line in lines) for k in ("prompt_tokens", "completion_tokens", "seconds")
+    }
+    print(
+        f"cost, all runs: {len(lines):,} requests, {total['prompt_tokens']:,} prompt and {total['completion_tokens']:,} "
+        f"written tokens, {total['seconds']:,.0f} s of requests; this run took {time.monotonic() - start:,.0f} s"
+    )
 
 
 def script(text):
@@ -678,24 +700,33 @@ def script(text):
 
 def check_parser(text, row):
     """Length and coherence of one <parser> text. Raises Reject."""
-    lines, count = [line.strip() for line in re.split(r"\n|(?<=[.!?])\s+", text.strip())], len(text.split())
+    lines, count = (
+        [line.strip() for line in re.split(r"\n|(?<=[.!?])\s+", text.strip())],
+        len(text.split()),
+    )
     if script(text) == "CJK":  # written without spaces; about two signs a word
         count = len(re.findall(r"\w", text)) // 2
     if count < parser_words_min:
         raise Reject("parser too short", count, text)
     if count > parser_words_max:
         raise Reject("parser too long", count)
-    if (empty := lines.count("")):
+    if empty := lines.count(""):
         raise Reject("parser has empty lines", empty)
-    if (again := len(lines) - len(set(lines))):
+    if again := len(lines) - len(set(lines)):
         raise Reject("parser repeats lines", again)
     if script(row["question"]) and script(text) != script(row["question"]):
-        raise Reject("parser in another script than the question", None, f"{script(text)}, {script(row['question'])}")
+        raise Reject(
+            "parser in another script than the question",
+            None,
+            f"{script(text)}, {script(row['question'])}",
+        )
     mine, asked = (set(re.findall(r"\w+", t.lower())) for t in (text, row["question"]))
     if (overlap := len(mine & asked) / max(1, len(mine | asked))) >= parser_repeats:
         raise Reject("parser repeats the question", round(overlap, 3), text)
     answer, method = extract_answer(text)
-    if normalise(text) == normalise(row["answer"]) or (method in ("declared", "boxed") and is_correct(answer, row)):
+    if normalise(text) == normalise(row["answer"]) or (
+        method in ("declared", "boxed") and is_correct(answer, row)
+    ):
         raise Reject("parser states the answer", None, text)
 
 
@@ -708,7 +739,9 @@ def check_auxiliary(image, queries):
     if (deviation := float(np.asarray(image, dtype=float).std(axis=(0, 1)).max())) < blank:
         raise Reject("auxiliary image is blank", round(deviation, 3))
     for query in queries:
-        scaled = query.resize(image.size, Image.BICUBIC)  # first to one size, so that both fall on the grid alike
+        scaled = query.resize(
+            image.size, Image.BICUBIC
+        )  # first to one size, so that both fall on the grid alike
         if (difference := float(np.abs(grey(image, 64) - grey(scaled, 64)).max())) < same_as_query:
             raise Reject("auxiliary image is the query image", round(difference, 3))
 
@@ -716,18 +749,26 @@ def check_auxiliary(image, queries):
 def filter_one(row, tower=None):
     """All checks of one example, cheapest first."""
     if row["error"] or not isinstance(row["item"], dict):
-        raise Reject("unreadable or repeated", None, row["error"] or f"a {type(row['item']).__name__}, expected an object")
+        raise Reject(
+            "unreadable or repeated",
+            None,
+            row["error"] or f"a {type(row['item']).__name__}, expected an object",
+        )
     row = row["item"]
     check_example(row)
     answer = extract_answer(row["response"])[0]
     if not is_correct(answer, row):
-        raise Reject("answer differs from the gold answer", None, f"{answer!r}, gold {row['answer']!r}")
+        raise Reject(
+            "answer differs from the gold answer", None, f"{answer!r}, gold {row['answer']!r}"
+        )
     described = "".join(TAGS.findall(row["response"])).count("<latent></latent><parser>")
     if need_parser and described < len(row["aux_images"]):
         raise Reject("span without a parser text after it", len(row["aux_images"]) - described)
     for text in re.findall(r"<parser>(.*?)</parser>", row["response"], re.DOTALL):
         check_parser(text, row)
-    queries, aux = ([decode(read_inside(out, p))[0] for p in row[f]] for f in ("images", "aux_images"))
+    queries, aux = (
+        [decode(read_inside(out, p))[0] for p in row[f]] for f in ("images", "aux_images")
+    )
     for image in aux:
         check_auxiliary(image, queries)
     if tower and aux and K > 1:  # one latent an image has no spread to judge by
@@ -743,30 +784,55 @@ def filter_data():
     rows, seen = [], set()
     for path in data_files():
         for n, item, error in read_items(path):
-            id = item["id"] if isinstance(item, dict) and isinstance(item.get("id"), str) else f"{path.name}:{n}"
+            id = (
+                item["id"]
+                if isinstance(item, dict) and isinstance(item.get("id"), str)
+                else f"{path.name}:{n}"
+            )
             if id in seen and not error:
                 error = f"id {id!r} occurs before"
             seen.add(id)
             rows.append({"id": id, "item": item, "error": error})
     tower = None
     if base:
-        vlm, _ = load_vlm(base, torch.bfloat16 if torch.cuda.is_available() else torch.float32, pick_device())
+        vlm, _ = load_vlm(
+            base, torch.bfloat16 if torch.cuda.is_available() else torch.float32, pick_device()
+        )
         tower = vlm, load_processor(base, min_pixels, max_pixels)
-    changes = ("need_parser", "parser_words_min", "parser_words_max", "parser_repeats", "blank", "same_as_query", "base",
-               "degenerate", "K", "mode", "min_pixels", "max_pixels", "max_bytes", "bomb_pixels", "min_side")
+    changes = (
+        "need_parser",
+        "parser_words_min",
+        "parser_words_max",
+        "parser_repeats",
+        "blank",
+        "same_as_query",
+        "base",
+        "degenerate",
+        "K",
+        "mode",
+        "min_pixels",
+        "max_pixels",
+        "max_bytes",
+        "bomb_pixels",
+        "min_side",
+    )
     run_stage("filtered", draw_rows(rows), lambda row: filter_one(row, tower), changes)
 
 
-# ---------------------------------------------------------------------------------------------------
-# audit: are benchmark images or questions among ours?
-
-SIDE, LOW = 32, 16  # the perceptual hash: signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image
+SIDE, LOW = (
+    32,
+    16,
+)  # the perceptual hash: signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image
 COSINES = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(LOW)[:, None])
 
 
 def load_test_rows(name):
     """Rows of a public benchmark, by its name in eval.py, or of a JSONL test set."""
-    return load_benchmark(name, data_root)[0] if name in BENCHMARKS else load_examples(name, training=False)
+    return (
+        load_benchmark(name, data_root)[0]
+        if name in BENCHMARKS
+        else load_examples(name, training=False)
+    )
 
 
 def fingerprint(image):
@@ -792,11 +858,19 @@ def fingerprints(sources, total, name):
             key = hashlib.sha256(content).hexdigest()[:16]
         else:
             stat = os.stat(content)
-            key = key_of({"path": os.path.realpath(content), "size": stat.st_size, "time": stat.st_mtime_ns})
+            key = key_of(
+                {"path": os.path.realpath(content), "size": stat.st_size, "time": stat.st_mtime_ns}
+            )
         if key in known:
             return where, key, known[key]
         try:
-            return where, key, fingerprint(decode(content if isinstance(content, bytes) else Path(content).read_bytes())[0])
+            return (
+                where,
+                key,
+                fingerprint(
+                    decode(content if isinstance(content, bytes) else Path(content).read_bytes())[0]
+                ),
+            )
         except Reject as e:
             return where, key, [e.args[0], ""]
 
@@ -808,17 +882,24 @@ def fingerprints(sources, total, name):
             found[where] = print_
     unread = [where for where, (_, hash_) in found.items() if not hash_]
     if unread:
-        print(f"{name}: {len(unread)} images could not be compared, e.g. {unread[0]}: {found[unread[0]][0]}")
+        print(
+            f"{name}: {len(unread)} images could not be compared, e.g. {unread[0]}: {found[unread[0]][0]}"
+        )
     return {where: print_ for where, print_ in found.items() if print_[1]}
 
 
 def nearest(ours, theirs, block=128):
     """For each fingerprint of ours the smallest Hamming distance to theirs, and where: two (n); block x m pairs at a time."""
-    ours, theirs = (np.array([np.frombuffer(bytes.fromhex(bits), np.uint64) for _, bits in prints]) for prints in (ours, theirs))
+    ours, theirs = (
+        np.array([np.frombuffer(bytes.fromhex(bits), np.uint64) for _, bits in prints])
+        for prints in (ours, theirs)
+    )
     distance, index = np.zeros(len(ours), int), np.zeros(len(ours), int)
     for i in tqdm(range(0, len(ours), block), desc="near-duplicates", unit="block"):
         part = ours[i : i + block]
-        bits = sum(np.bitwise_count(part[:, None, w] ^ theirs[None, :, w]) for w in range(4))  # at most 255: uint8 holds it
+        bits = sum(
+            np.bitwise_count(part[:, None, w] ^ theirs[None, :, w]) for w in range(4)
+        )  # at most 255: uint8 holds it
         index[i : i + block] = bits.argmin(1)
         distance[i : i + block] = bits.min(1)
     return distance, index
@@ -830,13 +911,26 @@ def audit():
     if unknown := dropped - {"pixels", "question", "near"}:
         raise SystemExit(f"drop={drop!r}: {sorted(unknown)} is none of pixels, question, near")
     if not benchmarks:
-        raise SystemExit("benchmarks='' names no test set; give --benchmarks=FILE or several with commas between")
+        raise SystemExit(
+            "benchmarks='' names no test set; give --benchmarks=FILE or several with commas between"
+        )
     rows = load_data()
-    tests = {(name.strip(), row["id"]): row for name in benchmarks.split(",") for row in load_test_rows(name.strip())}
+    tests = {
+        (name.strip(), row["id"]): row
+        for name in benchmarks.split(",")
+        for row in load_test_rows(name.strip())
+    }
     names = list(dict.fromkeys(p for row in rows for p in row["images"] + row["aux_images"]))
     ours = fingerprints(((name, Path(out) / name) for name in names), len(names), "our images")
-    theirs = fingerprints(((key + (i,), image) for key, row in tests.items() for i, image in enumerate(images_of(row))),
-                          None, "benchmark images")
+    theirs = fingerprints(
+        (
+            (key + (i,), image)
+            for key, row in tests.items()
+            for i, image in enumerate(images_of(row))
+        ),
+        None,
+        "benchmark images",
+    )
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
     asked = lambda row: normalise(unicodedata.normalize("NFKC", row.get("asked", row["question"])))  # noqa: E731
     by_question = {asked(row): key for key, row in tests.items()}
@@ -844,12 +938,24 @@ def audit():
     if ours and theirs:
         distance, index = nearest(ours.values(), theirs.values())
         where = list(theirs)
-        near_to = {name: (int(d), where[j]) for name, d, j in zip(ours, distance, index) if d <= near}
+        near_to = {
+            name: (int(d), where[j]) for name, d, j in zip(ours, distance, index) if d <= near
+        }
     findings = []
     for row in rows:
-        note = lambda kind, image, key, d: findings.append(  # noqa: E731
-            {"kind": kind, "id": row["id"], "image": image, "benchmark": key[0], "benchmark_id": key[1],
-             "benchmark_image": key[2] if key[2:] else None, "distance": d})
+        note = (
+            lambda kind, image, key, d: findings.append(  # noqa: E731
+                {
+                    "kind": kind,
+                    "id": row["id"],
+                    "image": image,
+                    "benchmark": key[0],
+                    "benchmark_id": key[1],
+                    "benchmark_image": key[2] if key[2:] else None,
+                    "distance": d,
+                }
+            )
+        )
         if key := by_question.get(asked(row)):
             note("question", None, key, None)
         for name in row["images"] + row["aux_images"]:
@@ -860,19 +966,25 @@ def audit():
     write_lines(Path(out) / "audit.jsonl", findings)
     gone = {f["id"] for f in findings if f["kind"] in dropped}
     write_lines(Path(out) / "audited.jsonl", [row for row in rows if row["id"] not in gone])
-    pairs = sorted((f for f in findings if f["kind"] == "near"), key=lambda f: f["distance"])[:max_pairs]
-    cards = [f"<p>{f['distance']} of 255 bits differ</p>" + figure(Path(out) / f["image"], f["id"])
-             + figure(images_of(tests[f["benchmark"], f["benchmark_id"]])[f["benchmark_image"]],
-                      f"{f['benchmark']} {f['benchmark_id']}") for f in pairs]
+    pairs = sorted((f for f in findings if f["kind"] == "near"), key=lambda f: f["distance"])[
+        :max_pairs
+    ]
+    cards = [
+        f"<p>{f['distance']} of 255 bits differ</p>"
+        + figure(Path(out) / f["image"], f["id"])
+        + figure(
+            images_of(tests[f["benchmark"], f["benchmark_id"]])[f["benchmark_image"]],
+            f"{f['benchmark']} {f['benchmark_id']}",
+        )
+        for f in pairs
+    ]
     write_page(Path(out) / "audit.html", f"{len(pairs)} near pairs: ours, theirs", cards)
     counts = Counter(f["kind"] for f in findings)
-    print(f"audit: {len(ours):,} images of {len(rows):,} examples against {len(theirs):,} of {len(tests):,} test rows: "
-          + ", ".join(f"{counts[kind]} {kind}" for kind in ("pixels", "question", "near"))
-          + f"; left out {len(gone)} examples (drop={drop}); judge the near pairs in {Path(out) / 'audit.html'}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# split, composition, contact sheet
+    print(
+        f"audit: {len(ours):,} images of {len(rows):,} examples against {len(theirs):,} of {len(tests):,} test rows: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in ("pixels", "question", "near"))
+        + f"; left out {len(gone)} examples (drop={drop}); judge the near pairs in {Path(out) / 'audit.html'}"
+    )
 
 
 def groups_of(rows, prints):
@@ -899,22 +1011,21 @@ def split():
     """Write train.jsonl and val.jsonl without a shared image, and print what they are made of."""
     rows = load_data()
     names = list(dict.fromkeys(p for row in rows for p in row["images"] + row["aux_images"]))
-    groups = groups_of(rows, fingerprints(((name, Path(out) / name) for name in names), len(names), "images"))
+    groups = groups_of(
+        rows, fingerprints(((name, Path(out) / name) for name in names), len(names), "images")
+    )
     random.Random(seed).shuffle(groups)
     held_out = set()
     for group in groups:
         if len(held_out) + len(group) <= round(val_share * len(rows)):
             held_out |= {row["id"] for row in group}
-    parts = {"train": [row for row in rows if row["id"] not in held_out], "val": [row for row in rows if row["id"] in held_out]}
+    parts = {
+        "train": [row for row in rows if row["id"] not in held_out],
+        "val": [row for row in rows if row["id"] in held_out],
+    }
     for name, part in parts.items():
         write_lines(Path(out) / f"{name}.jsonl", part)
     print_composition(**parts)
-
-
-def source_of(category):
-    """A category's row of COMPOSITION: monet_Visual_CoT, Visual_CoT and "Visual CoT" are one."""
-    plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower().removeprefix("monet_")).replace("geo3k", "geometry3k")  # noqa: E731
-    return next((name for name, *_ in COMPOSITION if plain(name) == plain(category)), category)
 
 
 def print_composition(train, val):
@@ -925,20 +1036,19 @@ def print_composition(train, val):
             mine = counts[source_of(str(row.get("category", "no category")))]
             mine[column] += 1
             mine[2] += bool(row["aux_images"])
-    table = COMPOSITION + [(name, 0, 0, 0, 0) for name in sorted(set(counts) - {name for name, *_ in COMPOSITION})]
+    table = COMPOSITION + [
+        (name, 0, 0, 0, 0) for name in sorted(set(counts) - {name for name, *_ in COMPOSITION})
+    ]
     table.append(("all", *(sum(row[i] for row in COMPOSITION) for i in range(1, 5))))
     counts["all"] = [sum(c[i] for c in counts.values()) for i in range(3)]
-    print(f"\n{'':26}{'paper':>8}{'release: train':>16}{'val':>7}{'latent':>8}{'ours: train':>14}{'val':>7}{'latent':>8}")
+    print(
+        f"\n{'':26}{'paper':>8}{'release: train':>16}{'val':>7}{'latent':>8}{'ours: train':>14}{'val':>7}{'latent':>8}"
+    )
     for name, paper, *release in table:
         ours = counts[name]
-        print(f"{name[:25]:26}{paper:8}{release[0]:16}{release[1]:7}{release[2]:8}{ours[0]:14}{ours[1]:7}{ours[2]:8}")
-
-
-STYLE = """body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-article{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}figure{display:inline-block;margin:0 1em 1em 0;
-vertical-align:top}img{max-width:320px;max-height:320px;border:1px solid #ddd}figcaption{font-size:12px;max-width:320px}
-.think{color:#777}.latent{background:#d33;color:#fff}.parser{color:#06c}.answer{color:#080;font-weight:bold}
-b.tag{padding:0 .2em;border-radius:3px}pre{white-space:pre-wrap;font:inherit}"""
+        print(
+            f"{name[:25]:26}{paper:8}{release[0]:16}{release[1]:7}{release[2]:8}{ours[0]:14}{ours[1]:7}{ours[2]:8}"
+        )
 
 
 def figure(image, caption):
@@ -947,29 +1057,10 @@ def figure(image, caption):
     picture = decode(content)[0]
     picture.thumbnail((320, 320))
     content = base64.b64encode(encode_image(picture, "JPEG", quality=90, subsampling=0)).decode()
-    return (f'<figure><img alt="" src="data:image/jpeg;base64,{content}">'
-            f"<figcaption>{html.escape(str(caption))}</figcaption></figure>")
-
-
-def coloured(response):
-    """A response as HTML: each tag and what it holds in the colour of its kind; all other markup is shown, not obeyed."""
-    pieces = []
-    for piece in re.split(f"({TAGS.pattern})", response):
-        name = piece.strip("</>")
-        if not TAGS.fullmatch(piece):
-            pieces.append(html.escape(piece))
-        elif piece.startswith("</"):
-            pieces.append(f'<b class="tag">{html.escape(piece)}</b></span>')
-        else:
-            pieces.append(f'<span class="{name}"><b class="tag">{html.escape(piece)}</b>')
-    return "".join(pieces)
-
-
-def write_page(path, title, cards):
-    """One file that holds its pictures and asks nothing of anyone."""
-    text = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-            f"<h1>{html.escape(title)}</h1>" + "".join(f"<article>{card}</article>" for card in cards) + "</html>")
-    write_then_rename(path, lambda p: p.write_bytes(text.encode()))
+    return (
+        f'<figure><img alt="" src="data:image/jpeg;base64,{content}">'
+        f"<figcaption>{html.escape(str(caption))}</figcaption></figure>"
+    )
 
 
 def contact_sheet():
@@ -978,23 +1069,31 @@ def contact_sheet():
     picked = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
     cards = []
     for row in tqdm(picked, desc="sheet", unit="example"):
-        pictures = [figure(Path(out) / p, f"{kind} {i}") for field, kind in (("images", "query"), ("aux_images", "auxiliary"))
-                    for i, p in enumerate(row[field])]
-        cards.append(f"<p><b>{html.escape(row['id'])}</b> {html.escape(str(row.get('category', '')))}</p>" + "".join(pictures)
-                     + f"<pre>{html.escape(row['question'])}</pre><pre>{coloured(row['response'])}</pre>"
-                     f"<p>gold answer: {html.escape(row['answer'])}</p>")
+        pictures = [
+            figure(Path(out) / p, f"{kind} {i}")
+            for field, kind in (("images", "query"), ("aux_images", "auxiliary"))
+            for i, p in enumerate(row[field])
+        ]
+        cards.append(
+            f"<p><b>{html.escape(row['id'])}</b> {html.escape(str(row.get('category', '')))}</p>"
+            + "".join(pictures)
+            + f"<pre>{html.escape(row['question'])}</pre><pre>{coloured(row['response'])}</pre>"
+            f"<p>gold answer: {html.escape(row['answer'])}</p>"
+        )
     write_page(sheet, f"{len(picked)} of {len(rows)} examples of {data}", cards)
     print(f"wrote {sheet}: open it in a browser")
 
 
-COMMANDS = {"convert": convert, "synthesise": synthesise, "filter": filter_data, "audit": audit, "split": split,
-            "sheet": contact_sheet}
+COMMANDS = {
+    "convert": convert,
+    "synthesise": synthesise,
+    "filter": filter_data,
+    "audit": audit,
+    "split": split,
+    "sheet": contact_sheet,
+}
+
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in COMMANDS:
-        raise SystemExit(f"usage: python build_data.py {' | '.join(COMMANDS)} [--key=value ...]")
-    override(globals(), sys.argv[2:])
-    if min(workers, tries) < 1:
-        raise SystemExit(f"workers={workers} and tries={tries} must be 1 or more")
     Image.MAX_IMAGE_PIXELS = None  # decode() has a limit of its own, checked before a pixel is read
-    COMMANDS[sys.argv[1]]()
+    start(**COMMANDS)

@@ -22,8 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model import (check_choices, encode_images, grid_features, key_of, load_examples, load_processor, load_vlm, open_image,
-                   override, pick_device, rank_and_world, tower_fingerprint, write_then_rename)
+from data import (
+    check_choices,
+    key_of,
+    load_examples,
+    open_image,
+    pick_device,
+    rank_and_world,
+    start,
+    write_then_rename,
+)
+from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
@@ -35,20 +44,14 @@ mode = "pool"  # how an image becomes a sqrt(K) grid: pool its merged tokens, or
 retained = 0.95  # k is the smallest number of components with this share of the variance [paper]
 basis = "pca"  # or "random", a control: a random orthonormal basis of the same k
 centre = True  # False, a control: mu = 0 in v_hat = P_k c + mu
-degenerate = 1e-3  # an image is rejected if var(v) / mean ||v||^2 over its latents is below this [ours]
+degenerate = (
+    1e-3  # an image is rejected if var(v) / mean ||v||^2 over its latents is below this [ours]
+)
 batch = 64  # images a tower call
 shard = 512  # examples a file
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # of the tower; 7B: bfloat16
 # ---------------------------------------------------------------------------------------------------
-
-
-def spread(v):
-    """Variance over mean squared norm of the features v (n, K, d) of each image: 0 for a blank image."""
-    if K == 1:
-        return torch.ones(len(v))  # one latent an image has no spread to judge by
-    v = v.float()
-    return ((v - v.mean(1, keepdim=True)).pow(2).sum(-1).mean(1) / v.pow(2).sum(-1).mean(1)).nan_to_num(0)
 
 
 def components(eigenvalues, share):
@@ -66,7 +69,9 @@ def fit(covariance, share):
 
 def random_basis(covariance):
     """The variances (d) along random orthonormal directions, and the directions (d, d); their sum is the total variance."""
-    draws = torch.randn(covariance.shape, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0))
+    draws = torch.randn(
+        covariance.shape, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0)
+    )
     vectors = torch.linalg.qr(draws)[0]
     return (vectors * (covariance @ vectors)).sum(0), vectors
 
@@ -88,8 +93,10 @@ def moments(shards, d, device):
 def encode_shard(path, rows, vlm, processor):
     """Write the targets of `rows` to one file; its metadata names degenerate examples and the mean query norm."""
     paths = [p for row in rows for p in row["aux_images"]]
-    v = [grid_features(vlm, processor, [open_image(p) for p in paths[i : i + batch]], K, mode).cpu()
-         for i in range(0, len(paths), batch)]
+    v = [
+        grid_features(vlm, processor, [open_image(p) for p in paths[i : i + batch]], K, mode).cpu()
+        for i in range(0, len(paths), batch)
+    ]
     v = torch.cat(v).bfloat16() if v else torch.zeros(0, K, 1)
     flat = spread(v) < degenerate
     tensors, rejected, at = {}, [], 0
@@ -100,9 +107,15 @@ def encode_shard(path, rows, vlm, processor):
                 rejected.append(row["id"])
             at += m
     queries = [open_image(p) for row in rows[:batch] for p in row["images"][:1]]
-    query = torch.cat(encode_images(vlm, processor, queries)[0]).float().norm(dim=-1) if queries else torch.zeros(0)
-    norms = {"target_norm": [float(v.float().norm(dim=-1).sum()), v.shape[0] * K],
-             "query_norm": [float(query.sum()), len(query)]}  # sums and counts
+    query = (
+        torch.cat(encode_images(vlm, processor, queries)[0]).float().norm(dim=-1)
+        if queries
+        else torch.zeros(0)
+    )
+    norms = {
+        "target_norm": [float(v.float().norm(dim=-1).sum()), v.shape[0] * K],
+        "query_norm": [float(query.sum()), len(query)],
+    }  # sums and counts
     meta = {"rejected": json.dumps(rejected), **{k: json.dumps(x) for k, x in norms.items()}}
     write_then_rename(path, lambda p: save_file(tensors, p, meta))
 
@@ -112,36 +125,55 @@ def main():
     rank, world = rank_and_world()
     if math.isqrt(K) ** 2 != K or K < 1:
         raise SystemExit(f"K={K} is not a square: latents are a sqrt(K) x sqrt(K) grid")
-    check_choices(globals(), mode=("pool", "resize"), basis=("pca", "random"), dtype=("float32", "bfloat16"))
+    check_choices(
+        globals(), mode=("pool", "resize"), basis=("pca", "random"), dtype=("float32", "bfloat16")
+    )
     if not 0 < retained <= 1:
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
     device = pick_device()
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))  # shards take unequal times
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(days=1)
+        )  # shards take unequal times
     splits = {"train": load_examples(data)} | ({"val": load_examples(val_data)} if val_data else {})
-    if len({row["id"] for rows in splits.values() for row in rows}) < sum(map(len, splits.values())):
+    if len({row["id"] for rows in splits.values() for row in rows}) < sum(
+        map(len, splits.values())
+    ):
         raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
     vlm, _ = load_vlm(base, getattr(torch, dtype), device)
     processor = load_processor(base, min_pixels, max_pixels)
     d = vlm.config.text_config.hidden_size
-    made_by = {"tower": tower_fingerprint(vlm), "K": K, "mode": mode, "min_pixels": min_pixels,
-               "max_pixels": max_pixels, "d": d, "shard": shard, "degenerate": degenerate, "dtype": dtype,
-               "data": key_of({}, data, *([val_data] if val_data else []))}
+    made_by = {
+        "tower": tower_fingerprint(vlm),
+        "K": K,
+        "mode": mode,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "d": d,
+        "shard": shard,
+        "degenerate": degenerate,
+        "dtype": dtype,
+        "data": key_of({}, data, *([val_data] if val_data else [])),
+    }
 
     # 1. targets: files that exist are finished; another setting would not fit them
     folder = Path(out) / "targets"
     note = folder / "made_by.json"
     if note.exists() and (old := json.loads(note.read_text())) != made_by:
         differ = {k: (old.get(k), v) for k, v in made_by.items() if old.get(k) != v}
-        raise SystemExit(f"{note} and this run's settings disagree on (there, here): {differ}; choose another `out`, "
-                         "or delete it to start over")
+        raise SystemExit(
+            f"{note} and this run's settings disagree on (there, here): {differ}; choose another `out`, "
+            "or delete it to start over"
+        )
     if rank == 0:
         write_then_rename(note, lambda p: p.write_text(json.dumps(made_by)))
-    jobs = [(folder / f"{split}-{i // shard:05}.safetensors", rows[i : i + shard])
-            for split, rows in splits.items() for i in range(0, len(rows), shard)]
+    jobs = [
+        (folder / f"{split}-{i // shard:05}.safetensors", rows[i : i + shard])
+        for split, rows in splits.items()
+        for i in range(0, len(rows), shard)
+    ]
     for path, rows in tqdm(jobs[rank::world], desc="targets", unit="shard", disable=rank > 0):
         if not path.exists():
             encode_shard(path, rows, vlm, processor)
@@ -168,9 +200,11 @@ def finish(jobs, total, outer, n, made_by):
     for path, rows in jobs:
         with safe_open(path, "pt") as f:
             if set(f.keys()) != (wanted := {row["id"] for row in rows if row["aux_images"]}):
-                raise SystemExit(f"{path} holds other examples than {data} has there "
-                                 f"({len(set(f.keys()) - wanted)} too many, {len(wanted - set(f.keys()))} missing); "
-                             f"delete {path.parent}")
+                raise SystemExit(
+                    f"{path} holds other examples than {data} has there "
+                    f"({len(set(f.keys()) - wanted)} too many, {len(wanted - set(f.keys()))} missing); "
+                    f"delete {path.parent}"
+                )
             index |= dict.fromkeys(f.keys(), path.name)
             rejected += json.loads(f.metadata()["rejected"])
             for name, seen in norms.items():
@@ -181,23 +215,37 @@ def finish(jobs, total, outer, n, made_by):
     covariance = outer / n - mean[:, None] * mean
     eigenvalues, vectors, k = fit(covariance, retained)
     print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {len(mean)}")
-    print(f"rejected as degenerate: {len(rejected)} ({len(rejected) / max(len(index), 1):.2%}) {' '.join(rejected[:20])}")
-    target, query = (sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values())
+    print(
+        f"rejected as degenerate: {len(rejected)} ({len(rejected) / max(len(index), 1):.2%}) {' '.join(rejected[:20])}"
+    )
+    target, query = (
+        sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values()
+    )
     print(f"mean norm of targets {target:.2f}, of query-image embeddings {query:.2f}")
     for share in (0.85, 0.90, 0.95, 0.99):
         at = components(eigenvalues, share)
-        print(f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}")
+        print(
+            f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}"
+        )
     if basis == "random":
         eigenvalues, vectors = random_basis(covariance)
     folder = Path(out) / "targets"
     text = json.dumps(made_by | {"rejected": rejected, "files": index})
     write_then_rename(folder / "index.json", lambda p: p.write_text(text))
-    meta = {k_: str(v) for k_, v in (made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}).items()}
-    tensors = {"mean": mean.float() * centre, "basis": vectors[:, :k].float().contiguous(), "eigenvalues": eigenvalues.float()}
+    meta = {
+        k_: str(v)
+        for k_, v in (
+            made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
+        ).items()
+    }
+    tensors = {
+        "mean": mean.float() * centre,
+        "basis": vectors[:, :k].float().contiguous(),
+        "eigenvalues": eigenvalues.float(),
+    }
     write_then_rename(Path(out) / "pca.safetensors", lambda p: save_file(tensors, p, meta))
     print(f"wrote {os.path.join(out, 'pca.safetensors')} (k = {k}) and {folder / 'index.json'}")
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

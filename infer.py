@@ -14,9 +14,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from model import (HEAD_FILE, INTERVENTIONS, RESERVED, check_choices, encode_images, generate, grid_features, latent_ids,
-                   load_examples, load_head, load_latents_file, load_processor, load_vlm, make_prompts, open_image,
-                   override, pick_device, read_safetensors, save_latents_file, write_then_rename)
+from data import (
+    RESERVED,
+    check_choices,
+    load_examples,
+    open_image,
+    pick_device,
+    read_safetensors,
+    start,
+    write_then_rename,
+)
+from generate import INTERVENTIONS, generate, load_latents_file, make_prompts, save_latents_file
+from model import (
+    HEAD_FILE,
+    encode_images,
+    grid_features,
+    latent_ids,
+    load_head,
+    load_processor,
+    load_vlm,
+)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"
@@ -30,7 +47,9 @@ seed = 12345
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 aux = ""  # for oracle: the auxiliary image(s), a.png,b.png
 donor = ""  # for shuffle: a latents.safetensors of another example
-latent_size = 10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
+latent_size = (
+    10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
+)
 ema_beta = 0.0  # > 0: EMA norm calibration
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
@@ -50,15 +69,21 @@ def draw_latents(path, found, pictures, visions, grids, K):
     height = 140
     pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     width, columns = sum(p.width for p in pictures) + 8, math.isqrt(K)
-    canvas = Image.new("RGB", (columns * width + 8, math.ceil(len(found) / columns) * (height + 22) + 8), "white")
+    canvas = Image.new(
+        "RGB", (columns * width + 8, math.ceil(len(found) / columns) * (height + 22) + 8), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for i, latent in enumerate(found):
         x, y = 8 + (i % columns) * width, 4 + (i // columns) * (height + 22)
-        best = max(float(F.cosine_similarity(latent[None], v.float(), dim=-1).max()) for v in visions)
+        best = max(
+            float(F.cosine_similarity(latent[None], v.float(), dim=-1).max()) for v in visions
+        )
         draw.text((x, y), f"latent {i + 1}: max cosine {best:.2f}", fill="black")
         for picture, v, grid in zip(pictures, visions, grids):
             dark = Image.blend(picture, Image.new("RGB", picture.size, "black"), 0.75)
-            canvas.paste(Image.composite(picture, dark, heat_map(latent, v, grid, picture.size)), (x, y + 14))
+            canvas.paste(
+                Image.composite(picture, dark, heat_map(latent, v, grid, picture.size)), (x, y + 14)
+            )
             x += picture.width
     write_then_rename(path, lambda p: canvas.save(p, format="PNG"))
 
@@ -76,7 +101,10 @@ def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     device = pick_device()
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-    processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, vlm, tokenizer, latent_size)
+    processor, head = (
+        load_processor(model, min_pixels, max_pixels),
+        load_head(model, vlm, tokenizer, latent_size),
+    )
     if head is None and (intervention != "clean" or show or latents):
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
     paths = [p for p in images.split(",") if p]
@@ -91,10 +119,16 @@ def main():
             raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
         mode = read_safetensors(Path(model) / HEAD_FILE, ())[1]["mode"]
         with torch.inference_mode():
-            fed = [grid_features(vlm, processor, [open_image(p) for p in aux.split(",")], head.K, mode).cpu()]
+            fed = [
+                grid_features(
+                    vlm, processor, [open_image(p) for p in aux.split(",")], head.K, mode
+                ).cpu()
+            ]
     if intervention == "shuffle":
         if not donor:
-            raise SystemExit("shuffle feeds the latents of --donor=latents.safetensors, another example's")
+            raise SystemExit(
+                "shuffle feeds the latents of --donor=latents.safetensors, another example's"
+            )
         fed = [load_latents_file(donor, head)]
 
     start, pad, end = latent_ids(tokenizer)
@@ -116,8 +150,20 @@ def main():
                 printed = len(so_far)
 
     print(f"{asked}\n")
-    ((answer,),) = generate(vlm, head, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-                            top_p=top_p, seeds=[seed], intervention=intervention, fed=fed, ema_beta=ema_beta, on_step=stream)
+    ((answer,),) = generate(
+        vlm,
+        head,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=[seed],
+        intervention=intervention,
+        fed=fed,
+        ema_beta=ema_beta,
+        on_step=stream,
+    )
     print()
     found = answer["latents"]
     if (show or latents) and not len(found):
@@ -132,11 +178,12 @@ def main():
         pictures = [open_image(p) for p in paths]
         with torch.inference_mode():
             visions, grids = encode_images(vlm, processor, pictures)
-        grids = [(h // processor.merge_size, w // processor.merge_size) for _, h, w in grids.tolist()]
+        grids = [
+            (h // processor.merge_size, w // processor.merge_size) for _, h, w in grids.tolist()
+        ]
         draw_latents(show, found, pictures, [v.cpu() for v in visions], grids, head.K)
         print(f"wrote {show}")
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

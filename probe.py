@@ -20,9 +20,27 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (HEAD_FILE, check_choices, embed, generate, grid_features, latent_ids, load_examples, load_head, load_pca,
-                   load_processor, load_vlm, make_prompts, open_image, override, pick_device, read_safetensors, settings_of,
-                   write_then_rename)
+from data import (
+    check_choices,
+    load_examples,
+    open_image,
+    pick_device,
+    read_safetensors,
+    settings_of,
+    start,
+    write_then_rename,
+)
+from generate import generate, make_prompts
+from model import (
+    HEAD_FILE,
+    embed,
+    grid_features,
+    latent_ids,
+    load_head,
+    load_pca,
+    load_processor,
+    load_vlm,
+)
 
 # ---------------------------------------------------------------------------------------------------
 model = "out/gap"
@@ -32,7 +50,9 @@ pca = ""  # "": the checkpoint's own; a pca.safetensors to judge a checkpoint th
 limit = 200  # questions; 0: all
 batch = 50  # questions a batch of generation; 7B on 80 GB: 16
 max_new_tokens = 128  # latents count; 7B: 2048
-latent_size = 10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
+latent_size = (
+    10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
+)
 ema_beta = 0.0  # > 0: EMA norm calibration
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
@@ -46,7 +66,9 @@ def layer_norms(vlm, x, pos):
     lm, seen = vlm.model.language_model, []
     keep = lambda state: seen.append(state[0].float().norm(dim=-1).log())  # noqa: E731
     keep(x)
-    hooks = [layer.register_forward_hook(lambda module, args, state: keep(state)) for layer in lm.layers]
+    hooks = [
+        layer.register_forward_hook(lambda module, args, state: keep(state)) for layer in lm.layers
+    ]
     keep(lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state)
     for hook in hooks:
         hook.remove()
@@ -96,10 +118,14 @@ def geometry(spans, mean, basis):
     v = torch.cat(spans)
     norms, many = v.norm(dim=-1).log(), [s - mean for s in spans if len(s) > 1]
     average = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
-    return {"latents": len(v), "mean_log": float(norms.mean()), "std_log": float(norms.std(correction=0)),
-            "inside": float(inside(v, mean, basis).mean()) if basis.numel() else None,
-            "effective_rank": average([effective_rank(s) for s in many]),
-            "cosine": average([pairwise_cosine(s) for s in many])}
+    return {
+        "latents": len(v),
+        "mean_log": float(norms.mean()),
+        "std_log": float(norms.std(correction=0)),
+        "inside": float(inside(v, mean, basis).mean()) if basis.numel() else None,
+        "effective_rank": average([effective_rank(s) for s in many]),
+        "cosine": average([pairwise_cosine(s) for s in many]),
+    }
 
 
 def spans_of(ids, latents, pad):
@@ -116,23 +142,37 @@ def spans_of(ids, latents, pad):
 @torch.inference_mode()
 def measure(rows, vlm, head, tokenizer, processor):
     """Moments (L + 2, kinds, 3) of the log norms, the spans that were written, and pairs of predicted and real spans (K, d)."""
-    moments = torch.zeros(len(vlm.model.language_model.layers) + 2, len(KINDS), 3, dtype=torch.float64)
+    moments = torch.zeros(
+        len(vlm.model.language_model.layers) + 2, len(KINDS), 3, dtype=torch.float64
+    )
     pad, image, written, pairs = latent_ids(tokenizer)[1], vlm.config.image_token_id, [], []
-    mode = read_safetensors(Path(model) / HEAD_FILE, ())[1].get("mode") if (Path(model) / HEAD_FILE).exists() else None
+    mode = (
+        read_safetensors(Path(model) / HEAD_FILE, ())[1].get("mode")
+        if (Path(model) / HEAD_FILE).exists()
+        else None
+    )
     bar = tqdm(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
         prompts = make_prompts(vlm, tokenizer, processor, rows[i : i + batch])
-        answers = generate(vlm, head, tokenizer, prompts, max_new_tokens=max_new_tokens, ema_beta=ema_beta)
+        answers = generate(
+            vlm, head, tokenizer, prompts, max_new_tokens=max_new_tokens, ema_beta=ema_beta
+        )
         for row, p, (a,) in zip(rows[i : i + batch], prompts, answers):
             ids = torch.cat([p["ids"], torch.tensor(a["ids"])])
-            pos = torch.cat([p["pos"], p["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1)
+            pos = torch.cat(
+                [p["pos"], p["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1
+            )
             fed = a["latents"].to(vlm.device) if len(a["latents"]) else None
             x = embed(vlm, ids[None].to(vlm.device), p["vision"], fed, -1 if pad is None else pad)
             logs = layer_norms(vlm, x, pos.to(vlm.device)).double().cpu()
-            kind = torch.where(ids == image, 1, torch.where(ids == pad, 2, 0) if pad is not None else 0)
+            kind = torch.where(
+                ids == image, 1, torch.where(ids == pad, 2, 0) if pad is not None else 0
+            )
             for j in range(len(KINDS)):
                 mine = logs[:, kind == j]
-                moments[:, j] += torch.stack([torch.ones_like(mine).sum(1), mine.sum(1), mine.pow(2).sum(1)], -1)
+                moments[:, j] += torch.stack(
+                    [torch.ones_like(mine).sum(1), mine.sum(1), mine.pow(2).sum(1)], -1
+                )
             spans = spans_of(a["ids"], a["latents"], pad)
             written += spans
             if mode and spans and row.get("aux_images"):
@@ -153,17 +193,34 @@ def draw(path, found):
 
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for kind, at in found["norms"].items():
-        mean, std = (torch.tensor([s[field] for s in at.values()][:-1]) for field in ("mean_log", "std_log"))
+        mean, std = (
+            torch.tensor([s[field] for s in at.values()][:-1]) for field in ("mean_log", "std_log")
+        )
         ax.plot(range(len(mean)), mean, label=kind)
         ax.fill_between(range(len(mean)), mean - std, mean + std, alpha=0.2)
-    ax.set(xticks=range(len(mean)), xlabel="decoder layer (0: the input embedding)", ylabel="log L2 norm, before the final norm")
+    ax.set(
+        xticks=range(len(mean)),
+        xlabel="decoder layer (0: the input embedding)",
+        ylabel="log L2 norm, before the final norm",
+    )
     ax.legend()
     write_then_rename(path / "norms.png", lambda p: fig.savefig(p, format="png", dpi=150))
 
-    bars = {f"{kind}, {name}": at[where] for kind, at in found["norms"].items() for name, where in
-            (("input", "input"), ("before final norm", list(at)[-2]), ("after final norm", "final norm"))}
+    bars = {
+        f"{kind}, {name}": at[where]
+        for kind, at in found["norms"].items()
+        for name, where in (
+            ("input", "input"),
+            ("before final norm", list(at)[-2]),
+            ("after final norm", "final norm"),
+        )
+    }
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.barh(list(bars), [b["mean_log"] for b in bars.values()], xerr=[b["std_log"] for b in bars.values()])
+    ax.barh(
+        list(bars),
+        [b["mean_log"] for b in bars.values()],
+        xerr=[b["std_log"] for b in bars.values()],
+    )
     ax.invert_yaxis()
     ax.set(xlabel="log L2 norm, mean and standard deviation")
     write_then_rename(path / "latents.png", lambda p: fig.savefig(p, format="png", dpi=150))
@@ -175,7 +232,10 @@ def main():
     rows = load_examples(data, training=False)
     rows = rows[:limit] if limit else rows
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-    processor, head = load_processor(model, min_pixels, max_pixels), load_head(model, vlm, tokenizer, latent_size)
+    processor, head = (
+        load_processor(model, min_pixels, max_pixels),
+        load_head(model, vlm, tokenizer, latent_size),
+    )
     d = vlm.config.text_config.hidden_size
     space = load_pca(pca)[0] if pca else {"mean": head.mean, "basis": head.basis} if head else {}
     mean, basis = (space[name].cpu() if space else torch.zeros(d, 0) for name in ("mean", "basis"))
@@ -185,35 +245,71 @@ def main():
 
     stages = ["input", *(f"layer {i + 1}" for i in range(len(moments) - 2)), "final norm"]
     means, stds = mean_and_std(moments)
-    norms = {kind: {stage: {"n": int(moments[i, j, 0]), "mean_log": float(means[i, j]), "std_log": float(stds[i, j])}
-                    for i, stage in enumerate(stages)} for j, kind in enumerate(KINDS) if moments[0, j, 0]}
-    growth = {kind: {"before": math.exp(at[stages[-2]]["mean_log"] - at["input"]["mean_log"]),
-                     "after": math.exp(at["final norm"]["mean_log"] - at["input"]["mean_log"])} for kind, at in norms.items()}
-    found = {"settings": settings_of(globals()), "questions": len(rows), "norms": norms, "growth": growth}
+    norms = {
+        kind: {
+            stage: {
+                "n": int(moments[i, j, 0]),
+                "mean_log": float(means[i, j]),
+                "std_log": float(stds[i, j]),
+            }
+            for i, stage in enumerate(stages)
+        }
+        for j, kind in enumerate(KINDS)
+        if moments[0, j, 0]
+    }
+    growth = {
+        kind: {
+            "before": math.exp(at[stages[-2]]["mean_log"] - at["input"]["mean_log"]),
+            "after": math.exp(at["final norm"]["mean_log"] - at["input"]["mean_log"]),
+        }
+        for kind, at in norms.items()
+    }
+    found = {
+        "settings": settings_of(globals()),
+        "questions": len(rows),
+        "norms": norms,
+        "growth": growth,
+    }
     if written:
         found["predicted"] = geometry(written, mean, basis)
     if pairs:
         predicted, real = (torch.stack(x).double() for x in zip(*pairs))
         at_1, chance = retrieval(predicted.flatten(1), real.flatten(1))
         r2 = 1 - (predicted - real).pow(2).sum() / (real - real.mean((0, 1))).pow(2).sum()
-        found |= {"real": geometry(list(real.float()), mean, basis),
-                  "agreement": {"spans": len(pairs), "retrieval_at_1": at_1, "chance": chance, "r2": float(r2)}}
+        found |= {
+            "real": geometry(list(real.float()), mean, basis),
+            "agreement": {
+                "spans": len(pairs),
+                "retrieval_at_1": at_1,
+                "chance": chance,
+                "r2": float(r2),
+            },
+        }
 
     print(f"\n{model} on {data}: {len(rows)} questions; log L2 norms")
     print(f"{'':10}" + "".join(f"{kind:>18}" for kind in norms))
     for stage in stages:
-        cells = (f"{at[stage]['mean_log']:.2f} +- {at[stage]['std_log']:.2f}" for at in norms.values())
+        cells = (
+            f"{at[stage]['mean_log']:.2f} +- {at[stage]['std_log']:.2f}" for at in norms.values()
+        )
         print(f"{stage:10}" + "".join(f"{cell:>18}" for cell in cells))
     for kind, g in growth.items():
-        print(f"{kind}: {g['before']:.1f}x its input before the final norm, {g['after']:.1f}x after it")
+        print(
+            f"{kind}: {g['before']:.1f}x its input before the final norm, {g['after']:.1f}x after it"
+        )
     for name in ("predicted", "real", "agreement"):
         if name in found:
-            print(f"{name}: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found[name].items()))
+            print(
+                f"{name}: "
+                + ", ".join(
+                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in found[name].items()
+                )
+            )
     write_then_rename(Path(out) / "probe.json", lambda p: p.write_text(json.dumps(found, indent=1)))
     if importlib.util.find_spec("matplotlib"):
         draw(Path(out), found)
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

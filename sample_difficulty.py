@@ -15,14 +15,27 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from eval import extract_answer, is_correct
-from model import (append, check_choices, generate, key_of, load_examples, load_processor, load_vlm, make_prompts,
-                   open_append, override, pick_device, rank_and_world, read_lines, seed_of, to_text, weight_stamps,
-                   write_lines)
+from answers import extract_answer, is_correct
+from data import (
+    append,
+    check_choices,
+    key_of,
+    load_examples,
+    open_append,
+    pick_device,
+    rank_and_world,
+    read_lines,
+    seed_of,
+    start,
+    weight_stamps,
+    write_lines,
+)
+from generate import generate, make_prompts, to_text
+from model import load_processor, load_vlm
 
 # ---------------------------------------------------------------------------------------------------
 base = "toy/base"
@@ -65,9 +78,22 @@ def needs_latents(row, tau, rule):
 
 def run_key():
     """The key of this run's counts: the settings that change them, the weights and the data."""
-    names = ("base", "instruction", "n_samples", "temperature", "top_p", "early_stop", "max_new_tokens", "min_pixels",
-             "max_pixels", "dtype", "seed") + ("tau", "rule") * early_stop
-    return key_of({name: globals()[name] for name in names} | {"weights": weight_stamps(base)}, data)
+    names = (
+        "base",
+        "instruction",
+        "n_samples",
+        "temperature",
+        "top_p",
+        "early_stop",
+        "max_new_tokens",
+        "min_pixels",
+        "max_pixels",
+        "dtype",
+        "seed",
+    ) + ("tau", "rule") * early_stop
+    return key_of(
+        {name: globals()[name] for name in names} | {"weights": weight_stamps(base)}, data
+    )
 
 
 def part_files():
@@ -82,8 +108,10 @@ def sample_all(rows):
     for p in [out, *part_files()]:
         for n, r in enumerate(read_lines(p), 1):
             if r.get("key") != key:
-                raise SystemExit(f"{p}:{n}: sampled with other settings or other data than this run's; choose another `out`, "
-                                 "or delete it to start over")
+                raise SystemExit(
+                    f"{p}:{n}: sampled with other settings or other data than this run's; choose another `out`, "
+                    "or delete it to start over"
+                )
             done.add(r["id"])
     if world > 1:
         dist.barrier()  # every rank has read the files before one appends
@@ -99,16 +127,37 @@ def sample_all(rows):
             def on_finish(q, s, ids):
                 answers[q][s] = extract_answer(to_text(tokenizer, ids), part[q].get("options"))[0]
                 correct[q] += is_correct(answers[q][s], part[q])
-                return early_stop and is_solved(correct[q], n_samples, len(part[q].get("options") or []), tau, rule)
+                return early_stop and is_solved(
+                    correct[q], n_samples, len(part[q].get("options") or []), tau, rule
+                )
 
             asked = [row | {"question": row["question"] + instruction} for row in part]
-            generate(vlm, None, tokenizer, make_prompts(vlm, tokenizer, processor, asked), n_samples=n_samples,
-                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, on_finish=on_finish,
-                     seeds=[seed_of(seed, row["id"], s) for row in part for s in range(n_samples)])
+            generate(
+                vlm,
+                None,
+                tokenizer,
+                make_prompts(vlm, tokenizer, processor, asked),
+                n_samples=n_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                on_finish=on_finish,
+                seeds=[seed_of(seed, row["id"], s) for row in part for s in range(n_samples)],
+            )
             for q, row in enumerate(part):
-                append(f, {"id": row["id"], "key": key, "n": n_samples, "correct": correct[q], "accuracy": correct[q] / n_samples,
-                           "lower_bound": len(answers[q]) < n_samples, "n_options": len(row.get("options") or []),
-                           "answers": [answers[q][s] for s in sorted(answers[q])]})
+                append(
+                    f,
+                    {
+                        "id": row["id"],
+                        "key": key,
+                        "n": n_samples,
+                        "correct": correct[q],
+                        "accuracy": correct[q] / n_samples,
+                        "lower_bound": len(answers[q]) < n_samples,
+                        "n_options": len(row.get("options") or []),
+                        "answers": [answers[q][s] for s in sorted(answers[q])],
+                    },
+                )
             bar.update(len(part))
     bar.close()
 
@@ -126,13 +175,18 @@ def merge(rows):
 def report(merged):
     """The histogram of accuracies, and the share that gets latents by both rules."""
     counts = Counter(r["correct"] for r in merged)
-    print(f"\n{len(merged)} questions, {n_samples} samples each" + (" (counts above tau are lower bounds)" if early_stop else ""))
+    print(
+        f"\n{len(merged)} questions, {n_samples} samples each"
+        + (" (counts above tau are lower bounds)" if early_stop else "")
+    )
     for c in range(n_samples + 1):
         print(f"  {c} of {n_samples} {counts[c]:7} {'#' * round(50 * counts[c] / len(merged))}")
     for name in ("paper", "guess"):
         n = sum(needs_latents(r, tau, name) for r in merged)
-        print(f"  latents by the {name + (' rule' if name == 'paper' else '-aware rule'):17} {n:7} ({n / len(merged):.1%})"
-              + ("  <- used" if name == rule else ""))
+        print(
+            f"  latents by the {name + (' rule' if name == 'paper' else '-aware rule'):17} {n:7} ({n / len(merged):.1%})"
+            + ("  <- used" if name == rule else "")
+        )
 
 
 def main():
@@ -151,5 +205,4 @@ def main():
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

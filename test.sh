@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv-test/bin/python ] || python3 -m venv .venv-test
 .venv-test/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-.venv-test/bin/ruff check --line-length 130 --select E,F,W,PLE .
+.venv-test/bin/ruff check --select F .
 tests() { OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -q --durations=5 "$@"; }
 
 if (($#)); then

@@ -27,15 +27,54 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from tqdm import tqdm
 
-from model import (HEAD_FILE, HEADS, IGNORE, LATENT_PAD, LATENT_SPAN, add_latent_tokens, append, check_choices, clock,
-                   cross_entropy, embed, encode, key_of, load_examples, load_pca, load_processor, load_vlm, open_append,
-                   open_image, override, pick_device, rank_and_world, read_lines, save_head, settings_of, strip_latents,
-                   tower_fingerprint, versions, weight_stamps, write_lines)
+from data import (
+    LATENT_SPAN,
+    append,
+    check_choices,
+    clock,
+    key_of,
+    load_examples,
+    open_append,
+    open_image,
+    pick_device,
+    rank_and_world,
+    read_lines,
+    settings_of,
+    start,
+    strip_latents,
+    versions,
+    weight_stamps,
+    write_lines,
+)
+from model import (
+    HEAD_FILE,
+    HEADS,
+    IGNORE,
+    LATENT_PAD,
+    add_latent_tokens,
+    cross_entropy,
+    embed,
+    encode,
+    load_pca,
+    load_processor,
+    load_vlm,
+    save_head,
+    tower_fingerprint,
+)
 from sample_difficulty import RULES, needs_latents
 
 # ---------------------------------------------------------------------------------------------------
@@ -52,7 +91,9 @@ rule = "paper"  # or "guess": solved only if the count is improbable under guess
 keep_parser = True  # of a stripped example [ours]
 write_parser = True  # False, a control: no example has parser text
 lambda_latent = 1.0
-latent_loss = "relative"  # mean over d (7B), sum (the paper's equation literally), relative (1 - R^2) [ours]
+latent_loss = (
+    "relative"  # mean over d (7B), sum (the paper's equation literally), relative (1 - R^2) [ours]
+)
 scheduled_sampling = False  # second pass on the model's own decoded latents
 epochs = 2  # 2
 global_batch = 16  # 128
@@ -72,7 +113,13 @@ max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345
 # ---------------------------------------------------------------------------------------------------
 
-FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")  # may change on resume
+FREE = (
+    "eval_every",
+    "save_every",
+    "token_budget",
+    "cpu_offload",
+    "activation_checkpointing",
+)  # may change on resume
 
 
 class Model(nn.Module):
@@ -85,7 +132,8 @@ class Model(nn.Module):
     def states(self, batch, latents):
         x = embed(self.vlm, batch["ids"], batch["vision"], latents, self.latent_id)
         return self.vlm.model.language_model(
-            inputs_embeds=x, position_ids=batch["pos"], use_cache=False).last_hidden_state[:, :-1]
+            inputs_embeds=x, position_ids=batch["pos"], use_cache=False
+        ).last_hidden_state[:, :-1]
 
     def forward(self, batch):
         """Sums over a micro-batch: cross-entropy, ||v_hat - v||^2, and the norms of v_hat and v.
@@ -95,7 +143,9 @@ class Model(nn.Module):
         """
         on, at = batch["labels"][:, 1:] != IGNORE, batch["ids"][:, 1:] == self.latent_id
         v = fed = batch["latents"]
-        if scheduled_sampling and self.head is not None:  # on every rank, with latents or not: FSDP gathers twice
+        if (
+            scheduled_sampling and self.head is not None
+        ):  # on every rank, with latents or not: FSDP gathers twice
             with torch.no_grad():
                 fed = self.head(self.states(batch, v)[at])
         h = self.states(batch, fed)
@@ -105,13 +155,17 @@ class Model(nn.Module):
             idle = sum(p.sum() for p in self.head.parameters()) * 0.0 if self.head else 0.0
             return ce + idle, ce.new_zeros(()), ce.new_zeros(2)
         with torch.no_grad():
-            norms = torch.stack([self.head(h[at]).float().norm(dim=-1).sum(), v.float().norm(dim=-1).sum()])
+            norms = torch.stack(
+                [self.head(h[at]).float().norm(dim=-1).sum(), v.float().norm(dim=-1).sum()]
+            )
         return ce, self.head.squared_error(h[at], v).sum(), norms
 
 
 def latent_weight(head):
     """What multiplies the mean over latents of ||v_hat - v||^2: 1/d, 1, or 1/total variance of the targets."""
-    return {"mean": 1 / head.basis.shape[0], "sum": 1.0, "relative": 1 / head.total_variance}[latent_loss]
+    return {"mean": 1 / head.basis.shape[0], "sum": 1.0, "relative": 1 / head.total_variance}[
+        latent_loss
+    ]
 
 
 def micro_batches(lengths, world, budget):
@@ -142,15 +196,19 @@ class Data:
         self.rows, self.n_latent, self.n_rejected, self.open = [], 0, 0, {}
         for row in load_examples(path):
             if not write_parser or (row["id"] in solved and not keep_parser):
-                row["response"] = re.sub(r" ?<parser>.*?</parser>", "", row["response"], flags=re.DOTALL)
+                row["response"] = re.sub(
+                    r" ?<parser>.*?</parser>", "", row["response"], flags=re.DOTALL
+                )
             if method == "text" or row["id"] in solved or not row["aux_images"]:
                 row["response"] = strip_latents(row["response"])
             elif row["id"] in index["rejected"]:
                 self.n_rejected += 1
                 continue
             elif row["id"] not in index["files"]:
-                raise SystemExit(f"{path}: example {row['id']!r} needs latent targets, which {pca}/targets/index.json "
-                                 "does not have; run fit_pca.py on this data file")
+                raise SystemExit(
+                    f"{path}: example {row['id']!r} needs latent targets, which {pca}/targets/index.json "
+                    "does not have; run fit_pca.py on this data file"
+                )
             else:
                 self.n_latent += 1
             self.rows.append(row)
@@ -162,22 +220,38 @@ class Data:
             self.open[name] = safe_open(Path(pca) / "targets" / name, "pt")
         v = self.open[name].get_tensor(row["id"])
         if len(v) != row["response"].count(LATENT_SPAN):
-            raise SystemExit(f"{pca}/targets/{name}: {len(v)} spans for example {row['id']!r}, whose response has "
-                             f"{row['response'].count(LATENT_SPAN)}; run fit_pca.py again")
+            raise SystemExit(
+                f"{pca}/targets/{name}: {len(v)} spans for example {row['id']!r}, whose response has "
+                f"{row['response'].count(LATENT_SPAN)}; run fit_pca.py again"
+            )
         return v.flatten(0, 1)
 
     def load(self, picked, rank, world):
         """This rank's micro-batches of the global batch `picked`, and the label and latent counts of *all* of it."""
-        examples = [encode(self.vlm, self.tokenizer, self.processor, self.rows[i], self.index["K"],
-                           self.rows[i]["response"]) for i in picked]
+        examples = [
+            encode(
+                self.vlm,
+                self.tokenizer,
+                self.processor,
+                self.rows[i],
+                self.index["K"],
+                self.rows[i]["response"],
+            )
+            for i in picked
+        ]
         parts = micro_batches([len(e["ids"]) for e in examples], world, token_budget)
         spans = [self.rows[i]["response"].count(LATENT_SPAN) for i in picked]
-        counts = {"labels": sum(int((e["labels"] != IGNORE).sum()) for e in examples),
-                  "latents": sum(spans) * self.index["K"], "tokens": sum(len(e["ids"]) for e in examples)}
+        counts = {
+            "labels": sum(int((e["labels"] != IGNORE).sum()) for e in examples),
+            "latents": sum(spans) * self.index["K"],
+            "tokens": sum(len(e["ids"]) for e in examples),
+        }
         mine = []
         for part in parts[rank::world]:
             rows = part or [0]  # more ranks than rows: this rank runs some row with weight 0
-            batch = collate([examples[i] for i in rows], self.processor) | {"weight": float(bool(part))}
+            batch = collate([examples[i] for i in rows], self.processor) | {
+                "weight": float(bool(part))
+            }
             v = [self.targets(self.rows[picked[i]]) for i in rows if spans[i]]
             batch["latents"] = torch.cat(v) if v else torch.zeros(0, self.index["d"])
             mine.append(batch)
@@ -194,26 +268,37 @@ def collate(examples, processor):
     pad = lambda xs, value: nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=value)  # noqa: E731
     images = [open_image(p) for e in examples for p in e["images"]]
     out = processor(images=images, return_tensors="pt") if images else {}
-    return {"ids": pad([e["ids"] for e in examples], 0), "labels": pad([e["labels"] for e in examples], IGNORE),
-            "pos": pad([e["pos"].T for e in examples], 0).permute(2, 0, 1),
-            "pixels": out.get("pixel_values"), "grids": out.get("image_grid_thw")}
+    return {
+        "ids": pad([e["ids"] for e in examples], 0),
+        "labels": pad([e["labels"] for e in examples], IGNORE),
+        "pos": pad([e["pos"].T for e in examples], 0).permute(2, 0, 1),
+        "pixels": out.get("pixel_values"),
+        "grids": out.get("image_grid_thw"),
+    }
 
 
 def to_device(batch, vlm, device):
     """Move a micro-batch and run the frozen tower on its images."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    batch = {
+        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+    }
     batch["vision"] = None
     if batch["pixels"] is not None:
         tower = vlm.model.visual
         with torch.no_grad():
-            batch["vision"] = tower(batch["pixels"].to(tower.dtype), grid_thw=batch["grids"]).pooler_output
+            batch["vision"] = tower(
+                batch["pixels"].to(tower.dtype), grid_thw=batch["grids"]
+            ).pooler_output
     return batch
 
 
 def lr_at(step, total, peak):
     """Linear warm-up over warmup_ratio of the steps, then cosine to 0."""
     warm = max(1, round(warmup_ratio * total))
-    return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm))))
+    return peak * min(
+        (step + 1) / warm,
+        0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm))),
+    )
 
 
 def batch_of(step, n):
@@ -232,13 +317,17 @@ def read_difficulty(path):
     solved, known = set(), set()
     for n, row in enumerate(read_lines(path), 1):
         if missing := {"id", "n", "correct", "n_options", "lower_bound"} - row.keys():
-            raise SystemExit(f"{path}:{n}: lacks {sorted(missing)}; expected a line written by sample_difficulty.py")
+            raise SystemExit(
+                f"{path}:{n}: lacks {sorted(missing)}; expected a line written by sample_difficulty.py"
+            )
         known.add(row["id"])
         if not needs_latents(row, tau, rule):
             solved.add(row["id"])
         elif row["lower_bound"]:
-            raise SystemExit(f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which does not "
-                             f"decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or this tau and rule")
+            raise SystemExit(
+                f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which does not "
+                f"decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or this tau and rule"
+            )
     return solved, known
 
 
@@ -247,17 +336,23 @@ def check_inputs(vlm, index, meta):
     ours = tower_fingerprint(vlm)
     for name, there in ((f"{pca}/pca.safetensors", meta), (f"{pca}/targets/index.json", index)):
         if there["tower"] != ours:
-            raise SystemExit(f"{name} was made with vision tower {there['tower']}, but {base} has tower {ours}")
+            raise SystemExit(
+                f"{name} was made with vision tower {there['tower']}, but {base} has tower {ours}"
+            )
     for field in ("K", "mode"):
         if str(index[field]) != meta[field]:
-            raise SystemExit(f"{pca}/targets/index.json has {field} = {index[field]}, "
-                             f"but {pca}/pca.safetensors has {meta[field]}")
+            raise SystemExit(
+                f"{pca}/targets/index.json has {field} = {index[field]}, "
+                f"but {pca}/pca.safetensors has {meta[field]}"
+            )
 
 
 def shard(model, device):
     """FSDP2: float32 shards of every decoder layer, then of the root; the frozen tower is replicated."""
     tower = model.vlm.model.visual.requires_grad_(False).to(device)
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     kwargs = {"mp_policy": policy, "offload_policy": offload}
     layers = model.vlm.model.language_model.layers
@@ -300,10 +395,14 @@ def load_checkpoint(model, optimizer, settings):
     if not found:
         return 0
     saved = json.loads((found[-1] / "settings.json").read_text())
-    differ = {k: (saved.get(k), v) for k, v in settings.items() if k not in FREE and saved.get(k) != v}
+    differ = {
+        k: (saved.get(k), v) for k, v in settings.items() if k not in FREE and saved.get(k) != v
+    }
     if differ:
-        raise SystemExit(f"{found[-1]}/settings.json and this run disagree on (there, here): {differ}; "
-                         "choose another `out`, or delete it to start over")
+        raise SystemExit(
+            f"{found[-1]}/settings.json and this run disagree on (there, here): {differ}; "
+            "choose another `out`, or delete it to start over"
+        )
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -312,7 +411,9 @@ def load_checkpoint(model, optimizer, settings):
 
 def export(model, tokenizer, processor, meta, rank):
     """Write the folder that from_pretrained, infer.py and eval.py load: to a temporary name, then file by file."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if rank:
         return
     tmp, kind = Path(out) / ".export", getattr(torch, dtype)
@@ -328,7 +429,9 @@ def export(model, tokenizer, processor, meta, rank):
     if model.head is None:
         (Path(out) / HEAD_FILE).unlink(missing_ok=True)
     else:
-        save_head(tmp, model.head, {k[5:]: v for k, v in weights.items() if k.startswith("head.")}, meta)
+        save_head(
+            tmp, model.head, {k[5:]: v for k, v in weights.items() if k.startswith("head.")}, meta
+        )
     for file in sorted(tmp.iterdir()):
         os.replace(file, Path(out) / file.name)
     tmp.rmdir()
@@ -338,7 +441,9 @@ def peak_memory(device):
     """Most bytes held so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if (status := Path("/proc/self/status")).exists():  # not ru_maxrss, which begins at what the parent process held
+    if (
+        status := Path("/proc/self/status")
+    ).exists():  # not ru_maxrss, which begins at what the parent process held
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
@@ -346,13 +451,22 @@ def peak_memory(device):
 def main():
     settings = settings_of(globals())
     rank, world = rank_and_world()
-    check_choices(globals(), method=(*HEADS, "text"), latent_loss=("mean", "sum", "relative"), rule=RULES,
-                  dtype=("float32", "bfloat16"))
+    check_choices(
+        globals(),
+        method=(*HEADS, "text"),
+        latent_loss=("mean", "sum", "relative"),
+        rule=RULES,
+        dtype=("float32", "bfloat16"),
+    )
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2), **store)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+        timeout=timedelta(hours=2),
+        **store,
+    )
     torch.manual_seed(seed)
 
     # model
@@ -378,30 +492,42 @@ def main():
     train = Data(data, vlm, tokenizer, processor, solved, index)
     if assigned:
         if missing := [row["id"] for row in train.rows if row["id"] not in known]:
-            raise SystemExit(f"{difficulty} lacks {len(missing)} examples of {data} (the first is {missing[0]!r}); "
-                             "run sample_difficulty.py again, it goes on where it stopped")
+            raise SystemExit(
+                f"{difficulty} lacks {len(missing)} examples of {data} (the first is {missing[0]!r}); "
+                "run sample_difficulty.py again, it goes on where it stopped"
+            )
     val = Data(val_data, vlm, tokenizer, processor, set(), index) if val_data else None
     if len(train.rows) < global_batch:
-        raise SystemExit(f"{data}: {len(train.rows)} usable examples are fewer than global_batch={global_batch}")
+        raise SystemExit(
+            f"{data}: {len(train.rows)} usable examples are fewer than global_batch={global_batch}"
+        )
     total = max_steps or epochs * (len(train.rows) // global_batch)
 
     # what a resumed run must have been fed
     files = [data]
     if method != "text":
-        files += [Path(pca) / "pca.safetensors", Path(pca) / "targets" / "index.json"] + [difficulty] * bool(difficulty)
+        files += [Path(pca) / "pca.safetensors", Path(pca) / "targets" / "index.json"] + [
+            difficulty
+        ] * bool(difficulty)
     settings["inputs"] = key_of({"base": weight_stamps(base)}, *files)
 
     # optimizer
     body = [p for p in vlm.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in body if p.ndim > 1], "peak": lr},
-              {"params": [p for p in body if p.ndim == 1], "peak": lr, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in body if p.ndim > 1], "peak": lr},
+        {"params": [p for p in body if p.ndim == 1], "peak": lr, "weight_decay": 0.0},
+    ]
     if head is not None and list(head.parameters()):
         groups.append({"params": list(head.parameters()), "peak": lr_head})
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True
+    )
     first = load_checkpoint(model, optimizer, settings)
     if rank == 0:
-        print(f"{method}: {len(train.rows)} examples, {train.n_latent} with latents, {train.n_rejected} rejected; "
-              f"{total} steps, from {first}; {world} rank(s) on {device}")
+        print(
+            f"{method}: {len(train.rows)} examples, {train.n_latent} with latents, {train.n_rejected} rejected; "
+            f"{total} steps, from {first}; {world} rank(s) on {device}"
+        )
         log = Path(out) / "log.jsonl"
         old = [row for row in read_lines(log) if row.get("step", 0) <= first] if first else []
         write_lines(log, old or [settings | versions() | {"world": world}])
@@ -421,37 +547,64 @@ def main():
         ce, squared, predicted, target = (seen / torch.tensor([n, m, m, m], device=device)).tolist()
         row = {"loss": ce + lambda_latent * weight * squared, "ce": ce}
         if counts["latents"]:
-            row |= {"latent": weight * squared, "r2": 1 - squared / head.total_variance,
-                    "norm_predicted": predicted, "norm_target": target}
+            row |= {
+                "latent": weight * squared,
+                "r2": 1 - squared / head.total_variance,
+                "norm_predicted": predicted,
+                "norm_target": target,
+            }
         return row
 
     def validate():
-        batches = [list(range(i, min(i + global_batch, len(val.rows)))) for i in range(0, len(val.rows), global_batch)]
+        batches = [
+            list(range(i, min(i + global_batch, len(val.rows))))
+            for i in range(0, len(val.rows), global_batch)
+        ]
         with torch.no_grad():
-            found = [(sums(*(loaded := val.load(b, rank, world)), False), loaded[1]) for b in batches]
+            found = [
+                (sums(*(loaded := val.load(b, rank, world)), False), loaded[1]) for b in batches
+            ]
+
         def mean(field, count):
             pairs = [(row[field], c[count]) for row, c in found if field in row]
             return sum(x * w for x, w in pairs) / max(1, sum(w for _, w in pairs))
+
         fields = {"ce": "labels"} | ({"latent": "latents", "r2": "latents"} if val.n_latent else {})
         return {f"val_{field}": mean(field, count) for field, count in fields.items()}
 
     loader = ThreadPoolExecutor(1)  # images of the next step are read while this one runs
     ahead = loader.submit(train.load, batch_of(first, len(train.rows)), rank, world)
-    bar = tqdm(total=total, initial=first, unit="step", desc=Path(out).name, disable=rank > 0, mininterval=1)
+    bar = tqdm(
+        total=total,
+        initial=first,
+        unit="step",
+        desc=Path(out).name,
+        disable=rank > 0,
+        mininterval=1,
+    )
     for step in range(first, total):
         start, began = time.time(), clock(device)
         batches, counts = ahead.result()
         if step + 1 < total:
             ahead = loader.submit(train.load, batch_of(step + 1, len(train.rows)), rank, world)
         row = {"step": step + 1} | sums(batches, counts, True)
-        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a collective: on every rank
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.requires_grad], grad_clip
+        )
+        norm = float(
+            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        )  # a collective: on every rank
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, group["peak"])
         optimizer.step()
         optimizer.zero_grad()
-        row |= {"grad_norm": norm, "lr": lr_at(step, total, lr), "peak_gib": peak_memory(device) / 2**30,
-                "tokens_per_s": counts["tokens"] / (time.time() - start), "seconds": clock(device) - began}
+        row |= {
+            "grad_norm": norm,
+            "lr": lr_at(step, total, lr),
+            "peak_gib": peak_memory(device) / 2**30,
+            "tokens_per_s": counts["tokens"] / (time.time() - start),
+            "seconds": clock(device) - began,
+        }
         last = step + 1 == total
         if val and (last or (step + 1) % eval_every == 0):
             row |= validate()
@@ -472,5 +625,4 @@ def main():
 
 
 if __name__ == "__main__":
-    override(globals())
-    main()
+    start(main)

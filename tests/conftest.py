@@ -46,7 +46,9 @@ def world(tmp_path_factory):
     two = rows[3]
     two["images"] += rows[4]["images"]
     two["aux_images"] += rows[4]["aux_images"]
-    two["response"] = two["response"].replace("</parser>", "</parser> <latent></latent> <parser> again </parser>")
+    two["response"] = two["response"].replace(
+        "</parser>", "</parser> <latent></latent> <parser> again </parser>"
+    )
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 

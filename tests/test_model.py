@@ -10,6 +10,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import fit_pca
 import model
+from data import load_examples, open_image, strip_latents
+from generate import ema_norm, generate, intervene, make_prompts, pick, to_text
 from model import (
     HEADS,
     IGNORE,
@@ -21,23 +23,14 @@ from model import (
     PCAHead,
     cross_entropy,
     embed,
-    ema_norm,
     encode,
     encode_images,
-    generate,
     grid_features,
-    intervene,
     latent_ids,
-    load_examples,
     load_head,
     load_pca,
     load_vlm,
-    make_prompts,
-    open_image,
-    pick,
     save_head,
-    strip_latents,
-    to_text,
 )
 
 close = torch.testing.assert_close
@@ -59,7 +52,11 @@ def test_pca_equals_svd(tmp_path):
     torch.manual_seed(0)
     v = (torch.randn(600, 16) * torch.logspace(1, -1, 16) + torch.randn(16) * 5).bfloat16()
     for i, part in enumerate(v.split(200)):
-        save_file({f"{i}-{j}": x for j, x in enumerate(part.view(-1, 1, 4, 16))}, tmp_path / f"{i}", {"rejected": "[]"})
+        save_file(
+            {f"{i}-{j}": x for j, x in enumerate(part.view(-1, 1, 4, 16))},
+            tmp_path / f"{i}",
+            {"rejected": "[]"},
+        )
     total, outer, n = fit_pca.moments(sorted(tmp_path.iterdir()), 16, "cpu")
     mean = total / n
     eigenvalues, vectors, k = fit_pca.fit(outer / n - mean[:, None] * mean, 0.95)
@@ -89,7 +86,9 @@ def test_gradient_is_the_k_dimensional_one(head):
     h, v = torch.randn(7, 128, requires_grad=True), torch.randn(7, 128)
     leaves = [h, *head.parameters()]
     long = torch.autograd.grad((head.reconstruct(head.coefficients(h)) - v).pow(2).sum(), leaves)
-    short = torch.autograd.grad((head.coefficients(h) - (v - head.mean) @ head.basis).pow(2).sum(), leaves)
+    short = torch.autograd.grad(
+        (head.coefficients(h) - (v - head.mean) @ head.basis).pow(2).sum(), leaves
+    )
     ours = torch.autograd.grad(head.squared_error(h, v).sum(), leaves)
     for a, b, c in zip(long, short, ours):
         close(a, b, rtol=1e-4, atol=1e-4)
@@ -122,7 +121,9 @@ def test_random_basis():
 
 
 def test_full_head_has_two_d_squared_weights():
-    assert sum(p.numel() for p in FullHead(random_pca(), 4).parameters() if p.ndim == 2) == 2 * 128**2
+    assert (
+        sum(p.numel() for p in FullHead(random_pca(), 4).parameters() if p.ndim == 2) == 2 * 128**2
+    )
     assert not list(OutputHead(random_pca(), 4).parameters())
 
 
@@ -158,16 +159,29 @@ def test_logits_equal_hf(loaded, world, images):
     vlm, tokenizer, processor = loaded
     rows = examples(world)
     row = rows[0] | {
-        "images": [p for r in rows[:images] for p in (r["images"] + r["aux_images"])[:: 1 if r is rows[1] else 2]][
-            :images
-        ]
+        "images": [
+            p
+            for r in rows[:images]
+            for p in (r["images"] + r["aux_images"])[:: 1 if r is rows[1] else 2]
+        ][:images]
     }
     e = encode(vlm, tokenizer, processor, row, response=strip_latents(row["response"]))
-    vision = torch.cat(encode_images(vlm, processor, [open_image(p) for p in row["images"]])[0]) if images else None
+    vision = (
+        torch.cat(encode_images(vlm, processor, [open_image(p) for p in row["images"]])[0])
+        if images
+        else None
+    )
     h = vlm.model.language_model(
-        inputs_embeds=embed(vlm, e["ids"][None], vision), position_ids=e["pos"][:, None], use_cache=False
+        inputs_embeds=embed(vlm, e["ids"][None], vision),
+        position_ids=e["pos"][:, None],
+        use_cache=False,
     ).last_hidden_state
-    close(vlm.lm_head(h), vlm(**hf_inputs(vlm, processor, e["ids"], row["images"])).logits, rtol=1e-4, atol=1e-4)
+    close(
+        vlm.lm_head(h),
+        vlm(**hf_inputs(vlm, processor, e["ids"], row["images"])).logits,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_spans_and_labels(loaded, world):
@@ -178,7 +192,10 @@ def test_spans_and_labels(loaded, world):
     ids, labels = e["ids"].tolist(), e["labels"].tolist()
     at = [i for i, t in enumerate(ids) if t == start]
     assert len(at) == 2 and all(ids[i : i + 6] == [start, pad, pad, pad, pad, end] for i in at)
-    assert all(labels[i] == start and labels[i + 1 : i + 5] == [IGNORE] * 4 and labels[i + 5] == end for i in at)
+    assert all(
+        labels[i] == start and labels[i + 1 : i + 5] == [IGNORE] * 4 and labels[i + 5] == end
+        for i in at
+    )
     assert labels[-1] == tokenizer.eos_token_id and ids.count(pad) == 8
     # latent pads take ordinary text positions
     assert (e["pos"][:, at[0] : at[0] + 6].diff(dim=1) == 1).all()
@@ -194,11 +211,18 @@ def test_stripping_leaves_nothing(loaded, world):
 
 def test_chunked_cross_entropy():
     torch.manual_seed(0)
-    h, labels, lm_head = torch.randn(50, 8, requires_grad=True), torch.randint(30, (50,)), torch.nn.Linear(8, 30)
+    h, labels, lm_head = (
+        torch.randn(50, 8, requires_grad=True),
+        torch.randint(30, (50,)),
+        torch.nn.Linear(8, 30),
+    )
     plain = torch.nn.functional.cross_entropy(lm_head(h), labels, reduction="sum")
     ours = cross_entropy(h, labels, lm_head, chunk=7)
     close(ours, plain)
-    for a, b in zip(torch.autograd.grad(ours, [h, lm_head.weight]), torch.autograd.grad(plain, [h, lm_head.weight])):
+    for a, b in zip(
+        torch.autograd.grad(ours, [h, lm_head.weight]),
+        torch.autograd.grad(plain, [h, lm_head.weight]),
+    ):
         close(a, b)
 
 
@@ -210,7 +234,10 @@ def test_pool_is_the_mean_of_blocks(loaded, world):
     blocks = torch.stack([v[i : i + 2, j : j + 2].mean((0, 1)) for i in (0, 2) for j in (0, 2)])
     close(grid_features(vlm, processor, [image], 4, "pool")[0], blocks)
     small = image.resize((56, 56), 3)
-    close(grid_features(vlm, processor, [image], 4, "resize")[0], encode_images(vlm, processor, [small])[0][0])
+    close(
+        grid_features(vlm, processor, [image], 4, "resize")[0],
+        encode_images(vlm, processor, [small])[0][0],
+    )
 
 
 # --- the tower's attention
@@ -218,7 +245,16 @@ def test_pool_is_the_mean_of_blocks(loaded, world):
 SIZES = {  # (t, h, w) in patches: windows are 8 x 8
     "one": [(1, 16, 24)],  # whole windows only
     "small": [(1, 2, 2)],
-    "ragged": [(1, 18, 26), (1, 6, 6), (1, 2, 40), (1, 2, 2), (1, 26, 18), (1, 16, 16), (1, 34, 2), (1, 6, 6)],
+    "ragged": [
+        (1, 18, 26),
+        (1, 6, 6),
+        (1, 2, 40),
+        (1, 2, 2),
+        (1, 26, 18),
+        (1, 16, 16),
+        (1, 34, 2),
+        (1, 6, 6),
+    ],
     "frames": [(3, 10, 14), (1, 10, 14)],
 }
 
@@ -227,14 +263,20 @@ def two_towers(base, sizes, dtype=torch.float32):
     """Our tower and the stock one, pixels of noise and their grids."""
     grids = torch.tensor(SIZES[sizes])
     towers = load_vlm(base, dtype)[0].model.visual, stock_vlm(base, dtype).model.visual
-    return *towers, torch.randn(grids.prod(1).sum(), 1176, generator=torch.Generator().manual_seed(0)), grids
+    return (
+        *towers,
+        torch.randn(grids.prod(1).sum(), 1176, generator=torch.Generator().manual_seed(0)),
+        grids,
+    )
 
 
 def stock_vlm(base, dtype=torch.float32):
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("numbers", [model.CHUNK["cpu"], 6400])  # 100 patches: a group of windows takes several calls
+@pytest.mark.parametrize(
+    "numbers", [model.CHUNK["cpu"], 6400]
+)  # 100 patches: a group of windows takes several calls
 @pytest.mark.parametrize("sizes", SIZES)
 def test_tower_equals_stock(base, sizes, numbers, monkeypatch):
     """Embeddings and all gradients, for sizes that are no multiples of a window or smaller than one."""
@@ -268,7 +310,10 @@ def test_windows_share_a_call(base, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
     stock(pixels, grid_thw=grids)
-    one_by_one, n = calls[:], sum(-(-h // 8) * -(-w // 8) for _, h, w in SIZES["ragged"])  # n windows, then 8 images
+    one_by_one, n = (
+        calls[:],
+        sum(-(-h // 8) * -(-w // 8) for _, h, w in SIZES["ragged"]),
+    )  # n windows, then 8 images
     calls.clear()
     ours(pixels, grid_thw=grids)
     assert sum(s[0] for s in calls) == len(one_by_one) == n + 8
@@ -279,11 +324,16 @@ def test_windows_are_taken_once():
     """Every patch is in one batch, in a window of its own bounds; neighbours are a slice."""
     lengths = torch.tensor([64] * 70 + [16, 64, 16, 5000, 4, 64, 64])
     bounds = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
-    patches, window = torch.arange(int(bounds[-1])), torch.arange(len(lengths)).repeat_interleave(lengths)
+    patches, window = (
+        torch.arange(int(bounds[-1])),
+        torch.arange(len(lengths)).repeat_interleave(lengths),
+    )
     seen = []
     for length, at in model.equal_windows(bounds, 4096):
         taken = patches[at].view(-1, length)
-        assert (window[taken] == window[taken[:, :1]]).all() and (lengths[window[taken[:, 0]]] == length).all()
+        assert (window[taken] == window[taken[:, :1]]).all() and (
+            lengths[window[taken[:, 0]]] == length
+        ).all()
         assert len(taken) == 1 or taken.numel() <= 4096
         assert isinstance(at, slice) == bool((taken.flatten().diff() == 1).all())
         seen += taken.flatten().tolist()
@@ -294,10 +344,16 @@ def test_saved_config_is_stock(base, tmp_path):
     """The attention's name is of the running process: neither in a saved folder nor on the language model."""
     vlm, stock = load_vlm(base)[0], stock_vlm(base)
     assert vlm.model.visual.config._attn_implementation == model.TOWER_ATTENTION
-    assert vlm.model.language_model.config._attn_implementation == vlm.config._attn_implementation == "sdpa"
+    assert (
+        vlm.model.language_model.config._attn_implementation
+        == vlm.config._attn_implementation
+        == "sdpa"
+    )
     vlm.save_pretrained(tmp_path / "ours")
     stock.save_pretrained(tmp_path / "stock")
-    assert (tmp_path / "ours" / "config.json").read_text() == (tmp_path / "stock" / "config.json").read_text()
+    assert (tmp_path / "ours" / "config.json").read_text() == (
+        tmp_path / "stock" / "config.json"
+    ).read_text()
     again = stock_vlm(tmp_path / "ours")
     assert again.model.visual.config._attn_implementation == "sdpa"
     pixels, grids = torch.randn(36, 1176), torch.tensor([[1, 6, 6]])
@@ -309,7 +365,7 @@ def test_saved_config_is_stock(base, tmp_path):
 
 def make_open(vlm, tokenizer, prompts, opens):
     """Turn the LM head so that prompts[opens] begin with a latent span, and the others do not."""
-    from model import Decoder
+    from generate import Decoder
 
     with torch.no_grad():
         h = torch.cat([Decoder(vlm, [p], 1, 0).h[:, 0] for p in prompts])
@@ -324,11 +380,15 @@ def test_greedy_equals_hf_generate(loaded, world):
     vlm, tokenizer, processor = loaded
     rows = examples(world, 4)
     rows[0]["images"] = []
-    ours = generate(vlm, None, tokenizer, make_prompts(vlm, tokenizer, processor, rows), max_new_tokens=40)
+    ours = generate(
+        vlm, None, tokenizer, make_prompts(vlm, tokenizer, processor, rows), max_new_tokens=40
+    )
     for row, (a,) in zip(rows, ours):
         ids = encode(vlm, tokenizer, processor, row)["ids"]
         vlm.model.rope_deltas = None
-        no_token = [*range(len(tokenizer) - 3, vlm.config.text_config.vocab_size)]  # latent tokens and spare rows
+        no_token = [
+            *range(len(tokenizer) - 3, vlm.config.text_config.vocab_size)
+        ]  # latent tokens and spare rows
         hf = vlm.generate(
             **hf_inputs(vlm, processor, ids, row["images"]),
             max_new_tokens=40,
@@ -346,15 +406,23 @@ def test_latents_equal_a_full_forward(loaded, head, world):
     make_open(vlm, tokenizer, [prompt], {0})
     ((a,),) = generate(vlm, head, tokenizer, [prompt], max_new_tokens=20)
     pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
-    assert a["ids"][:6] == [*map(tokenizer.convert_tokens_to_ids, (LATENT_START, *[LATENT_PAD] * 4, LATENT_END))]
+    assert a["ids"][:6] == [
+        *map(tokenizer.convert_tokens_to_ids, (LATENT_START, *[LATENT_PAD] * 4, LATENT_END))
+    ]
     ids = torch.cat([prompt["ids"], torch.tensor(a["ids"])])
-    pos = torch.cat([prompt["pos"], prompt["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1)
+    pos = torch.cat(
+        [prompt["pos"], prompt["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1
+    )
     x = embed(vlm, ids[None], prompt["vision"], a["latents"], pad)
-    h = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state[0]
+    h = vlm.model.language_model(
+        inputs_embeds=x, position_ids=pos[:, None], use_cache=False
+    ).last_hidden_state[0]
     before = (ids[1:] == pad).nonzero()[:, 0]
     assert len(before) == len(a["latents"]) >= 4
     close(head(h[before]), a["latents"], rtol=1e-4, atol=1e-4)
-    for t in range(len(prompt["ids"]) - 1, len(ids) - 1):  # and the text between the spans is greedy
+    for t in range(
+        len(prompt["ids"]) - 1, len(ids) - 1
+    ):  # and the text between the spans is greedy
         if ids[t + 1] not in (pad, tokenizer.convert_tokens_to_ids(LATENT_END)):
             logits = vlm.lm_head(h[t])
             logits[[pad, tokenizer.convert_tokens_to_ids(LATENT_END)]] = -torch.inf
@@ -401,10 +469,21 @@ def test_shared_prefill_equals_separate_prefills(loaded, world):
     vlm, tokenizer, processor = loaded
     prompts = make_prompts(vlm, tokenizer, processor, examples(world, 3))
     shared, kwargs = [], dict(max_new_tokens=16, temperature=1.0)
-    generate(vlm, None, tokenizer, prompts, n_samples=8, seeds=list(range(24)), on_step=record(shared), **kwargs)
+    generate(
+        vlm,
+        None,
+        tokenizer,
+        prompts,
+        n_samples=8,
+        seeds=list(range(24)),
+        on_step=record(shared),
+        **kwargs,
+    )
     for row in range(24):
         calls = []
-        generate(vlm, None, tokenizer, [prompts[row // 8]], seeds=[row], on_step=record(calls), **kwargs)
+        generate(
+            vlm, None, tokenizer, [prompts[row // 8]], seeds=[row], on_step=record(calls), **kwargs
+        )
         mine = [c for c in shared if c[0] == row]
         assert [c[1] for c in mine] == [c[1] for c in calls]
         close(
@@ -423,7 +502,14 @@ def test_finished_rows_are_dropped_without_a_trace(loaded, world):
     kwargs = dict(max_new_tokens=40, n_samples=4, temperature=1.0, seeds=list(range(16)))
     full = generate(vlm, None, tokenizer, prompts, **kwargs)
     ended = []
-    part = generate(vlm, None, tokenizer, prompts, on_finish=lambda q, s, ids: ended.append((q, s)) or q == 1, **kwargs)
+    part = generate(
+        vlm,
+        None,
+        tokenizer,
+        prompts,
+        on_finish=lambda q, s, ids: ended.append((q, s)) or q == 1,
+        **kwargs,
+    )
     assert len({len(a["ids"]) for q in full for a in q}) > 3
     assert [[a["ids"] for a in q] for i, q in enumerate(full) if i != 1] == [
         [a["ids"] for a in q] for i, q in enumerate(part) if i != 1
@@ -475,7 +561,9 @@ def test_interventions_change_what_is_fed(loaded, head, world):
     prompts = make_prompts(vlm, tokenizer, processor, rows)
     make_open(vlm, tokenizer, prompts, {0, 1})
     fed = list(
-        grid_features(vlm, processor, [open_image(r["aux_images"][0]) for r in rows], 4, "pool").detach().split(1)
+        grid_features(vlm, processor, [open_image(r["aux_images"][0]) for r in rows], 4, "pool")
+        .detach()
+        .split(1)
     )
     pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
 
@@ -492,7 +580,9 @@ def test_interventions_change_what_is_fed(loaded, head, world):
             seeds=list(seeds),
             on_step=record(calls),
         )
-        return torch.stack([x for row, token, x, _ in calls if token == pad and row == 0] or [torch.zeros(0)]), calls
+        return torch.stack(
+            [x for row, token, x, _ in calls if token == pad and row == 0] or [torch.zeros(0)]
+        ), calls
 
     clean, _ = latents("clean")
     assert clean.shape == (4, 128)
@@ -523,14 +613,24 @@ def test_forced_text_after_a_span(loaded, head, world):
     prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
     make_open(vlm, tokenizer, prompts, {0})
     after = tokenizer(" </think> <answer>")["input_ids"]
-    (a,), (b,) = generate(vlm, head, tokenizer, prompts, max_new_tokens=24, after=" </think> <answer>")
+    (a,), (b,) = generate(
+        vlm, head, tokenizer, prompts, max_new_tokens=24, after=" </think> <answer>"
+    )
     start, pad, end = latent_ids(tokenizer)
     assert a["ids"][: 6 + len(after)] == [start, *[pad] * 4, end, *after]
     assert b["ids"][:1] != [start] and len(after) > 1
     ids = torch.cat([prompts[0]["ids"], torch.tensor(a["ids"])])
-    pos = torch.cat([prompts[0]["pos"], prompts[0]["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1)
+    pos = torch.cat(
+        [
+            prompts[0]["pos"],
+            prompts[0]["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1),
+        ],
+        1,
+    )
     x = embed(vlm, ids[None], prompts[0]["vision"], a["latents"], pad)
-    h = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state[0]
+    h = vlm.model.language_model(
+        inputs_embeds=x, position_ids=pos[:, None], use_cache=False
+    ).last_hidden_state[0]
     logits = vlm.lm_head(h[len(prompts[0]["ids"]) + 5 + len(after)])
     logits[[pad, end]] = -torch.inf
     assert logits[: len(tokenizer)].argmax() == a["ids"][6 + len(after)]
@@ -540,7 +640,13 @@ def test_text_of_spans(loaded):
     _, tokenizer, _ = loaded
     text = "<think> Follow the dot. <latent></latent> <parser> four </parser> </think>"
     span = LATENT_START + LATENT_PAD * 4 + LATENT_END
-    assert to_text(tokenizer, tokenizer(text.replace("<latent></latent>", span) + "<|im_end|>")["input_ids"]) == text
+    assert (
+        to_text(
+            tokenizer,
+            tokenizer(text.replace("<latent></latent>", span) + "<|im_end|>")["input_ids"],
+        )
+        == text
+    )
 
 
 def test_targets_are_safetensors_only(tmp_path, base, world):
@@ -557,15 +663,30 @@ def test_targets_are_safetensors_only(tmp_path, base, world):
     index = json.loads((tmp_path / "targets" / "index.json").read_text())
     assert len(index["files"]) == 56 and index["K"] == 4
     with safe_open(tmp_path / "targets" / index["files"]["train-3"], "pt") as f:
-        assert f.get_tensor("train-3").shape == (2, 4, 128) and f.get_tensor("train-3").dtype == torch.bfloat16
+        assert (
+            f.get_tensor("train-3").shape == (2, 4, 128)
+            and f.get_tensor("train-3").dtype == torch.bfloat16
+        )
     assert PIXELS == (index["min_pixels"], index["max_pixels"])
 
     # the controls on the same targets: a random basis of the same k, and no mean
     before = load_pca(tmp_path / "pca.safetensors")[0]
-    run("fit_pca.py", f"--base={base}", f"--data={world}/train.jsonl", f"--val_data={world}/val.jsonl", f"--out={tmp_path}",
-        "--shard=20", "--basis=random", "--centre=0")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={tmp_path}",
+        "--shard=20",
+        "--basis=random",
+        "--centre=0",
+    )
     after, meta = load_pca(tmp_path / "pca.safetensors")
-    assert meta["basis"] == "random" and after["basis"].shape == before["basis"].shape and not after["mean"].any()
+    assert (
+        meta["basis"] == "random"
+        and after["basis"].shape == before["basis"].shape
+        and not after["mean"].any()
+    )
     close(after["basis"].T @ after["basis"], torch.eye(after["basis"].shape[1]))
     close(after["total_variance"], before["total_variance"], rtol=1e-5, atol=0.0)
     assert after["eigenvalues"].sum() < before["eigenvalues"].sum()

@@ -8,9 +8,10 @@ from conftest import PIXELS, run
 from safetensors.torch import load_file
 from test_model import examples, make_open, record
 
+from data import LATENT_SPAN, load_examples, read_lines
 from eval import latents_name
-from model import (LATENT_SPAN, MONET_TOKENS, MonetHead, generate, latent_ids, load_examples, load_head, load_processor, load_vlm,
-                   make_prompts, read_lines, to_text)
+from generate import generate, make_prompts, to_text
+from model import MONET_TOKENS, MonetHead, latent_ids, load_head, load_processor, load_vlm
 
 close = torch.testing.assert_close
 
@@ -19,7 +20,9 @@ close = torch.testing.assert_close
 def monet(tmp_path, base):
     """(folder, vlm, tokenizer, processor): a tiny Qwen2.5-VL whose tokenizer knows Monet's three tokens."""
     vlm, tokenizer = load_vlm(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(MONET_TOKENS)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(MONET_TOKENS)}, replace_extra_special_tokens=False
+    )
     return tmp_path / "monet", vlm, tokenizer, load_processor(base, *PIXELS)
 
 
@@ -44,9 +47,13 @@ def test_states_are_fed_back_until_the_end(monet, world):
     assert to_text(tokenizer, a["ids"]).startswith(LATENT_SPAN)
 
     # the LM head's row of the end token: high at the state of the third latent, low at those before it
-    states = torch.stack([h for row, _, _, h in calls if row == 0][1:5])  # from the start token to the third latent
+    states = torch.stack(
+        [h for row, _, _, h in calls if row == 0][1:5]
+    )  # from the start token to the third latent
     with torch.no_grad():
-        vlm.lm_head.weight[end] = torch.linalg.lstsq(states, torch.tensor([[-60.0], [-60], [-60], [60]])).solution[:, 0]
+        vlm.lm_head.weight[end] = torch.linalg.lstsq(
+            states, torch.tensor([[-60.0], [-60], [-60], [60]])
+        ).solution[:, 0]
     for kwargs in ({}, {"temperature": 0.7, "seeds": [1, 2]}):
         (a,), (b,) = generate(vlm, head, tokenizer, prompts, max_new_tokens=8, **kwargs)
         assert a["ids"][:5] == [start, pad, pad, pad, end] and end not in b["ids"][:1]
@@ -56,7 +63,11 @@ def test_states_are_fed_back_until_the_end(monet, world):
 
 def test_no_span_without_the_tokens(loaded, base, world):
     vlm, tokenizer = load_vlm(base)
-    assert load_head(base, vlm, tokenizer, 6) is None and latent_ids(tokenizer) == (None, None, None)
+    assert load_head(base, vlm, tokenizer, 6) is None and latent_ids(tokenizer) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
@@ -66,7 +77,9 @@ def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
     make_open(vlm, tokenizer, prompts, set(range(len(rows))))
     save(folder, vlm, tokenizer, processor)
     args = [f"--model={folder}", "--latent_size=6", "--ema_beta=0.9", "--max_new_tokens=9"]
-    run("eval.py", *args, f"--data={world}/test.jsonl", f"--out={tmp_path}/eval", "--save_latents=1")
+    run(
+        "eval.py", *args, f"--data={world}/test.jsonl", f"--out={tmp_path}/eval", "--save_latents=1"
+    )
     answers = {p["id"]: p for p in read_lines(tmp_path / "eval" / "predictions.rank0.jsonl")}
     assert len(answers) == 12 and all(1 <= p["latents"] <= 7 for p in answers.values())
     for row, p in zip(rows, prompts):  # every latent has the running norm of its own query image
@@ -77,7 +90,9 @@ def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
         assert len(latents) == answers[row["id"]]["latents"]
         close(latents.norm(dim=-1), n_bar.expand(len(latents)), rtol=1e-4, atol=1e-4)
 
-    text = run("infer.py", *args, f"--images={world}/test/2.png", f"--latents={tmp_path}/a.safetensors")
+    text = run(
+        "infer.py", *args, f"--images={world}/test/2.png", f"--latents={tmp_path}/a.safetensors"
+    )
     assert f"⟨latent x{answers['test-2']['latents']}⟩" in text or "⟨latent x6⟩" in text
     assert len(load_file(tmp_path / "a.safetensors")["latents"]) == answers["test-2"]["latents"]
 
@@ -85,4 +100,11 @@ def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
     found = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert found["predicted"]["latents"] == sum(p["latents"] for p in answers.values())
     assert found["predicted"]["inside"] is None and "agreement" not in found
-    assert "noise" in run("eval.py", *args, f"--data={world}/test.jsonl", f"--out={tmp_path}/x", "--intervention=noise", ok=False)
+    assert "noise" in run(
+        "eval.py",
+        *args,
+        f"--data={world}/test.jsonl",
+        f"--out={tmp_path}/x",
+        "--intervention=noise",
+        ok=False,
+    )

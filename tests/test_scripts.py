@@ -12,8 +12,11 @@ import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 
+import answers
 import eval as evaluate
-from model import encode, generate, load_examples, load_processor, load_vlm, read_lines, see, strip_latents, to_text
+from data import load_examples, read_lines, strip_latents
+from generate import generate, see, to_text
+from model import encode, load_processor, load_vlm
 from sample_difficulty import is_solved, needs_latents
 
 
@@ -69,11 +72,20 @@ def test_toy_base_can_what_the_method_takes_for_granted(world):
     found = {"at once": [], "after the text": [], "shown": [], "several": []}
     for row in load_examples(world / "test.jsonl"):
         text = strip_latents(row["response"]).partition(" <answer>")[0]
-        prompts = [encode(vlm, tokenizer, processor, row), encode(vlm, tokenizer, processor, row, response=text),
-                   encode(vlm, tokenizer, processor, row | {"images": row["images"] + row["aux_images"]})]
-        prompts[1] |= {"ids": prompts[1]["ids"][:-1], "pos": prompts[1]["pos"][:, :-1]}  # open: without the end token
+        prompts = [
+            encode(vlm, tokenizer, processor, row),
+            encode(vlm, tokenizer, processor, row, response=text),
+            encode(vlm, tokenizer, processor, row | {"images": row["images"] + row["aux_images"]}),
+        ]
+        prompts[1] |= {
+            "ids": prompts[1]["ids"][:-1],
+            "pos": prompts[1]["pos"][:, :-1],
+        }  # open: without the end token
         answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
-        once, after, shown = (evaluate.extract_answer(to_text(tokenizer, a["ids"]))[0] == row["answer"] for a, in answers)
+        once, after, shown = (
+            answers.extract_answer(to_text(tokenizer, a["ids"]))[0] == row["answer"]
+            for (a,) in answers
+        )
         found["shown"].append(shown)
         if row["category"] == "1 moves":
             found["at once"].append(once)
@@ -85,8 +97,14 @@ def test_toy_base_can_what_the_method_takes_for_granted(world):
 
 
 def sampling(base, world, out, **change):
-    settings = {"base": base, "data": world / "train.jsonl", "out": out, "batch": 5, "max_new_tokens": 16,
-                "temperature": 2.0} | change
+    settings = {
+        "base": base,
+        "data": world / "train.jsonl",
+        "out": out,
+        "batch": 5,
+        "max_new_tokens": 16,
+        "temperature": 2.0,
+    } | change
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
@@ -100,14 +118,18 @@ def test_early_stop_ranks_and_kills_change_no_assignment(tmp_path, world):
         out = tmp_path / f"early-{tau}"
         run("sample_difficulty.py", *sampling(TOY, world, out, early_stop=1, tau=tau, batch=7))
         early = read_lines(out)
-        assert [needs_latents(r, tau, "paper") for r in early] == [needs_latents(r, tau, "paper") for r in full]
+        assert [needs_latents(r, tau, "paper") for r in early] == [
+            needs_latents(r, tau, "paper") for r in full
+        ]
         assert all(
             e["correct"] <= f["correct"] and (e["lower_bound"] or e["correct"] == f["correct"])
             for e, f in zip(early, full)
         )
     assert any(r["lower_bound"] for r in early)
 
-    text = run("sample_difficulty.py", *sampling(TOY, world, tmp_path / "ranks", early_stop=0), ranks=2)
+    text = run(
+        "sample_difficulty.py", *sampling(TOY, world, tmp_path / "ranks", early_stop=0), ranks=2
+    )
     assert read_lines(tmp_path / "ranks") == full and not list(tmp_path.glob("ranks.rank*"))
     share = sum(needs_latents(r, 0.0, "paper") for r in full) / len(full)
     assert f"({share:.1%})" in text
@@ -115,7 +137,9 @@ def test_early_stop_ranks_and_kills_change_no_assignment(tmp_path, world):
     # a kill in the middle, with a half-written last line
     out = tmp_path / "killed"
     kill_when(
-        ["sample_difficulty.py", *sampling(TOY, world, out, early_stop=0, batch=2)], tmp_path / "killed.rank000", 6
+        ["sample_difficulty.py", *sampling(TOY, world, out, early_stop=0, batch=2)],
+        tmp_path / "killed.rank000",
+        6,
     )
     done = len(read_lines(tmp_path / "killed.rank000"))
     assert 0 < done < 48
@@ -160,7 +184,9 @@ def test_guess_rule_against_scipy():
 
     for n_options in (2, 3, 4, 9):
         for c in range(9):
-            assert is_solved(c, 8, n_options, 0.0, "guess") == (binom.sf(c - 1, 8, 1 / n_options) < 0.05)
+            assert is_solved(c, 8, n_options, 0.0, "guess") == (
+                binom.sf(c - 1, 8, 1 / n_options) < 0.05
+            )
 
 
 def test_early_stop_at_another_tau_is_refused(tmp_path, world, stages):
@@ -186,7 +212,9 @@ def evaluation(stages, out, **change):
 
 
 def strip(predictions):
-    return {p["id"]: {k: v for k, v in p.items() if k not in ("key", "seconds")} for p in predictions}
+    return {
+        p["id"]: {k: v for k, v in p.items() if k not in ("key", "seconds")} for p in predictions
+    }
 
 
 def test_eval_ranks_kills_and_scores(tmp_path, stages):
@@ -197,7 +225,10 @@ def test_eval_ranks_kills_and_scores(tmp_path, stages):
     assert len(two) == len(one) == 12 and strip(two) == one
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())["scores"]
     two = read_lines(tmp_path / "two" / "scored.jsonl")
-    assert metrics["overall"]["n"] == 12 and sum(metrics[f"{m} moves"]["n"] for m in (1, 2, 3, 4)) == 12
+    assert (
+        metrics["overall"]["n"] == 12
+        and sum(metrics[f"{m} moves"]["n"] for m in (1, 2, 3, 4)) == 12
+    )
     assert metrics["overall"]["accuracy"] == sum(p["correct"] for p in two) / 12
     assert metrics["overall"]["tokens"] == pytest.approx(sum(p["tokens"] for p in two) / 12)
 
@@ -219,7 +250,9 @@ def test_interventions_by_eval(tmp_path, stages):
     clean = {p["id"]: p for p in read_lines(tmp_path / "clean" / "predictions.rank0.jsonl")}
     saved = {f.name: load_file(f)["latents"] for f in (tmp_path / "clean" / "latents").iterdir()}
     names = {evaluate.latents_name(i): i for i in clean}
-    assert len(saved) >= 2 and all(len(v) == clean[names[f]]["latents"] // 4 * 4 for f, v in saved.items())
+    assert len(saved) >= 2 and all(
+        len(v) == clean[names[f]]["latents"] // 4 * 4 for f, v in saved.items()
+    )
     for kind in ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca"):
         run(
             "eval.py",
@@ -231,7 +264,9 @@ def test_interventions_by_eval(tmp_path, stages):
                 donor=tmp_path / "clean" / "latents" if kind == "shuffle" else "",
             ),
         )
-        opened = json.loads((tmp_path / kind / "metrics.json").read_text())["scores"]["overall"]["latents"]
+        opened = json.loads((tmp_path / kind / "metrics.json").read_text())["scores"]["overall"][
+            "latents"
+        ]
         assert (opened == 0) == (kind == "zero")
         if kind == "shuffle":  # another example's latents: the next in the order of file names
             order = sorted(saved)
@@ -240,9 +275,13 @@ def test_interventions_by_eval(tmp_path, stages):
                 donor = saved[order[(order.index(name) + 1) % len(order)]]
                 n = min(len(donor), len(fed))
                 assert (fed[:n] == donor[:n]).all() and not torch.equal(donor[:4], saved[name][:4])
-    assert "donor" in run("eval.py", *evaluation(stages, tmp_path / "x", intervention="shuffle"), ok=False)
+    assert "donor" in run(
+        "eval.py", *evaluation(stages, tmp_path / "x", intervention="shuffle"), ok=False
+    )
     assert "no latent_head" in run(
-        "eval.py", *evaluation(stages, tmp_path / "x", model=stages["base"], intervention="noise"), ok=False
+        "eval.py",
+        *evaluation(stages, tmp_path / "x", model=stages["base"], intervention="noise"),
+        ok=False,
     )
 
 
@@ -256,7 +295,13 @@ def test_infer_shows_and_saves(tmp_path, stages):
 
     assert Image.open(tmp_path / "a.png").width > 2 * 140
     aux = stages["world"] / "test" / "2-aux.png"
-    run("infer.py", *args, "--intervention=oracle", f"--aux={aux}", f"--latents={tmp_path}/o.safetensors")
+    run(
+        "infer.py",
+        *args,
+        "--intervention=oracle",
+        f"--aux={aux}",
+        f"--latents={tmp_path}/o.safetensors",
+    )
     run(
         "infer.py",
         *args,
@@ -293,7 +338,7 @@ def test_infer_shows_and_saves(tmp_path, stages):
     ],
 )
 def test_extraction(text, answer):
-    assert evaluate.extract_answer(text)[0] == answer
+    assert answers.extract_answer(text)[0] == answer
 
 
 @pytest.mark.parametrize(
@@ -318,7 +363,7 @@ def test_extraction(text, answer):
     ],
 )
 def test_check(answer, gold, options, right):
-    assert evaluate.is_correct(answer, {"answer": gold, "options": options}) == right
+    assert answers.is_correct(answer, {"answer": gold, "options": options}) == right
 
 
 def test_wilson_against_scipy():
@@ -358,9 +403,14 @@ def broken(world, tmp_path, change):
         (lambda r: r | {"options": [3]}, ["'options'", "found 3"]),
         (lambda r: r | {"aux_images": []}, ["1 <latent></latent>", "0 aux_images"]),
         (lambda r: r | {"response": r["response"].replace("</think>", "")}, ["tags"]),
-        (lambda r: r | {"response": "<answer> x </answer> <think> <latent></latent> </think>"}, ["tags"]),
         (
-            lambda r: r | {"response": r["response"].replace("<latent></latent>", "<latent> x </latent>")},
+            lambda r: r | {"response": "<answer> x </answer> <think> <latent></latent> </think>"},
+            ["tags"],
+        ),
+        (
+            lambda r: (
+                r | {"response": r["response"].replace("<latent></latent>", "<latent> x </latent>")}
+            ),
             ["nothing inside"],
         ),
         (lambda r: r | {"question": "what is <|image_pad|>?"}, ["'question'", "<|image_pad|>"]),
@@ -383,26 +433,41 @@ def test_stages_refuse_what_does_not_belong_together(tmp_path, base, world, stag
             (other / f.name).symlink_to(f)
     weights = load_file(base / "model.safetensors")
     save_file(
-        {k: v + 0.1 if "merger" in k else v for k, v in weights.items()}, other / "model.safetensors", {"format": "pt"}
+        {k: v + 0.1 if "merger" in k else v for k, v in weights.items()},
+        other / "model.safetensors",
+        {"format": "pt"},
     )
     text = run("train.py", *training(stages, base=other, out=out), ok=False)
     assert "pca.safetensors" in text and "vision tower" in text and str(other) in text
     # another K
     mixed = tmp_path / "mixed"
-    run("fit_pca.py", f"--base={base}", f"--data={world}/train.jsonl", "--val_data=", f"--out={mixed}", "--K=1")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        "--val_data=",
+        f"--out={mixed}",
+        "--K=1",
+    )
     (mixed / "pca.safetensors").unlink()
     (mixed / "pca.safetensors").symlink_to(stages["pca"] / "pca.safetensors")
     text = run("train.py", *training(stages, pca=mixed, out=out), ok=False)
     assert "index.json has K = 1" in text and "pca.safetensors has 4" in text
     # targets missing for an example that needs them
-    text = run("train.py", *training(stages, data=world / "val.jsonl", pca=mixed, out=out), ok=False)
     text = run(
-        "train.py", *training(stages, val_data=broken(world, tmp_path, lambda r: r | {"id": "new"}), out=out), ok=False
+        "train.py", *training(stages, data=world / "val.jsonl", pca=mixed, out=out), ok=False
+    )
+    text = run(
+        "train.py",
+        *training(stages, val_data=broken(world, tmp_path, lambda r: r | {"id": "new"}), out=out),
+        ok=False,
     )
     assert "'new'" in text and "index.json" in text
     # difficulty of other data
     (tmp_path / "difficulty.jsonl").write_text("")
-    text = run("train.py", *training(stages, difficulty=tmp_path / "difficulty.jsonl", out=out), ok=False)
+    text = run(
+        "train.py", *training(stages, difficulty=tmp_path / "difficulty.jsonl", out=out), ok=False
+    )
     assert "difficulty.jsonl lacks 48 examples" in text
     # targets of other settings
     text = run(
@@ -440,7 +505,9 @@ def test_unknown_settings_and_folders(tmp_path, world):
     )
     assert "not a square" in run("fit_pca.py", "--K=5", ok=False)
     (tmp_path / "bad.png").write_text("no image")
-    text = run("infer.py", f"--images={tmp_path}/bad.png", "--question=x", f"--model={TOY}", ok=False)
+    text = run(
+        "infer.py", f"--images={tmp_path}/bad.png", "--question=x", f"--model={TOY}", ok=False
+    )
     assert "bad.png: not a usable image" in text
 
 
@@ -469,7 +536,12 @@ def test_degenerate_images_are_rejected(tmp_path, base, world):
 
 def test_fit_pca_ranks_and_resume(tmp_path, base, world):
     """Two ranks, and a run that finds half of its shards, give the PCA of one process."""
-    args = [f"--base={base}", f"--data={world}/train.jsonl", f"--val_data={world}/val.jsonl", "--shard=10"]
+    args = [
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        "--shard=10",
+    ]
     run("fit_pca.py", *args, f"--out={tmp_path}/one")
     run("fit_pca.py", *args, f"--out={tmp_path}/two", ranks=2)
     one, two = (load_file(tmp_path / x / "pca.safetensors") for x in ("one", "two"))
@@ -486,10 +558,21 @@ def test_fit_pca_ranks_and_resume(tmp_path, base, world):
 
 def test_toy_data_is_a_function_of_the_seed(tmp_path):
     for name in ("a", "b"):
-        run("toy.py", "data", f"--data_folder={tmp_path}/{name}", "--n_train=8", "--n_val=4", "--n_test=4")
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+        run(
+            "toy.py",
+            "data",
+            f"--data_folder={tmp_path}/{name}",
+            "--n_train=8",
+            "--n_val=4",
+            "--n_test=4",
+        )
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert len(files) == 3 + 2 * 16
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
     rows = load_examples(tmp_path / "a" / "train.jsonl")
     assert all(
         word not in row["response"].split("</parser>")[0]

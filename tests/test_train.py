@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train
-from model import load_examples
+from data import load_examples
 
 close = torch.testing.assert_close
 
@@ -69,7 +69,9 @@ def logged(folder):
 @pytest.mark.parametrize("method", ["gap", "lh", "output", "text"])
 def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
     """Batch 4 in one process, 2 ranks with batch 2, and one row a micro-batch: the same gradients and next weights."""
-    ways = {"one": (1, 100000), "accumulate": (1, 1)} | ({"ranks": (2, 170)} if method in ("gap", "text") else {})
+    ways = {"one": (1, 100000), "accumulate": (1, 1)} | (
+        {"ranks": (2, 170)} if method in ("gap", "text") else {}
+    )
     for name, (ranks, budget) in ways.items():
         run(
             "train.py",
@@ -92,7 +94,10 @@ def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
         assert len(moments) > 40
         for k in moments:
             close(
-                other["optimizer"]["state"][k]["exp_avg"], one["optimizer"]["state"][k]["exp_avg"], rtol=1e-3, atol=1e-6
+                other["optimizer"]["state"][k]["exp_avg"],
+                one["optimizer"]["state"][k]["exp_avg"],
+                rtol=1e-3,
+                atol=1e-6,
             )
         for k, v in one["model"].items():
             close(other["model"][k], v, rtol=0.0, atol=2e-4)
@@ -142,7 +147,9 @@ def test_more_ranks_than_rows(tmp_path, inputs):
     for name, ranks in (("one", 1), ("two", 2)):
         run("train.py", *args, f"--out={tmp_path}/{name}", ranks=ranks)
     for a, b in zip(logged(tmp_path / "one")[1:], logged(tmp_path / "two")[1:]):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-4
+        )
 
 
 def test_resume_refuses_other_settings(tmp_path, inputs):
@@ -163,14 +170,20 @@ def test_folder_loads_with_plain_transformers(tmp_path, inputs):
         "--dtype=bfloat16",
         "--activation_checkpointing=1",
     )
-    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "gap", output_loading_info=True)
+    vlm, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "gap", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and vlm.dtype == torch.bfloat16
     assert "<|latent_pad|>" in AutoTokenizer.from_pretrained(tmp_path / "gap").get_vocab()
-    assert "flash" not in (tmp_path / "gap" / "config.json").read_text()  # the tower's attention is not saved
+    assert (
+        "flash" not in (tmp_path / "gap" / "config.json").read_text()
+    )  # the tower's attention is not saved
     trained = state(tmp_path / "gap", 2)["model"]
     for k, v in vlm.state_dict().items():
         close(trained["vlm." + k].bfloat16(), v, rtol=0.0, atol=0.0)
-    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs[0].split("=")[1]).model.visual.state_dict()
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        inputs[0].split("=")[1]
+    ).model.visual.state_dict()
     for k, v in vlm.model.visual.state_dict().items():
         close(v, before[k].bfloat16(), rtol=0.0, atol=0.0)
 
@@ -195,7 +208,10 @@ def test_options_run(tmp_path, inputs):
 def test_who_keeps_the_parser_text(monkeypatch, loaded, world):
     """keep_parser=0 drops it from stripped examples, write_parser=0 from all; latent spans stay where they belong."""
     ids = [r["id"] for r in load_examples(world / "train.jsonl")]
-    solved, index = set(ids[::2]), {"K": 4, "d": 128, "rejected": [], "files": dict.fromkeys(ids, "x")}
+    solved, index = (
+        set(ids[::2]),
+        {"K": 4, "d": 128, "rejected": [], "files": dict.fromkeys(ids, "x")},
+    )
     for keep, write in ((True, True), (False, True), (True, False)):
         monkeypatch.setattr(train, "keep_parser", keep)
         monkeypatch.setattr(train, "write_parser", write)
@@ -206,7 +222,12 @@ def test_who_keeps_the_parser_text(monkeypatch, loaded, world):
 
 
 def test_micro_batches():
-    for lengths, world, budget in (([5, 9, 9, 3, 2, 7], 1, 18), ([5] * 7, 2, 10), ([4], 3, 100), ([100, 1, 1], 2, 50)):
+    for lengths, world, budget in (
+        ([5, 9, 9, 3, 2, 7], 1, 18),
+        ([5] * 7, 2, 10),
+        ([4], 3, 100),
+        ([100, 1, 1], 2, 50),
+    ):
         parts = train.micro_batches(lengths, world, budget)
         assert sorted(i for p in parts for i in p) == list(range(len(lengths)))
         assert len(parts) % world == 0
