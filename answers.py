@@ -1,143 +1,244 @@
-"""What did it say, and is that right? One rule reads every model's answer, tagged or not; it never guesses."""
+"""What did it say, and is that right?
+
+One rule reads every model's answer, tagged or not, and it never guesses: a text that names no
+answer has none. `extract_answer` reads; `is_correct` and the check_ functions compare with the
+gold answer.
+"""
 
 import math
 import re
 import string
 
+# what a model writes for itself: latents, what it read in them, and Monet's spans
 SPANS = re.compile(
     r"<(latent|parser|observation)>.*?</\1>|<abs_vis_token>.*?</abs_vis_token>", re.DOTALL
 )
 DECLARED = re.compile(r"answer\s*(?:is|:)\s*(.+)", re.IGNORECASE)
+# 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or -2
 NUMBER = re.compile(
     r"(?:(?<![\w.^)])-)?(?<![\w.^])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.^])-?\.\d+"
 )
-COUNT_WORDS = {
-    w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+WORDS = "zero one two three four five six seven eight nine ten"
+COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS.split())}
+
+# --------------------------------------------------------------------------------------------------
+# tags: where in the output is the answer?
 
 
 def boxed(text):
     r"""The content of the last balanced \boxed{...}, or None."""
-    for at in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+    starts = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
+    for start in reversed(starts):  # a box that a cut-off output leaves open is none
         depth = 1
-        for i in range(at, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
+        for i in range(start, len(text)):
+            if text[i] == "{":
+                depth += 1
+            elif text[i] == "}":
+                depth -= 1
             if depth == 0:
-                return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", text[at:i])
+                return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", text[start:i])
     return None
 
 
 def tagged(text):
-    """(what follows the last </think>, the content of its last <answer> or box or None, how it was found)."""
-    open_think = text.rfind("<think>") > text.rfind("</think>")
-    text = SPANS.sub(
-        " ", text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    )
-    _, tag, inside = text.rpartition("<answer>")
-    inside = inside.split("</answer>")[0]
+    """(what follows the last </think>, what its last <answer> or box holds, how that was found).
+
+    How: "answer", "boxed"; or, with None before it, "truncated" (a thought that never ends) or "".
+    """
+    still_thinking = text.rfind("<think>") > text.rfind("</think>")
+    said = SPANS.sub(" ", text.rpartition("</think>")[2])
+    # the last answer counts: models change their minds, and some forget to close the tag
+    _, tag, inside = said.rpartition("<answer>")
+    inside = inside.split("</answer>")[0]  # all of `said` where there is no tag
     box = boxed(inside)
-    if tag:
-        return text, (inside if box is None else box).strip(), "answer"
+    if tag and box is None:
+        return said, inside.strip(), "answer"
     if box is not None:
-        return text, box.strip(), "boxed"
-    return text, None, "truncated" if open_think else ""
+        return said, box.strip(), "answer" if tag else "boxed"
+    return said, None, "truncated" if still_thinking else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# letters: which option does a text choose? Each rule takes (text, {letter: text of the option})
 
 
 def find_letter(text, options):
-    """(the letter of `options` {letter: text} that a text chooses, how it was found), or (None, "none")."""
-    capital = f"[{''.join(options)}]"
-    either = f"[{''.join(options)}{''.join(options).lower()}]"
-    article = r"(?!A\s+[a-z])"  # "A dog" chooses nothing
+    """(the letter of `options` {letter: text} that a text chooses, the rule that found it).
 
-    def only(letters):
-        found = {x.upper() for x in letters}
-        return found.pop() if len(found) == 1 else None
+    The first rule that finds a letter decides; (None, "none") if none does. In this order:
 
-    if m := re.fullmatch(rf"[\s*_(\[]*({either})[\s*_)\].:,]*", text):
-        return m[1].upper(), "letter"
-    if letter := only(k for k, v in options.items() if v and normalise(v) == normalise(text)):
-        return letter, "option text"
-    declares = (
-        r"(?i:\b(?:answer|option|choice)\b[\s*_]*(?:is|:)[\s*_:(\[]*(?:option\s+)?[(*]*)(?!a\s+\w)"
-    )
-    if said := re.findall(rf"{declares}({either})(?![\w'])", text):
-        return said[-1].upper(), "declared"
-    last = ([line for line in text.splitlines() if line.strip()] or [""])[-1]
-    bare = rf"(?<![\w'])({article}{capital})(?![\w'])"
-    if letter := only(re.findall(rf"\(({either})\)", last)) or only(re.findall(bare, last)):
-        return letter, "last line"
-    if letter := only(re.findall(rf"\(({either})\)", text)):
-        return letter, "(X)"
-    if m := re.match(rf"\s*\(?({either})[).:](?:\s|$)", text):
-        return m[1].upper(), "leading"
-    if letter := only(re.findall(bare, text)):
-        return letter, "stands alone"
-    if len(text) <= 2 * sum(
-        map(len, options.values())
-    ):  # VLMEvalKit's cap: no option is read into a long answer
-        held = [
-            k
-            for k, v in options.items()
-            if (len(v) > 1 or v.isdigit())
-            and re.search(rf"(?<!\w){re.escape(v.lower())}(?!\w)", text.lower())
-        ]
-        if len(held) == 1:
-            return held[0], "contains option"
+    - letter: nothing but a letter is said. "B", "(b)", "**B**."
+    - option text: nothing but the text of one option is said. "Blue."
+    - declared: the last letter that is said to be the answer, option or choice. "The answer is B"
+    - last line: the only letter in brackets on the last line, else the only one that stands alone
+      there. "(A) is wrong.\\nSo (B)"
+    - (X): the only letter in brackets anywhere. "(B) it is\\nbecause of the wall"
+    - leading: a letter with a mark after it opens the text. "b. It is\\nthe blue one"
+    - stands alone: the only capital that stands alone anywhere. "Take B,\\nsince it is blue"
+    - contains option: the only option whose text a short answer holds. "It is a dark wood"
+    """
+    for name, rule in LETTER_RULES:
+        letter = rule(text, options)
+        if letter:
+            return letter, name
     return None, "none"
 
 
-def find_kind(text, kind):
-    """The last number, the last [list], or the yes or no of a text; None if it has none (or both)."""
-    if kind == "number":
-        text = re.sub(r"[a-z]+", lambda m: COUNT_WORDS.get(m[0], m[0]), text.lower())
-        found = NUMBER.findall(text)
-        return found[-1].replace(",", "") if found else None
-    if kind == "list":
-        found = re.findall(r"\[[^\[\]]*\]", text)
-        return found[-1] if found else None
-    found = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
+def only(letters):
+    """The one letter, as a capital, that all of `letters` are; None if there is no such letter."""
+    found = {letter.upper() for letter in letters}
     return found.pop() if len(found) == 1 else None
+
+
+def either_case(options):
+    """The pattern of one option letter, capital or small."""
+    letters = "".join(options)
+    return f"[{letters}{letters.lower()}]"
+
+
+def in_brackets(text, options):
+    """All letters in round brackets, as in "(B)"."""
+    return re.findall(rf"\(({either_case(options)})\)", text)
+
+
+def standing_alone(text, options):
+    """All capitals that are words of their own. The article of "A dog" is none."""
+    letters = "".join(options)
+    return re.findall(rf"(?<![\w'])((?!A\s+[a-z])[{letters}])(?![\w'])", text)
+
+
+def nothing_but_a_letter(text, options):
+    m = re.fullmatch(rf"[\s*_(\[]*({either_case(options)})[\s*_)\].:,]*", text)
+    return m[1].upper() if m else None
+
+
+def nothing_but_an_option(text, options):
+    said = normalise(text)
+    return only(k for k, option in options.items() if option and normalise(option) == said)
+
+
+def declared_letter(text, options):
+    noun = r"\b(?:answer|option|choice)\b"
+    # with what Markdown and brackets put around it: "**Answer:** (B)"
+    opening = r"[\s*_]*(?:is|:)[\s*_:(\[]*(?:option\s+)?[(*]*"
+    not_an_article = r"(?!a\s+\w)"  # "the answer is a dog"
+    said = re.findall(
+        rf"(?i:{noun}{opening}){not_an_article}({either_case(options)})(?![\w'])", text
+    )
+    return said[-1].upper() if said else None
+
+
+def letter_of_last_line(text, options):
+    last = (lines_of(text) or [""])[-1]
+    return only(in_brackets(last, options)) or only(standing_alone(last, options))
+
+
+def letter_in_brackets(text, options):
+    return only(in_brackets(text, options))
+
+
+def leading_letter(text, options):
+    # with a mark and a space, since "A dog" and "e.g." choose nothing
+    m = re.match(rf"\s*\(?({either_case(options)})[).:](?:\s|$)", text)
+    return m[1].upper() if m else None
+
+
+def letter_that_stands_alone(text, options):
+    return only(standing_alone(text, options))
+
+
+def option_within(text, options):
+    # VLMEvalKit's cap: no option is read into an answer twice as long as all of them
+    if len(text) > 2 * sum(len(option) for option in options.values()):
+        return None
+    text = text.lower()
+    held = []
+    for letter, option in options.items():
+        telling = len(option) > 1 or option.isdigit()  # "a" is in most sentences
+        if telling and re.search(rf"(?<!\w){re.escape(option.lower())}(?!\w)", text):
+            held.append(letter)
+    return held[0] if len(held) == 1 else None
+
+
+LETTER_RULES = (
+    ("letter", nothing_but_a_letter),
+    ("option text", nothing_but_an_option),
+    ("declared", declared_letter),
+    ("last line", letter_of_last_line),
+    ("(X)", letter_in_brackets),
+    ("leading", leading_letter),
+    ("stands alone", letter_that_stands_alone),
+    ("contains option", option_within),
+)
+
+# --------------------------------------------------------------------------------------------------
+# other kinds of answer
+
+
+def find_kind(text, kind):
+    """The last number, last [list], or the yes or no of a text; None if it has none (or both)."""
+    if kind == "number":
+        return last_number(text)
+    if kind == "list":
+        lists = re.findall(r"\[[^\[\]]*\]", text)
+        return lists[-1] if lists else None
+    words = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
+    return words.pop() if len(words) == 1 else None
+
+
+def last_number(text):
+    """The last number of a text, digits or a word up to ten, without thousands separators."""
+
+    def digits(word):
+        return COUNT_WORDS.get(word[0], word[0])
+
+    found = NUMBER.findall(re.sub(r"[a-z]+", digits, text.lower()))
+    return found[-1].replace(",", "") if found else None
+
+
+def lines_of(text):
+    """The lines of a text that hold anything, without outer spaces."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 def extract_answer(text, options=None, kind="text"):
     """(answer or None, how it was found) of a model's whole output.
 
-    options {letter: text} (or a list of texts): the answer is a letter. Else `kind` says what it is: text, number, list, yesno.
+    options {letter: text} (or a list of texts): the answer is a letter. Else `kind` says what it
+    is: text, number, list, yesno.
     """
-    text, inside, method = tagged(text)
-    if method == "truncated":
-        return None, method
-    source = text if inside is None else inside
+    said, inside, tag = tagged(text)
+    if tag == "truncated":
+        return None, tag
+    source = said if inside is None else inside
     if options:
-        letter, how = find_letter(
-            source, lettered(options) if isinstance(options, list) else options
-        )
-        return letter, method or how
-    if kind != "text":
-        return find_kind(source, kind), method or kind
-    if method:
-        return inside or None, method
-    if declared := DECLARED.findall(text):
+        if isinstance(options, list):
+            options = lettered(options)
+        letter, rule = find_letter(source, options)
+        return letter, tag or rule
+    if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
+        return find_kind(source, kind), tag or kind
+    if tag:
+        return inside or None, tag
+    declared = DECLARED.findall(said)
+    if declared:
         return declared[-1].strip() or None, "declared"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[-1], "last line") if lines else (None, "empty")
+    lines = lines_of(said)
+    if not lines:
+        return None, "empty"
+    return lines[-1], "last line"
+
+
+def extract_final(text):
+    """What a reader of the answer sees: the tagged answer, else the text without its reasoning."""
+    said, inside, _ = tagged(text)
+    return (said if inside is None else inside).strip()
 
 
 def lettered(options):
     """{letter: text} of a list of option texts; None if there are none."""
     return dict(zip(string.ascii_uppercase, options)) or None
-
-
-def normalise(text):
-    """Lower case without outer punctuation, articles and extra spaces; numbers in one form (1,000.0 is 1000)."""
-    whole = " ".join(text.lower().replace("$", " ").split())
-    text = whole.rstrip(string.punctuation + " ").lstrip(
-        string.punctuation.replace("-", "").replace(".", "") + " "
-    )
-    text = text or whole  # "<" and ">" are answers, -3 and .5 are numbers
-    text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
-    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    return f"{float(plain):.15g}" if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain) else text
 
 
 def letter_of(text):
@@ -146,26 +247,53 @@ def letter_of(text):
     return m[1].upper() if m else None
 
 
+# --------------------------------------------------------------------------------------------------
+# is it right?
+
+
+def normalise(text):
+    """Lower case without outer punctuation, articles and extra spaces; numbers in one form.
+
+    "The  Blue one." is "blue one", "1,000.0" is "1000".
+    """
+    whole = " ".join(text.lower().replace("$", " ").split())
+    before = string.punctuation.replace("-", "").replace(".", "")  # -3 and .5 are numbers
+    bare = whole.rstrip(string.punctuation + " ").lstrip(before + " ")
+    text = bare or whole  # "<" and ">" are answers
+    text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain):
+        return f"{float(plain):.15g}"
+    return text
+
+
 def is_correct(answer, row):
-    """Does an extracted answer agree with a row's gold answer, by letter or by option text where it has `options`?"""
+    """Does an extracted answer agree with a row's gold answer?
+
+    By text, and where the row has `options` also by letter or by an option's text.
+    """
     if answer is None:
         return False
     if normalise(answer) == normalise(row["answer"]):
         return True
     options = row.get("options") or []
-    if not options:
-        return False
+    said = option_index(answer, options)
+    return said is not None and said == option_index(row["answer"], options)
 
-    def index(text):
-        if (letter := letter_of(text)) and ord(letter) - 65 < len(options):
-            return ord(letter) - 65
-        same = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
-        return same[0] if len(same) == 1 else None
 
-    return index(answer) is not None and index(answer) == index(row["answer"])
+def option_index(text, options):
+    """Which one of a list of options a text names, by letter or in words; None if unclear."""
+    letter = letter_of(text)
+    if letter:  # "E" of four options may still be the text of one
+        place = string.ascii_uppercase.index(letter)
+        if place < len(options):
+            return place
+    same = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
+    return same[0] if len(same) == 1 else None
 
 
 def check_letter(row):
+    """Is the extracted letter the one that the gold answer starts with?"""
     return row["extracted"] is not None and row["extracted"] == letter_of(row["answer"])
 
 
@@ -175,104 +303,139 @@ def check_yesno(row):
 
 def levenshtein(a, b):
     """Edit distance of two strings."""
-    row = list(range(len(b) + 1))
+    above = list(range(len(b) + 1))  # of no letter of a to each beginning of b
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        row = [i]
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
-def latex_value(text):
-    r"""The number that a LaTeX expression of + - * / ^ \frac \sqrt \pi stands for; None for anything else."""
-    text = (
-        text.replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-        .replace("\\times", "*")
-        .replace("\\cdot", "*")
-    )
-    text = re.sub(
-        r"\\(?:left|right|,|;|!|\s)|\s|\$|(?<=\d),(?=\d{3}(?!\d))",
-        "",
-        text.replace("\\div", "/").replace("π", "\\pi"),
-    )
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\(?:frac|sqrt|pi)|[-+*/^(){}\[\]]", text, re.ASCII)
-    if "".join(tokens) != text or not 0 < len(tokens) <= 100:
-        return None
-    tokens.append("")
-
-    def take(expected):
-        if tokens[0] != expected:
-            raise ValueError(f"{expected!r} is missing")
-        tokens.pop(0)
-
-    def total():
-        value = product()
-        while tokens[0] in ("+", "-"):
-            value += product() if tokens.pop(0) == "+" else -product()
-        return value
-
-    def product():
-        value = power()
-        while tokens[0] in ("*", "/") or tokens[0] and tokens[0] not in "+-)}]^":
-            divide = tokens[0] == "/"
-            if tokens[0] in ("*", "/"):
-                tokens.pop(0)
-            value = value / power() if divide else value * power()
-        return value
-
-    def power():
-        if tokens[0] == "-":
-            tokens.pop(0)
-            return -power()
-        value = atom()
-        if tokens[0] == "^":
-            tokens.pop(0)
-            value = math.pow(value, power())
-        return value
-
-    def group(left, right):
-        take(left)
-        value = total()
-        take(right)
-        return value
-
-    def atom():
-        if tokens[0] == "(" or tokens[0] == "{":
-            return group(tokens[0], {"(": ")", "{": "}"}[tokens[0]])
-        token = tokens.pop(0)
-        if token == "\\pi":
-            return math.pi
-        if token == "\\frac":
-            return group("{", "}") / group("{", "}")
-        if token == "\\sqrt":
-            degree = group("[", "]") if tokens[0] == "[" else 2
-            return math.pow(atom(), 1 / degree)
-        return float(token)
-
-    try:
-        value = total()
-        take("")
-    except (
-        ValueError,
-        ArithmeticError,
-        RecursionError,
-    ):  # not an expression, or one without a value
-        return None
-    return value if math.isfinite(value) else None
+            replaced = above[j - 1] + (x != y)
+            row.append(min(above[j] + 1, row[j - 1] + 1, replaced))
+        above = row
+    return above[-1]
 
 
 def math_equal(a, b):
-    """Equal as strings without spaces and outer punctuation, or as values rounded to two decimals (MathVision)."""
-    plain = lambda s: re.sub(r"\s|\\[,;! ]", "", s).strip("$.").lower()  # noqa: E731
-    if plain(a) == plain(b):
+    """Equal as strings without spaces and outer punctuation, or as values of two decimals.
+
+    As MathVision's own script compares them.
+    """
+
+    def bare(text):
+        return re.sub(r"\s|\\[,;! ]", "", text).strip("$.").lower()
+
+    if bare(a) == bare(b):
         return True
     x, y = latex_value(a.strip(" .")), latex_value(b.strip(" ."))
     return x is not None and y is not None and round(x, 2) == round(y, 2)
 
 
-def extract_final(text):
-    """What a reader of the answer sees: the tagged answer, else the text without its reasoning."""
-    text, inside, _ = tagged(text)
-    return (text if inside is None else inside).strip()
+# --------------------------------------------------------------------------------------------------
+# the number that a LaTeX expression stands for
+
+LATEX_SYNONYMS = {
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\times": "*",
+    r"\cdot": "*",
+    r"\div": "/",
+    "π": r"\pi",
+}
+# spaces, \left, \right, $ and thousands separators
+LATEX_LAYOUT = re.compile(r"\\(?:left|right|,|;|!|\s)|\s|\$|(?<=\d),(?=\d{3}(?!\d))")
+LATEX_TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\(?:frac|sqrt|pi)|[-+*/^(){}\[\]]", re.ASCII)
+MOST_TOKENS = 100  # longer answers are no values, and nesting stays within Python's own stack
+
+
+def latex_value(text):
+    r"""The number that an expression of + - * / ^ \frac \sqrt \pi is; None for anything else."""
+    for name, plain in LATEX_SYNONYMS.items():
+        text = text.replace(name, plain)
+    text = LATEX_LAYOUT.sub("", text)
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)  # \frac12 is a half
+    tokens = LATEX_TOKEN.findall(text)
+    if "".join(tokens) != text or not 0 < len(tokens) <= MOST_TOKENS:
+        return None
+    try:
+        value = LatexParser(tokens).whole()
+    except (ValueError, ArithmeticError, RecursionError):
+        return None  # not an expression, or one without a value, such as 1/0
+    return value if math.isfinite(value) else None
+
+
+class LatexParser:
+    r"""Evaluates an expression by recursive descent: one method for each line of the grammar.
+
+    sum     = product { ("+" | "-") product }
+    product = power { ["*" | "/"] power }                     2\pi and 2(3+4) multiply
+    power   = "-" power | atom ["^" power]                    -2^2 is -4, 2^3^2 is 2^9
+    atom    = number | \pi | "(" sum ")" | "{" sum "}"
+            | \frac "{" sum "}" "{" sum "}" | \sqrt ["[" sum "]"] atom
+
+    Raises ValueError where the tokens do not follow it.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = [*tokens, ""]  # "" is the end
+
+    def next_is(self, *tokens):
+        return self.tokens[0] in tokens
+
+    def take(self, expected=None):
+        """The next token, which must be the expected one if one is named."""
+        if expected is not None and not self.next_is(expected):
+            raise ValueError(f"{expected!r} is missing")
+        return self.tokens.pop(0)
+
+    def whole(self):
+        value = self.sum()
+        self.take("")
+        return value
+
+    def sum(self):
+        value = self.product()
+        while self.next_is("+", "-"):
+            if self.take() == "+":
+                value += self.product()
+            else:
+                value -= self.product()
+        return value
+
+    def product(self):
+        value = self.power()
+        while not self.next_is("+", "-", "^", ")", "}", "]", ""):
+            sign = self.take() if self.next_is("*", "/") else "*"
+            if sign == "/":
+                value /= self.power()
+            else:
+                value *= self.power()
+        return value
+
+    def power(self):
+        if self.next_is("-"):
+            self.take()
+            return -self.power()
+        value = self.atom()
+        if self.next_is("^"):
+            self.take()
+            value = math.pow(value, self.power())
+        return value
+
+    def atom(self):
+        if self.next_is("("):
+            return self.group("(", ")")
+        if self.next_is("{"):
+            return self.group("{", "}")
+        token = self.take()
+        if token == r"\pi":
+            return math.pi
+        if token == r"\frac":
+            return self.group("{", "}") / self.group("{", "}")
+        if token == r"\sqrt":
+            degree = self.group("[", "]") if self.next_is("[") else 2
+            return math.pow(self.atom(), 1 / degree)
+        return float(token)
+
+    def group(self, left, right):
+        self.take(left)
+        value = self.sum()
+        self.take(right)
+        return value
