@@ -5,12 +5,18 @@ import time
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
+# what a client raises for a failed request, and what reading an answer of another protocol raises
+FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
+HOPELESS = (401, 403, 404)  # no such key, not allowed, no such page
+TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
+LONGEST_PAUSE = 60  # seconds
+
 
 def answered(call, url, tries, first_pause=0.5):
-    """call(), which asks an endpoint, with growing pauses between tries or the server's Retry-After.
+    """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
-    Raises SystemExit where no try can help (offline, 401, 403, 404), else the last error: HTTPError, or whatever reading an
-    answer of another protocol raised.
+    Raises SystemExit where no try can help (offline, 401, 403, 404), else the last error, one of
+    FAILURES.
     """
     for n in range(tries):
         try:
@@ -19,20 +25,22 @@ def answered(call, url, tries, first_pause=0.5):
             raise SystemExit(
                 f"HF_HUB_OFFLINE is set, and the client then does not ask {url}; unset it"
             ) from None
-        except (HTTPError, ValueError, TypeError, LookupError, AttributeError) as e:
-            response = getattr(e, "response", None)
-            status = response.status_code if response is not None else 0
-            if status in (401, 403, 404):
+        except FAILURES as e:
+            response = getattr(e, "response", None)  # none where no connection came about
+            status = 0 if response is None else response.status_code
+            if status in HOPELESS:
+                said = " ".join(str(e).split())
                 raise SystemExit(
-                    f"{url} answers {status}: {' '.join(str(e).split())}; check endpoint, model name and key"
+                    f"{url} answers {status}: {said}; check endpoint, model name and key"
                 ) from None
-            if n + 1 == tries or is_refusal(status):
+            last = n + 1 == tries
+            if last or is_refusal(status):
                 raise
-            told = response.headers.get("retry-after", "") if response is not None else ""
+            told = "" if response is None else response.headers.get("retry-after", "")
             pause = float(told) if told.isdigit() else first_pause * 2**n
-            time.sleep(min(pause, 60) * random.uniform(1, 1.2))  # not all at the same moment
+            time.sleep(min(pause, LONGEST_PAUSE) * random.uniform(1, 1.2))  # not all at once
 
 
 def is_refusal(status):
     """An HTTP status that says of a request that it will never be answered."""
-    return 400 <= status < 500 and status not in (408, 409, 425, 429)
+    return 400 <= status < 500 and status not in TRY_AGAIN

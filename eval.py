@@ -1,32 +1,29 @@
-"""Answer test questions with a model folder and score them as the benchmarks' own harnesses do.
+"""How good is it? Answers test questions with a model folder and scores them as the harnesses do.
 
-Reads a model folder and either a JSONL test set (`data`) or the official files of public benchmarks under `data_root`
-(`benchmarks`, names of BENCHMARKS below; nothing is downloaded). Writes, for a JSONL set to <out>/ and for a benchmark to
-<out>/<name>/: predictions.rank*.jsonl (append-only, one line an answer, resumed after a kill with any number of ranks), and
-once all answers are there scored.jsonl (one line a question) and metrics.json. Ranks share nothing while they answer; scoring
-is a separate pass over the files (`--score_only=1`).
+Reads a model folder and either a JSONL test set (`data`) or the official files of public benchmarks
+under `data_root` (`benchmarks`, names of BENCHMARKS in benchmarks.py; nothing is downloaded).
+Writes, for a JSONL set to <out>/ and for a benchmark to <out>/<name>/: predictions.rank*.jsonl
+(append-only, one line an answer, resumed after a kill with any number of ranks), and once all
+answers are there scored.jsonl (one line a question) and metrics.json. Ranks share nothing while
+they answer; scoring is a separate pass over the files (`--score_only=1`).
 
-    python eval.py                                                # the toy's test set
-    torchrun --nproc-per-node 8 eval.py --model=out/7b/gap --benchmarks=HRBench4K,MMStar --out=out/7b/eval --dtype=bfloat16
-    python eval.py --compare out/eval/gap out/eval/text           # paired difference of two finished runs
+    python eval.py                                        # the toy's test set
+    torchrun --nproc-per-node 8 eval.py --model=out/7b/gap --benchmarks=HRBench4K,MMStar \\
+        --out=out/7b/eval --dtype=bfloat16
+    python eval.py --compare out/eval/gap out/eval/text   # paired difference of two finished runs
 """
 
 import bisect
 import hashlib
 import json
 import math
-import os
-import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from answers import extract_answer, extract_final, find_kind, find_letter
+from answers import extract_answer, extract_final
 from benchmarks import (
     AVERAGES,
     BENCHMARKS,
@@ -35,9 +32,7 @@ from benchmarks import (
     PAPER,
     PAPER_SYSTEMS,
     Benchmark,
-    images_of,
     load_benchmark,
-    mean,
 )
 from data import (
     LATENT_SPAN,
@@ -59,22 +54,23 @@ from data import (
     write_lines,
     write_then_rename,
 )
-from endpoint import answered
 from generate import INTERVENTIONS, generate, load_latents_file, save_latents_file, see, to_text
+from judge import JUDGED, Endpoint, judge
 from model import HEAD_FILE, encode, grid_features, load_head, load_processor, load_vlm
+from scores import mean
+from tables import images_of
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
 data = "out/toy/test.jsonl"  # a JSONL test set, used when `benchmarks` is empty
 benchmarks = ""  # e.g. "HRBench4K,MMStar"; "gap" for the paper's table
 data_root = "data/benchmarks"  # where the official files lie
 out = "out/eval/gap"
 system = ""  # system prompt; "" is the chat template's own, as the harnesses leave it
-instruction = (
-    ""  # appended to every question, e.g. "\nPut your final answer in <answer> </answer>."
-)
-# 0: 56*56, 1280*28*28 and 128 for a JSONL set (the toy's); for a benchmark what it names in BENCHMARKS, and 2048
-min_pixels, max_pixels, max_new_tokens = 0, 0, 0
+instruction = ""  # put after every question, e.g. "\nPut your final answer in <answer> </answer>."
+min_pixels = 0  # an image; 0: 56*56 for a JSONL set (the toy's), else what BENCHMARKS names
+max_pixels = 0  # an image; 0: 1280*28*28 for a JSONL set, else what BENCHMARKS names
+max_new_tokens = 0  # 0: 128 for a JSONL set, 2048 for a benchmark
 batch = 100  # questions a batch, at most
 prompt_tokens = 40_000  # padded prompt tokens a batch, at most: two 4K images
 temperature = 0.0  # 0 is greedy
@@ -83,121 +79,38 @@ seed = 12345
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 donor = ""  # for shuffle: the latents/ folder of a clean run with save_latents=1
 save_latents = False  # also write <out>/latents/*.safetensors, a file an answer
-after_latents = (
-    ""  # text forced after every span, e.g. " </think> <answer>": no parser text is written
-)
-latent_size = (
-    10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
-)
+after_latents = ""  # forced after every span, e.g. " </think> <answer>": no parser text is written
+latent_size = 10  # most latents a span where Monet's tokens are and no head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration of output-as-input latents [paper; 0.9 ours]
 dtype = "float32"  # 7B: bfloat16
 limit = 0  # > 0: only the first rows
 score_only = False
 allow_partial = False  # score what is there although answers are missing
-judge_url = ""  # an OpenAI-compatible endpoint, http://localhost:8000/v1: also judge what no rule can decide
+judge_url = ""  # http://localhost:8000/v1, OpenAI-compatible: also judge what no rule can decide
 judge_model = ""
-judge_key = (
-    "JUDGE_API_KEY"  # the environment variable that holds the endpoint's key, if it wants one
+judge_key = "JUDGE_API_KEY"  # the environment variable with the endpoint's key, if it wants one
+judge_workers = 8  # questions to the judge at once
+judge_tries = 7  # of each question
+# --------------------------------------------------------------------------------------------------
+
+# what changes an answer, beside the limits, the weights and the test set itself
+# fmt: off
+ANSWER_SETTINGS = (
+    "model", "system", "instruction", "temperature", "top_p", "seed", "intervention", "ema_beta",
+    "dtype", "donor", "save_latents", "after_latents", "latent_size",
 )
-judge_workers, judge_tries = 8, 7
-# ---------------------------------------------------------------------------------------------------
+SCORED_COLUMNS = (  # of scored.jsonl
+    "id", "category", "answer", "extracted", "method", "correct", "truncated", "tokens",
+    "latents", "error", "raw",
+)
+MMHAL_COLUMNS = (  # of MMHal-Bench's own response file
+    "question_type", "question_topic", "image_id", "image_src", "image_content", "question",
+    "gt_answer",
+)
+# fmt: on
 
-JUDGE_PROMPTS = {
-    "letter": "Below are a multiple-choice question and what someone answered. Which option did they choose? Reply with its "
-    "letter alone, or with Z if they chose none or more than one.\n\n{question}\n\nTheir answer:\n{said}",
-    "value": "Below are a question and what someone answered. Reply with the final value they gave, alone and in the form that "
-    "the question asks for, or with Z if they gave none.\n\n{question}\n\nTheir answer:\n{said}",
-    "rating": "Rate an answer to a question about an image that you can not see. The image holds: {image_content}\n"
-    "Question: {question}\nA correct answer: {answer}\nThe answer to rate: {said}\n\nDoes it say things of the image "
-    "that are not so, and does it help? 6: true and very informative; 5: true and informative; 4: true, little "
-    "information; 3: true, no information; 2, 1, 0: says what is not so, yet is very informative, a little, not at "
-    'all. Explain briefly and end with one line, "Rating: " and the number.',
-}
-JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
-
-
-def ask_judge(client, prompt):
-    """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
-
-    def call():
-        reply = client.chat_completion(
-            [{"role": "user", "content": prompt}],
-            model=judge_model or None,
-            temperature=0,
-            max_tokens=512,
-        )
-        return reply.choices[0].message.content or ""
-
-    try:
-        return answered(call, judge_url, judge_tries)
-    except (HTTPError, ValueError, TypeError, LookupError, AttributeError) as e:
-        raise SystemExit(
-            f"{judge_url}: no judgement ({type(e).__name__}: {e}); the finished ones are kept, run eval.py again"
-        ) from None
-
-
-def judge(test, graded):
-    """The graded rows, those that no rule decided graded again by the judge's reading of them. Replies are kept in judge.jsonl
-    and never asked for twice; a truncated or failed answer stays wrong."""
-    kind, path = JUDGED[test.name], test.out / "judge.jsonl"
-    kept = {r["key"]: r["reply"] for r in read_lines(path)}
-    open_rows = [
-        row
-        for row in graded
-        if "error" not in row
-        and row["method"] not in ("truncated", "empty")
-        and (kind == "rating" or row["extracted"] is None)
-    ]
-    prompts = {
-        row["id"]: JUDGE_PROMPTS[kind].format(**row | {"said": extract_final(row["raw"])})
-        for row in open_rows
-    }
-    keys = {
-        id: key_of({"judge": judge_model, "url": judge_url, "prompt": text})
-        for id, text in prompts.items()
-    }
-    client = InferenceClient(
-        base_url=judge_url, api_key=os.environ.get(judge_key) or "none", timeout=120
-    )
-    todo = [id for id in prompts if keys[id] not in kept]
-    with open_append(path) as f, ThreadPoolExecutor(judge_workers) as pool:
-        replies = pool.map(lambda id: ask_judge(client, prompts[id]), todo)
-        for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
-            kept[keys[id]] = next(replies)
-            append(f, {"id": id, "key": keys[id], "reply": kept[keys[id]]})
-
-    def again(row):
-        reply = kept[keys[row["id"]]].strip()
-        if kind == "rating":
-            said = set(re.findall(r"Rating: ([0-6])\b", reply))
-            return row | {
-                "judgement": reply,
-                "rating": int(said.pop()) if len(said) == 1 else 0,
-            }  # as the official script
-        if kind == "letter" or row["options"]:
-            answer = find_letter(reply, row["options"])[0] if reply != "Z" else None
-        else:
-            answer = find_kind(reply, row["kind"]) if reply != "Z" else None
-        row = row | {"judgement": reply, "extracted": answer, "method": "judge"}
-        return row | {"correct": answer is not None and bool(test.benchmark.check(row))}
-
-    return [again(row) if row["id"] in keys else row for row in graded]
-
-
-def wilson(correct, n, z=1.96):
-    """The 95 % Wilson interval of an accuracy, as (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, q = correct / n, z * z / n
-    mid, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
-    return mid - half, mid + half
-
-
-def mcnemar(a, b):
-    """Exact two-sided p-value of the paired scores a and b of the same questions: a sign test on the pairs that differ."""
-    plus, minus = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
-    n, least = plus + minus, min(plus, minus)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
+# --------------------------------------------------------------------------------------------------
+# test sets, and the answers that are there
 
 
 class TestSet(NamedTuple):
@@ -205,56 +118,37 @@ class TestSet(NamedTuple):
     rows: list
     out: Path
     benchmark: Benchmark
-    settings: (
-        dict  # everything that changes an answer but the question, and what a reader must know
-    )
+    settings: dict  # all that changes an answer but the question, and what a reader must know
     key: str  # its hash
-
-
-ANSWER_SETTINGS = (
-    "model",
-    "system",
-    "instruction",
-    "temperature",
-    "top_p",
-    "seed",
-    "intervention",
-    "ema_beta",
-    "dtype",
-    "donor",
-    "save_latents",
-    "after_latents",
-    "latent_size",
-)
 
 
 def load_test_set(name):
     """The questions of a benchmark, or of the JSONL file `data` if the name is empty."""
     if name:
-        benchmark, folder, (rows, md5) = (
-            BENCHMARKS[name],
-            Path(out) / name,
-            load_benchmark(name, data_root),
-        )
+        benchmark, folder = BENCHMARKS[name], Path(out) / name
+        rows, md5 = load_benchmark(name, data_root)
     else:
-        benchmark, folder, rows = JSONL, Path(out), load_examples(data, training=False)
+        benchmark, folder = JSONL, Path(out)
+        rows = load_examples(data, training=False)
         md5 = hashlib.md5(Path(data).read_bytes()).hexdigest()
-    limits = {
+    settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}
+    settings |= {
         "min_pixels": min_pixels or benchmark.pixels[0],
         "max_pixels": max_pixels or benchmark.pixels[1],
         "max_new_tokens": max_new_tokens or benchmark.max_new_tokens,
+        "data": name or data,
+        "md5": md5,
     }
-    settings = (
-        {k: globals()[k] for k in ANSWER_SETTINGS} | limits | {"data": name or data, "md5": md5}
-    )
-    stamps = weight_stamps(model) + (weight_stamps(donor) if donor else [])
+    stamps = weight_stamps(model)
+    if donor:
+        stamps += weight_stamps(donor)
     return TestSet(
-        name or Path(data).stem,
-        rows[:limit] if limit else rows,
-        folder,
-        benchmark,
-        settings,
-        key_of(settings | {"files": stamps}),
+        name=name or Path(data).stem,
+        rows=rows[:limit] if limit else rows,
+        out=folder,
+        benchmark=benchmark,
+        settings=settings,
+        key=key_of(settings | {"files": stamps}),
     )
 
 
@@ -269,218 +163,273 @@ def latents_name(id):
 
 
 def read_predictions(test):
-    """The predictions of these settings by id, from the files of all ranks; an answer stands, an error only without one."""
+    """The predictions of these settings by id, from the files of all ranks.
+
+    An answer stands; an error stands only where there is no answer.
+    """
     keys = {row["id"]: row_key(test.key, row) for row in test.rows}
-    found = [p for f in sorted(test.out.glob("predictions.rank*.jsonl")) for p in read_lines(f)]
-    found = [p for p in found if keys.get(p["id"]) == p["key"]]
-    return {p["id"]: p for p in sorted(found, key=lambda p: "error" not in p)}
+    answers, errors = {}, {}
+    for path in sorted(test.out.glob("predictions.rank*.jsonl")):
+        for line in read_lines(path):
+            if keys.get(line["id"]) == line["key"]:
+                kept = errors if "error" in line else answers
+                kept[line["id"]] = line
+    return errors | answers
 
 
-def fed_latents(rows, vlm, processor, head, donors):
-    """What shuffle and oracle feed, (m, K, d) a row: another example's latents, or the real auxiliary features."""
-    if intervention == "shuffle":  # the next file in the order of names, which are hashes of ids
-        names = [latents_name(r["id"]) for r in rows]
-        return [
-            load_latents_file(
-                donors[bisect.bisect_right(donors, Path(donor) / n) % len(donors)], head
-            )
-            for n in names
-        ]
-    if not intervention.startswith("oracle"):
-        return None
-    mode = read_safetensors(Path(model) / HEAD_FILE, ())[1]["mode"]
-    images = [open_image(p) for r in rows for p in r["aux_images"]]
-    with torch.inference_mode():
-        v = grid_features(vlm, processor, images, head.K, mode)
-    return list(v.cpu().split([len(r["aux_images"]) for r in rows]))
+# --------------------------------------------------------------------------------------------------
+# answering
 
 
 def batches(rows, prepare, failed):
-    """Lists of (row, encoded prompt), at most `batch` of them and `prompt_tokens` padded tokens; a row that can not be
-    prepared goes to `failed`."""
+    """Lists of (row, encoded prompt), at most `batch` of them and `prompt_tokens` padded tokens.
+
+    A row that can not be prepared goes to `failed`.
+    """
     part, longest = [], 0
     for row in rows:
         try:
             prompt = prepare(row)
-        except (
-            Exception,
-            SystemExit,
-        ) as e:  # this question's failure, recorded by `failed`, must not stop the others
+        except (Exception, SystemExit) as e:  # one question's failure must not stop the others
             failed(row, e)
             continue
-        n = max(longest, len(prompt["ids"]))
-        if part and (len(part) == batch or n * (len(part) + 1) > prompt_tokens):
+        length = len(prompt["ids"])
+        padded = max(longest, length) * (len(part) + 1)
+        if part and (len(part) == batch or padded > prompt_tokens):
             yield part
-            part, n = [], len(prompt["ids"])
+            part, longest = [], 0
         part.append((row, prompt))
-        longest = n
+        longest = max(longest, length)
     if part:
         yield part
 
 
-def answer_all(test, vlm, tokenizer, head, device):
-    """Answer this rank's share of the rows that have no answer yet; what fails is recorded, and tried again by the next run."""
-    rank, world = rank_and_world()
-    done = {id for id, p in read_predictions(test).items() if "error" not in p}
-    # by position in the file, not among the missing: ranks that start at different moments still split alike
-    todo = [row for i, row in enumerate(test.rows) if i % world == rank and row["id"] not in done]
-    limits = test.settings
-    processor = load_processor(model, limits["min_pixels"], limits["max_pixels"])
-    donors = sorted(Path(donor).glob("*.safetensors")) if donor else []
+def check_feed(test, donors):
+    """Raise SystemExit if what the intervention feeds in place of a row's latents is not there."""
     if intervention == "shuffle" and len(donors) < 2:
         raise SystemExit(
-            f"shuffle feeds other examples' latents: donor={donor!r} must be the latents/ folder of a clean run "
-            f"with save_latents=1; it holds {len(donors)} files"
+            f"shuffle feeds other examples' latents: donor={donor!r} must be the latents/ folder "
+            f"of a clean run with save_latents=1; it holds {len(donors)} files"
         )
-    if intervention.startswith("oracle") and (
-        bare := [r["id"] for r in test.rows if not r.get("aux_images")]
-    ):
-        raise SystemExit(
-            f"{limits['data']}: example {bare[0]!r} has no aux_images, which {intervention} feeds"
+    if intervention.startswith("oracle"):
+        bare = [row["id"] for row in test.rows if not row.get("aux_images")]
+        if bare:
+            raise SystemExit(
+                f"{test.settings['data']}: example {bare[0]!r} has no aux_images, "
+                f"which {intervention} feeds"
+            )
+
+
+class Answerer:
+    """Turns a test set's questions into prompts, and batches of prompts into answers."""
+
+    def __init__(self, test, vlm, tokenizer, processor, head, donors):
+        self.test = test
+        self.vlm = vlm
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.head = head
+        self.donors = donors  # latents files, in the order of their names
+
+    def prepare(self, row):
+        """A row's encoded prompt, its images read now."""
+        asked = row | {
+            "question": row["question"] + instruction,
+            "images": images_of(row),
+            "system": system,
+        }
+        return encode(self.vlm, self.tokenizer, self.processor, asked)
+
+    def answer(self, part):
+        """Answer a batch of (row, prompt); yields (row, what its line of the predictions says)."""
+        rows = [row for row, _ in part]
+        began = clock(self.vlm.device)
+        seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
+        answers = generate(
+            self.vlm,
+            self.head,
+            self.tokenizer,
+            seen,
+            max_new_tokens=self.test.settings["max_new_tokens"],
+            temperature=temperature,
+            top_p=top_p,
+            # of the question, not of the batch or the rank that it falls to
+            seeds=[seed_of(seed, row["id"]) for row in rows],
+            intervention=intervention,
+            fed=self.fed_latents(rows),
+            ema_beta=ema_beta,
+            after=after_latents,
         )
-    bar = tqdm(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
-    with open_append(test.out / f"predictions.rank{rank}.jsonl") as f:
-
-        def prepare(row):
-            asked = row | {
-                "question": row["question"] + instruction,
-                "images": images_of(row),
-                "system": system,
-            }
-            return encode(vlm, tokenizer, processor, asked)
-
-        def failed(row, e):
-            append(
-                f,
+        seconds = (clock(self.vlm.device) - began) / len(part)
+        for row, (answer,) in zip(rows, answers):  # one sample a question
+            if save_latents:  # before the line that says it is done
+                path = self.test.out / "latents" / latents_name(row["id"])
+                save_latents_file(path, answer["latents"], self.head)
+            yield (
+                row,
                 {
-                    "id": row["id"],
-                    "key": row_key(test.key, row),
-                    "error": f"{type(e).__name__}: {e}"[:1000],
+                    "raw": to_text(self.tokenizer, answer["ids"]),
+                    "truncated": not answer["finished"],
+                    "tokens": len(answer["ids"]),
+                    "latents": len(answer["latents"]),
+                    "seconds": seconds,
                 },
             )
-            bar.update()
+
+    def fed_latents(self, rows):
+        """What shuffle and oracle feed, (m, K, d) a row; None for the other interventions.
+
+        Another example's latents, or the features of the m real auxiliary images.
+        """
+        if intervention == "shuffle":
+            return [self.donated(row) for row in rows]
+        if not intervention.startswith("oracle"):
+            return None
+        _, meta = read_safetensors(Path(model) / HEAD_FILE, ())
+        images = [open_image(path) for row in rows for path in row["aux_images"]]
+        with torch.inference_mode():
+            # (M, K, d): the M images of all rows, as grids of K features
+            features = grid_features(self.vlm, self.processor, images, self.head.K, meta["mode"])
+        return list(features.cpu().split([len(row["aux_images"]) for row in rows]))
+
+    def donated(self, row):
+        """The latents of another example: of the next file by name. Names are hashes of ids."""
+        own = Path(donor) / latents_name(row["id"])
+        after = bisect.bisect_right(self.donors, own)
+        return load_latents_file(self.donors[after % len(self.donors)], self.head)
+
+
+def answer_all(test, vlm, tokenizer, head):
+    """Answer this rank's share of the rows that have no answer yet, a line each to its file.
+
+    What fails is recorded, and tried again by the next run.
+    """
+    rank, world = rank_and_world()
+    done = {id for id, line in read_predictions(test).items() if "error" not in line}
+    # by position in the file, not among the missing: ranks that start late still split alike
+    todo = [row for row in test.rows[rank::world] if row["id"] not in done]
+    processor = load_processor(model, test.settings["min_pixels"], test.settings["max_pixels"])
+    donors = sorted(Path(donor).glob("*.safetensors")) if donor else []
+    check_feed(test, donors)
+    answerer = Answerer(test, vlm, tokenizer, processor, head, donors)
+
+    bar = tqdm(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
+    with open_append(test.out / f"predictions.rank{rank}.jsonl") as file:
+
+        def record(row, line):
+            append(file, {"id": row["id"], "key": row_key(test.key, row)} | line)
 
         def answer(part):
-            rows, start = [row for row, _ in part], clock(device)
-            answers = generate(
-                vlm,
-                head,
-                tokenizer,
-                see(vlm, processor, [prompt for _, prompt in part]),
-                max_new_tokens=limits["max_new_tokens"],
-                temperature=temperature,
-                top_p=top_p,
-                seeds=[seed_of(seed, row["id"]) for row in rows],
-                intervention=intervention,
-                fed=fed_latents(rows, vlm, processor, head, donors),
-                ema_beta=ema_beta,
-                after=after_latents,
-            )
-            seconds = (clock(device) - start) / len(part)
-            for row, (a,) in zip(rows, answers):
-                if save_latents:  # before the line that says it is done
-                    save_latents_file(
-                        test.out / "latents" / latents_name(row["id"]), a["latents"], head
-                    )
-                append(
-                    f,
-                    {
-                        "id": row["id"],
-                        "key": row_key(test.key, row),
-                        "raw": to_text(tokenizer, a["ids"]),
-                        "truncated": not a["finished"],
-                        "tokens": len(a["ids"]),
-                        "latents": len(a["latents"]),
-                        "seconds": seconds,
-                    },
-                )
+            for row, line in answerer.answer(part):
+                record(row, line)
             bar.update(len(part))
 
-        for part in batches(todo, prepare, failed):
+        def failed(row, e):
+            record(row, {"error": f"{type(e).__name__}: {e}"[:1000]})
+            bar.update()
+
+        for part in batches(todo, answerer.prepare, failed):
             try:
                 answer(part)
+                continue
             except (Exception, SystemExit):
-                for one in (
-                    part
-                ):  # find out whose failure it is; a batch too large for the memory also ends here
-                    try:
-                        answer([one])
-                    except (Exception, SystemExit) as e:
-                        failed(one[0], e)
+                pass  # what the failed batch held of the memory is free only after this block
+            # find out whose failure it is; a batch too large for the memory also ends here
+            for row, prompt in part:
+                try:
+                    answer([(row, prompt)])
+                except (Exception, SystemExit) as e:
+                    failed(row, e)
     bar.close()
 
 
+# --------------------------------------------------------------------------------------------------
+# scoring
+
+
+def wilson(correct, n, z=1.96):
+    """The 95 % Wilson interval of an accuracy, as (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, q = correct / n, z * z / n
+    middle = (p + q / 2) / (1 + q)
+    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
+    return middle - half, middle + half
+
+
+def mcnemar(a, b):
+    """Exact two-sided p-value of the paired scores a and b of the same questions.
+
+    A sign test on the pairs that differ.
+    """
+    plus = sum(x > y for x, y in zip(a, b))
+    minus = sum(x < y for x, y in zip(a, b))
+    n, least = plus + minus, min(plus, minus)
+    at_most_least = sum(math.comb(n, i) for i in range(least + 1))
+    return min(1.0, 2 * at_most_least / 2**n)
+
+
 def grade(test, predictions):
-    """The test set's rows with their answers: raw, extracted, method, correct. A failed question counts as wrong."""
+    """The test set's rows with their answers: raw, extracted, method, correct.
+
+    A failed question counts as wrong; one without a prediction is left out.
+    """
     graded = []
     for row in test.rows:
-        if (p := predictions.get(row["id"])) is None:
+        if row["id"] not in predictions:
             continue
-        p = {"raw": "", "truncated": False, "tokens": 0, "latents": 0} | p
-        answer, method = extract_answer(p["raw"], row.get("options"), row.get("kind", "text"))
-        if "error" in p:
+        empty = {"raw": "", "truncated": False, "tokens": 0, "latents": 0}  # of a failure
+        line = empty | predictions[row["id"]]
+        options, kind = row.get("options"), row.get("kind", "text")
+        answer, method = extract_answer(line["raw"], options, kind)
+        if "error" in line:
             method = "error"
-        row = row | p | {"extracted": answer, "method": method}
-        graded.append(
-            row | {"correct": bool(c) if (c := test.benchmark.check(row)) in (0, 1) else c}
-        )
+        row = row | line | {"extracted": answer, "method": method}
+        correct = test.benchmark.check(row)
+        if correct in (0, 1):  # VSI-Bench's numbers may lie between
+            correct = bool(correct)
+        graded.append(row | {"correct": correct})
     return graded
 
 
 def summary(rows):
     """Accuracy with its interval, and what else a reader needs to trust it."""
     n, correct = len(rows), sum(row["correct"] for row in rows)
-    share = {"accuracy": correct / n} | (
-        {"interval": wilson(correct, n)} if all(r["correct"] in (0, 1) for r in rows) else {}
-    )
-    return (
-        {"n": n}
-        | share
-        | {
-            "n_unparsed": sum(row["extracted"] is None for row in rows),
-            "n_truncated": sum(row["truncated"] for row in rows),
-            "n_error": sum("error" in row for row in rows),
-            "opened_latents": mean(LATENT_SPAN in row["raw"] for row in rows),
-            "tokens": mean(row["tokens"] for row in rows),
-            "latents": mean(row["latents"] for row in rows),
-        }
-    )
-
-
-def summaries(groups):
-    return {
-        name: summary(g) if isinstance(g, list) else {"accuracy": g}
-        for name, g in groups.items()
-        if g != []
+    found = {"n": n, "accuracy": correct / n}
+    if all(row["correct"] in (0, 1) for row in rows):
+        found["interval"] = wilson(correct, n)
+    return found | {
+        "n_unparsed": sum(row["extracted"] is None for row in rows),
+        "n_truncated": sum(row["truncated"] for row in rows),
+        "n_error": sum("error" in row for row in rows),
+        "opened_latents": mean(LATENT_SPAN in row["raw"] for row in rows),
+        "tokens": mean(row["tokens"] for row in rows),
+        "latents": mean(row["latents"] for row in rows),
     }
 
 
-def print_scores(title, scores):
-    width = max(16, *(len(name) + 1 for name in scores)) if scores else 16
-    print(
-        f"\n{title}\n{'':{width}}{'n':>6}{'accuracy':>10}{'95 % interval':>16}{'unparsed':>10}{'truncated':>10}{'errors':>8}"
-        f"{'latent':>8}{'tokens':>8}{'latents':>8}"
-    )
-    for name, m in scores.items():
-        interval = "{:.3f} - {:.3f}".format(*m["interval"]) if "interval" in m else ""
-        print(
-            f"{name:{width}}{m.get('n', ''):>6}{m['accuracy']:10.3f}{interval:>16}"
-            + (
-                f"{m['n_unparsed']:10}{m['n_truncated']:10}{m['n_error']:8}{m['opened_latents']:8.2f}{m['tokens']:8.1f}"
-                f"{m['latents']:8.1f}"
-                if "n" in m
-                else ""
-            )
-        )
+def summaries(groups):
+    """A summary of each group of rows {name: rows or a number}; empty groups are left out."""
+    found = {}
+    for name, group in groups.items():
+        if not isinstance(group, list):
+            found[name] = {"accuracy": group}
+        elif group:
+            found[name] = summary(group)
+    return found
 
 
 def score(test, predictions):
-    """Write scored.jsonl and metrics.json and print the table. Raises SystemExit if answers are missing."""
+    """Write scored.jsonl and metrics.json and print the table.
+
+    Raises SystemExit if answers are missing.
+    """
     missing = [row["id"] for row in test.rows if row["id"] not in predictions]
     if missing and (not allow_partial or not predictions):
         raise SystemExit(
-            f"{test.out}: {len(missing)} of {len(test.rows)} answers are missing (the first is {missing[0]!r}); "
-            "run eval.py again to fill them in, or score what is there with allow_partial=1"
+            f"{test.out}: {len(missing)} of {len(test.rows)} answers are missing (the first is "
+            f"{missing[0]!r}); run eval.py again to fill them in, or score what is there with "
+            "allow_partial=1"
         )
     graded = grade(test, predictions)
     failures = [row for row in graded if "error" in row]
@@ -489,177 +438,207 @@ def score(test, predictions):
             f"{test.out}: all {len(graded)} questions failed, the first with {failures[0]['error']}"
         )
     scores = {"scores": summaries(test.benchmark.score(graded))}
-    if test.name in JUDGED and judge_url:
-        judged = judge(test, graded)
-        scores["scores_judged"] = summaries(test.benchmark.score(judged))
-        scores["judge"] = {
+    if judge_url and test.name in JUDGED:
+        scores |= judged_scores(test, graded)
+    write_scores(test, graded, scores, len(missing))
+
+    print_scores(title_of(test, len(missing)), scores["scores"])
+    if "scores_judged" in scores:
+        title = f"with {scores['judge']['judged']} answers judged by {judge_model}"
+        print_scores(title, scores["scores_judged"])
+    if test.name == "MMHal-Bench":
+        write_mmhal_responses(test, graded)
+    if failures:
+        print(
+            f"{len(failures)} questions failed and count as wrong; run eval.py again to retry "
+            f"them. The first, {failures[0]['id']!r}: {failures[0]['error']}"
+        )
+
+
+def judged_scores(test, graded):
+    """The scores with a judge's reading of what no rule could read."""
+    endpoint = Endpoint(judge_url, judge_model, judge_key, judge_workers, judge_tries)
+    judged = judge(test, graded, endpoint)
+    return {
+        "scores_judged": summaries(test.benchmark.score(judged)),
+        "judge": {
             "url": judge_url,
             "model": judge_model,
             "judged": sum("judgement" in row for row in judged),
-        }
+        },
+    }
 
-    fields = (
-        "id",
-        "category",
-        "answer",
-        "extracted",
-        "method",
-        "correct",
-        "truncated",
-        "tokens",
-        "latents",
-        "error",
-        "raw",
-    )
-    write_lines(
-        test.out / "scored.jsonl", [{k: row[k] for k in fields if k in row} for row in graded]
-    )
+
+def columns_of(row, names):
+    """A row's columns of these names, as far as it has them."""
+    return {name: row[name] for name in names if name in row}
+
+
+def write_scores(test, graded, scores, n_missing):
+    write_lines(test.out / "scored.jsonl", [columns_of(row, SCORED_COLUMNS) for row in graded])
     record = {
         "settings": test.settings,
         "key": test.key,
-        "missing": len(missing),
+        "missing": n_missing,
         "versions": versions(),
-    } | scores
-    write_then_rename(
-        test.out / "metrics.json", lambda p: p.write_text(json.dumps(record, indent=1))
+    }
+    text = json.dumps(record | scores, indent=1)
+    write_then_rename(test.out / "metrics.json", lambda tmp: tmp.write_text(text))
+
+
+def write_mmhal_responses(test, graded):
+    """MMHal-Bench's own response file, for the judge that defines its score."""
+    responses = []
+    for row in graded:
+        said = {"model_answer": extract_final(row["raw"])}
+        responses.append(columns_of(row, MMHAL_COLUMNS) | said)
+    path = test.out / "response.json"
+    text = json.dumps(responses, indent=1)
+    write_then_rename(path, lambda tmp: tmp.write_text(text))
+    if judge_url:
+        score = "; the one above is another judge's and not comparable"
+    else:
+        score = ": no score here"
+    print(
+        f"wrote {path}, MMHal-Bench's own response file. Its score is defined by a judge "
+        f"(gpt-4-0314){score}"
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+
+def title_of(test, n_missing):
+    """What was answered, and all that a number depends on."""
     s = test.settings
-    print_scores(
-        f"{model} on {s['data']}, {intervention}; {s['min_pixels']} to {s['max_pixels']} pixels, at most "
-        f"{s['max_new_tokens']} tokens, system {system!r}, instruction {instruction!r}"
-        + f"; {len(missing)} MISSING"
-        * bool(missing),
-        scores["scores"],
+    title = (
+        f"{model} on {s['data']}, {intervention}; {s['min_pixels']} to {s['max_pixels']} pixels, "
+        f"at most {s['max_new_tokens']} tokens, system {system!r}, instruction {instruction!r}"
     )
-    if "scores_judged" in scores:
-        print_scores(
-            f"with {scores['judge']['judged']} answers judged by {judge_model}",
-            scores["scores_judged"],
-        )
-    if test.name == "MMHal-Bench":
-        official = [
-            {
-                k: row[k]
-                for k in (
-                    "question_type",
-                    "question_topic",
-                    "image_id",
-                    "image_src",
-                    "image_content",
-                    "question",
-                    "gt_answer",
-                )
-                if k in row
-            }
-            | {"model_answer": extract_final(row["raw"])}
-            for row in graded
-        ]
-        write_then_rename(
-            test.out / "response.json", lambda p: p.write_text(json.dumps(official, indent=1))
-        )
-        print(
-            f"wrote {test.out}/response.json, MMHal-Bench's own response file. Its score is defined by a judge (gpt-4-0314)"
-            + (
-                "; the one above is another judge's and not comparable"
-                if judge_url
-                else ": no score here"
-            )
-        )
-    if failures:
-        print(
-            f"{len(failures)} questions failed and count as wrong; run eval.py again to retry them. "
-            f"The first, {failures[0]['id']!r}: {failures[0]['error']}"
-        )
+    if n_missing:
+        title += f"; {n_missing} MISSING"
+    return title
 
 
-def paper_table():
-    """Our headline numbers, in percent, beside the paper's; of the benchmarks that <out> holds for this model and setting."""
+def print_scores(title, scores):
+    """A line a group: the accuracy, and where it is one of rows what `summary` says of them."""
+    width = max([16, *(len(name) + 1 for name in scores)])
+    print(
+        f"\n{title}\n{'':{width}}{'n':>6}{'accuracy':>10}{'95 % interval':>16}{'unparsed':>10}"
+        f"{'truncated':>10}{'errors':>8}{'latent':>8}{'tokens':>8}{'latents':>8}"
+    )
+    for name, m in scores.items():
+        interval = "{:.3f} - {:.3f}".format(*m["interval"]) if "interval" in m else ""
+        line = f"{name:{width}}{m.get('n', ''):>6}{m['accuracy']:10.3f}{interval:>16}"
+        if "n" in m:
+            line += f"{m['n_unparsed']:10}{m['n_truncated']:10}{m['n_error']:8}"
+            line += f"{m['opened_latents']:8.2f}{m['tokens']:8.1f}{m['latents']:8.1f}"
+        print(line)
+
+
+def headlines():
+    """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
     ours = {}
     for path in sorted(Path(out).glob("*/metrics.json")):
         record = json.loads(path.read_text())
-        if (
-            all(
-                record["settings"][k] == globals()[k] for k in ("model", "intervention", "ema_beta")
-            )
-            and not record["missing"]
-        ):
-            ours |= {
-                f"{path.parent.name}/{k}": 100 * v["accuracy"] for k, v in record["scores"].items()
-            }
+        run = record["settings"]
+        same = all(run[name] == globals()[name] for name in ("model", "intervention", "ema_beta"))
+        if same and not record["missing"]:
+            for name, m in record["scores"].items():
+                ours[f"{path.parent.name}/{name}"] = 100 * m["accuracy"]
     for name, parts in AVERAGES.items():
         if all(part in ours for part in parts):
             ours[name] = mean(ours[part] for part in parts)
-    if any(key in ours for key, _, _ in PAPER):
-        print(
-            f"\n{'':14}{'ours':>9}  |"
-            + "".join(f"{x:>9}" for x in PAPER_SYSTEMS)
-            + "   (the paper, Qwen2.5-VL-7B)"
-        )
-        for key, name, theirs in PAPER:
-            mine = f"{ours[key]:9.2f}" if key in ours else f"{'-':>9}"
-            print(
-                f"{name:14}{mine}  |"
-                + "".join(f"{'-' if x is None else f'{x:.2f}':>9}" for x in theirs)
-            )
+    return ours
+
+
+def paper_table():
+    """Our headline numbers, in percent, beside the paper's."""
+    ours = headlines()
+    if not any(metric in ours for metric, _, _ in PAPER):
+        return
+
+    def cell(percent):
+        return f"{'-' if percent is None else f'{percent:.2f}':>9}"
+
+    systems = "".join(f"{system:>9}" for system in PAPER_SYSTEMS)
+    print(f"\n{'':14}{'ours':>9}  |{systems}   (the paper, Qwen2.5-VL-7B)")
+    for metric, name, theirs in PAPER:
+        print(f"{name:14}{cell(ours.get(metric))}  |" + "".join(map(cell, theirs)))
 
 
 def compare(a, b):
-    """Print the paired difference of two finished runs (folders with scored.jsonl, of one test set or of several)."""
-    found = sorted(p.relative_to(a) for p in Path(a).glob("**/scored.jsonl"))
-    if not found:
+    """Print the paired difference of two finished runs.
+
+    a, b: folders with scored.jsonl, of one test set or of several.
+    """
+    names = sorted(path.relative_to(a) for path in Path(a).glob("**/scored.jsonl"))
+    if not names:
         raise SystemExit(
             f"{a}: no scored.jsonl below it; eval.py writes one when all answers are there"
         )
-    for name in found:
-        one, two = (
-            {r["id"]: float(r["correct"]) for r in read_lines(Path(x) / name)} for x in (a, b)
-        )
+    for name in names:
+        one, two = read_grades(Path(a) / name), read_grades(Path(b) / name)
         if one.keys() != two.keys() or not one:
             raise SystemExit(
-                f"{Path(a) / name} and {Path(b) / name} hold other questions ({len(one)} and {len(two)}, "
-                f"{len(one.keys() & two.keys())} of them shared)"
+                f"{Path(a) / name} and {Path(b) / name} hold other questions ({len(one)} and "
+                f"{len(two)}, {len(one.keys() & two.keys())} of them shared)"
             )
-        n, two_in_order = len(one), [two[id] for id in one]
-        differences = [y - x for x, y in zip(one.values(), two_in_order)]
-        d, wins, losses = (
-            mean(differences),
-            sum(x > 0 for x in differences),
-            sum(x < 0 for x in differences),
-        )
-        half = 1.96 * math.sqrt(max(0.0, mean(x * x for x in differences) - d * d) / n)
-        print(
-            f"{name.parent}: n = {n}, A {mean(one.values()):.3f}, B {mean(two.values()):.3f}, B - A {d:+.3f} "
-            f"(95 % interval {d - half:+.3f} to {d + half:+.3f}); B wins {wins}, loses {losses}, "
-            f"McNemar p = {mcnemar(two_in_order, one.values()):.3g}"
-        )
+        in_order_of_one = [two[id] for id in one]
+        print(f"{name.parent}: {paired_difference(list(one.values()), in_order_of_one)}")
+
+
+def read_grades(path):
+    """{id: correct} of a scored.jsonl."""
+    return {row["id"]: float(row["correct"]) for row in read_lines(path)}
+
+
+def paired_difference(a, b):
+    """What the grades a and b of the same questions differ by, in words."""
+    differences = [y - x for x, y in zip(a, b)]
+    n, d = len(differences), mean(differences)
+    variance = max(0.0, mean(x * x for x in differences) - d * d)
+    half = 1.96 * math.sqrt(variance / n)  # of the 95 % interval
+    wins = sum(x > 0 for x in differences)
+    losses = sum(x < 0 for x in differences)
+    return (
+        f"n = {n}, A {mean(a):.3f}, B {mean(b):.3f}, B - A {d:+.3f} (95 % interval {d - half:+.3f} "
+        f"to {d + half:+.3f}); B wins {wins}, loses {losses}, McNemar p = {mcnemar(b, a):.3g}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     names = (GAP_TABLE if benchmarks == "gap" else benchmarks).split(",")
-    if unknown := [name for name in names if name and name not in BENCHMARKS]:
+    unknown = [name for name in names if name and name not in BENCHMARKS]
+    if unknown:
         raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: gap, {', '.join(BENCHMARKS)}")
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
+
     if not score_only:
-        device = pick_device()
-        vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
+        vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
         head = load_head(model, vlm, tokenizer, latent_size)
         if head is None and intervention != "clean":
             raise SystemExit(
-                f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model with latents"
+                f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model "
+                "with latents"
             )
         for test in tests:
-            answer_all(test, vlm, tokenizer, head, device)
+            answer_all(test, vlm, tokenizer, head)
+
     for test in tests:
         predictions = read_predictions(test)
+        left = len(test.rows) - len(predictions)
         # the rank that finishes last sees all answers and scores them; no rank waits for another
-        if len(predictions) == len(test.rows) or score_only or world == 1:
+        if left == 0 or score_only or world == 1:
             score(test, predictions)
         else:
-            print(
-                f"rank {rank} is done; {len(test.rows) - len(predictions)} answers to {test.name} are left to other ranks"
-            )
+            print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
     if benchmarks and rank == 0:
         paper_table()
 

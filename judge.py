@@ -1,0 +1,151 @@
+"""What would a judge say of the answers that no rule reads?
+
+A judge is a language model behind an OpenAI-compatible endpoint. It is asked which option or value
+someone chose where extraction found none, and of MMHal-Bench for the rating that is its score. It
+grades beside the rule, never in its place: eval.py prints both.
+"""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from huggingface_hub import InferenceClient
+from tqdm import tqdm
+
+from answers import extract_final, find_kind, find_letter
+from data import append, key_of, open_append, read_lines
+from endpoint import FAILURES, answered
+
+JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
+JUDGE_PROMPTS = {
+    "letter": (
+        "Below are a multiple-choice question and what someone answered. Which option did they "
+        "choose? Reply with its letter alone, or with Z if they chose none or more than one.\n\n"
+        "{question}\n\nTheir answer:\n{said}"
+    ),
+    "value": (
+        "Below are a question and what someone answered. Reply with the final value they gave, "
+        "alone and in the form that the question asks for, or with Z if they gave none.\n\n"
+        "{question}\n\nTheir answer:\n{said}"
+    ),
+    "rating": (
+        "Rate an answer to a question about an image that you can not see. The image holds: "
+        "{image_content}\nQuestion: {question}\nA correct answer: {answer}\n"
+        "The answer to rate: {said}\n\n"
+        "Does it say things of the image that are not so, and does it help? 6: true and very "
+        "informative; 5: true and informative; 4: true, little information; 3: true, no "
+        "information; 2, 1, 0: says what is not so, yet is very informative, a little, not at "
+        'all. Explain briefly and end with one line, "Rating: " and the number.'
+    ),
+}
+NO_ANSWER = "Z"
+LONGEST_REPLY = 512  # tokens
+TIMEOUT = 120  # seconds for a reply
+
+
+class Endpoint(NamedTuple):
+    """Where a judge is served, and how it is asked."""
+
+    url: str  # http://localhost:8000/v1
+    model: str  # "" is the endpoint's own
+    key: str  # the environment variable that holds its key, if it wants one
+    workers: int  # questions at once
+    tries: int  # of each
+
+
+def judge(test, graded, endpoint):
+    """The graded rows, those that no rule decided graded again by the judge's reading of them.
+
+    test: has the `name` of a benchmark in JUDGED, the folder `out` and the `benchmark` itself.
+    Replies are kept in <out>/judge.jsonl and never asked for twice; a truncated or failed answer
+    stays wrong. Raises SystemExit when the judge gives no reply.
+    """
+    kind = JUDGED[test.name]
+    prompts, keys = {}, {}
+    for row in graded:
+        if is_open(row, kind):
+            said = extract_final(row["raw"])
+            prompt = JUDGE_PROMPTS[kind].format(**row | {"said": said})
+            asked = {"judge": endpoint.model, "url": endpoint.url, "prompt": prompt}
+            prompts[row["id"]] = prompt
+            keys[row["id"]] = key_of(asked)
+    replies = ask_all(test, prompts, keys, endpoint)
+
+    judged = []
+    for row in graded:
+        if row["id"] in keys:
+            reply = replies[keys[row["id"]]].strip()
+            if kind == "rating":
+                row = rated(row, reply)
+            else:
+                row = read_again(row, reply, kind, test.benchmark.check)
+        judged.append(row)
+    return judged
+
+
+def is_open(row, kind):
+    """Is there an answer that no rule could read, or one whose score is a rating?"""
+    if "error" in row or row["method"] in ("truncated", "empty"):
+        return False
+    return kind == "rating" or row["extracted"] is None
+
+
+def ask_all(test, prompts, keys, endpoint):
+    """{key: reply} of all prompts {id: text}; those that judge.jsonl lacks are asked and added."""
+    path = test.out / "judge.jsonl"
+    replies = {line["key"]: line["reply"] for line in read_lines(path)}
+    todo = [id for id in prompts if keys[id] not in replies]
+    api_key = os.environ.get(endpoint.key) or "none"
+    client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
+
+    def ask(id):
+        return ask_judge(client, prompts[id], endpoint)
+
+    with open_append(path) as f, ThreadPoolExecutor(endpoint.workers) as pool:
+        new = pool.map(ask, todo)
+        for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
+            reply = next(new)
+            replies[keys[id]] = reply
+            append(f, {"id": id, "key": keys[id], "reply": reply})
+    return replies
+
+
+def ask_judge(client, prompt, endpoint):
+    """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
+
+    def call():
+        reply = client.chat_completion(
+            [{"role": "user", "content": prompt}],
+            model=endpoint.model or None,
+            temperature=0,
+            max_tokens=LONGEST_REPLY,
+        )
+        return reply.choices[0].message.content or ""
+
+    try:
+        return answered(call, endpoint.url, endpoint.tries)
+    except FAILURES as e:
+        raise SystemExit(
+            f"{endpoint.url}: no judgement ({type(e).__name__}: {e}); the finished ones are kept, "
+            "run eval.py again"
+        ) from None
+
+
+def rated(row, reply):
+    """The row with the rating of a reply; 0 where it gives none or several, as officially."""
+    ratings = set(re.findall(r"Rating: ([0-6])\b", reply))
+    rating = int(ratings.pop()) if len(ratings) == 1 else 0
+    return row | {"judgement": reply, "rating": rating}
+
+
+def read_again(row, reply, kind, check):
+    """The row graded by the answer that the judge read: the letter of an option, or a value."""
+    if reply == NO_ANSWER:
+        answer = None
+    elif kind == "letter" or row["options"]:
+        answer, _ = find_letter(reply, row["options"])
+    else:
+        answer = find_kind(reply, row["kind"])
+    row = row | {"judgement": reply, "extracted": answer, "method": "judge"}
+    return row | {"correct": answer is not None and bool(check(row))}

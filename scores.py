@@ -1,0 +1,295 @@
+"""How does each benchmark's own harness grade an answer, and what does it make of the grades?
+
+A check takes a row with its gold and what was said ("extracted", "method", "raw") and tells how
+right that is: True, False, or a number between. A score takes all rows with their grades
+("correct") and returns {name: rows whose mean grade is meant, or a number}.
+"""
+
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+
+from answers import (
+    check_letter,
+    extract_answer,
+    find_kind,
+    is_correct,
+    letter_of,
+    levenshtein,
+    math_equal,
+    tagged,
+)
+
+# --------------------------------------------------------------------------------------------------
+# checks of one answer (letters and yes or no: answers.py)
+
+
+def check_answer(row):
+    return is_correct(row["extracted"], row)
+
+
+def check_nothing(row):
+    return False  # only a judge can say
+
+
+def check_mathvista(row, strict=False):
+    """MathVista's normaliser.
+
+    Of a choice the letter, else (not strict) the choice nearest to the answer's text; str(int)
+    of an integer; a float rounded to its precision.
+    """
+    answer, gold = row["extracted"], str(row["answer"]).strip()
+    if row["question_type"] == "multi_choice":
+        if answer is not None:
+            return row["options"][answer] == gold
+        text = None if strict else extract_answer(row["raw"])[0]
+        if text is None:
+            return False
+        nearest = min(row["options"].values(), key=lambda choice: levenshtein(text, choice))
+        return nearest == gold
+    # a list or a text; the kinds below were read as numbers
+    if answer is None or row["answer_type"] not in ("integer", "float"):
+        return answer == gold
+    value = float(answer)
+    if not math.isfinite(value):
+        return False
+    if row["answer_type"] == "integer":
+        return str(int(value)) == gold
+    digits = row.get("precision") or len(gold.partition(".")[2])
+    return str(round(value, int(float(digits)))) == gold
+
+
+def check_mathvision(row):
+    """The letter or, as officially, the option's value; or the value of a free-form answer.
+
+    Of free-form answers without a tag the last number counts as well.
+    """
+    answer, gold, options = row["extracted"], row["answer"], row["options"]
+    if options:
+        letter = letter_of(gold)
+        value = options.get(letter) or gold
+        said = tagged(row["raw"])[1] or ""
+        return answer == letter or answer is None and math_equal(said, value)
+    if answer is None:
+        return False
+    if math_equal(answer, gold):
+        return True
+    # untagged, the answer is the rest of a sentence: "12 cm^2, as asked"
+    if row["method"] not in ("declared", "last line"):
+        return False
+    number = find_kind(answer, "number")
+    return number is not None and math_equal(number, gold)
+
+
+def mean_relative_accuracy(predicted, gold):
+    """MRA of VSI-Bench: the share of the ten thresholds theta with |p - t| / t <= 1 - theta."""
+    if gold == 0:
+        return float(predicted == 0)
+    theta = np.linspace(0.5, 0.95, 10)
+    return float(np.mean(abs(predicted - gold) / abs(gold) <= 1 - theta))
+
+
+def check_vsi(row):
+    if row["options"]:
+        return check_letter(row)
+    if row["extracted"] is None:
+        return 0.0
+    return mean_relative_accuracy(float(row["extracted"]), float(row["answer"]))
+
+
+# --------------------------------------------------------------------------------------------------
+# what the scores are made of
+
+
+def group_by(rows, field):
+    """{value of the field: its rows}, in the order of their first appearance."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row.get(field) not in (None, ""):
+            groups[str(row[field])].append(row)
+    return dict(groups)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def accuracy(rows):
+    return mean(float(row["correct"]) for row in rows)
+
+
+def macro(groups):
+    """The unweighted mean of the groups' accuracies."""
+    return mean(accuracy(rows) for rows in groups.values())
+
+
+def score_categories(*fields):
+    """A score of all rows and of the groups by each of these fields."""
+
+    def score(rows):
+        found = {"overall": rows}
+        for field in fields:
+            found |= group_by(rows, field)
+        return found
+
+    return score
+
+
+# --------------------------------------------------------------------------------------------------
+# the benchmarks' own scores
+
+
+def score_hrbench(rows):
+    """The mean over cycles of each cycle's accuracy; with cycles of one size the mean over rows.
+
+    In a cycle the same questions are asked with their options in another order.
+    """
+
+    def over_cycles(part):
+        cycles = group_by(part, "cycle_category")
+        sizes = {len(cycle) for cycle in cycles.values()}
+        return part if len(sizes) <= 1 else macro(cycles)
+
+    found = {"overall": over_cycles(rows)}
+    for category, part in group_by(rows, "category").items():
+        found[category] = over_cycles(part)
+    return found
+
+
+def score_mmstar(rows):
+    # files with either spelling are about
+    fine = group_by(rows, "l2_category") or group_by(rows, "l2-category")
+    return {"overall": rows, "mean of l2": macro(fine)} | group_by(rows, "category")
+
+
+def score_mme(rows):
+    """By task (Perception, Reasoning), by task and subject, and by these and l2.
+
+    All attributes of one kind of object are one l2: "vehicle/color attribute" is vehicle/attribute.
+    """
+    named = []
+    for row in rows:
+        l2 = re.sub(r"^([^/]*).*attribute.*", r"\1/attribute", row["l2-category"].lower())
+        task = row["category"].partition("/")[0]
+        named.append(row | {"task": task, "l2": f"{row['category']}/{l2}"})
+    found = {"overall": rows}
+    for field in ("task", "category", "l2"):
+        found |= group_by(named, field)
+    return found
+
+
+def score_mathvista(rows):
+    strict = [row | {"correct": check_mathvista(row, strict=True)} for row in rows]
+    return {"overall": rows, "strict": strict} | group_by(rows, "task")
+
+
+def score_wemath(rows):
+    """(Mastery + inadequate generalisation / 2) / problems, strict and loose.
+
+    A problem is a question and its steps, each asked alone. Question wrong: insufficient
+    knowledge (IK), or inadequate generalisation (IG) if all steps are right. Question right:
+    complete mastery (CM) if the steps are, all (strict) or one (loose), else rote memory (RM).
+    A problem that lacks a row (of a partial run) is left out.
+    """
+    problems = []
+    for part in group_by(rows, "ID").values():
+        n_steps = int(part[0]["step"][0])  # "3steps_1", "3steps_2", "3steps_3", "3steps_multi"
+        if len(part) == n_steps + 1:
+            problems.append(part)
+    count, right_of = defaultdict(int), defaultdict(list)
+    for problem in problems:
+        right = {row["step"].partition("_")[2]: bool(row["correct"]) for row in problem}
+        multi, single = right.pop("multi"), list(right.values())
+        right_of["S1"] += single
+        right_of[f"S{len(single)}"].append(multi)
+        if multi:
+            count["strict CM" if all(single) else "strict RM"] += 1
+            count["loose CM" if any(single) else "loose RM"] += 1
+        else:
+            count["IG" if all(single) else "IK"] += 1
+
+    n = max(1, len(problems))
+    found = {kind: (count[f"{kind} CM"] + count["IG"] / 2) / n for kind in ("strict", "loose")}
+    for name in ("IK", "IG", "strict CM", "strict RM", "loose CM", "loose RM"):
+        found[name] = count[name] / n
+    for name in sorted(right_of):  # S1, S2, S3: the accuracy of questions of so many steps
+        found[name] = mean(right_of[name])
+    return found | {"all rows": rows}
+
+
+def precision_recall_f1(rows):
+    """Of the answer "yes"."""
+    hits = sum(row["correct"] for row in rows if row["answer"].lower() == "yes")
+    said = sum(row["extracted"].lower() == "yes" for row in rows if row["extracted"])
+    gold = sum(row["answer"].lower() == "yes" for row in rows if row["answer"])
+    precision, recall = hits / max(said, 1), hits / max(gold, 1)
+    return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
+
+
+def score_pope(rows):
+    """F1 of "yes", over all rows and by split.
+
+    A question that several splits share counts in each, as in VLMEvalKit.
+    """
+    spread = []
+    for row in rows:
+        for split in str(row.get("category", "")).split(","):
+            spread.append(row | {"category": split.strip()})
+    precision, recall, f1 = precision_recall_f1(spread)
+    found = {"overall": f1, "accuracy": spread, "precision": precision, "recall": recall}
+    for split, part in group_by(spread, "category").items():
+        found[split] = precision_recall_f1(part)[2]
+    return found
+
+
+def score_vsi(rows):
+    """The mean over eight tasks, the three difficulties of relative direction being one."""
+    tasks = group_by(rows, "question_type")
+    direction = {k: v for k, v in tasks.items() if k.startswith("object_rel_direction")}
+    eight = [accuracy(part) for name, part in tasks.items() if name not in direction]
+    if direction:
+        eight.append(macro(direction))
+    return {"overall": mean(eight), "object_rel_direction": macro(direction)} | tasks
+
+
+def score_blink(rows):
+    tasks = group_by(rows, "sub_task") or group_by(rows, "category")
+    return {"overall": macro(tasks), "micro": rows} | tasks
+
+
+# rows of MMVP, counted from 0, whose golds the official file has exchanged: 99/100 and 279/280
+MMVP_EXCHANGED = {98: 99, 99: 98, 278: 279, 279: 278}
+
+
+def score_mmvp(rows):
+    """Pairs (1, 2), (3, 4), ... of which both must be right; also with the golds mended."""
+
+    def pairs(rows):
+        found = []
+        for a, b in zip(rows[::2], rows[1::2]):
+            found.append(a | {"correct": bool(a["correct"] and b["correct"])})
+        return found
+
+    rows = sorted(rows, key=lambda row: int(row["id"]))
+    found = {"overall": pairs(rows), "single": rows}
+    if len(rows) == 300:  # the places hold in the whole file only
+        mended = []
+        for i, row in enumerate(rows):
+            gold = rows[MMVP_EXCHANGED.get(i, i)]["answer"]
+            mended.append(row | {"correct": check_letter(row | {"answer": gold})})
+        found["corrected gold"] = pairs(mended)
+    return found
+
+
+def score_mmhal(rows):
+    """With a judge: its mean rating, 0 to 6, and the share of answers rated below 3."""
+    rated = [row["rating"] for row in rows if row.get("rating") is not None]
+    if not rated:
+        return {}
+    return {
+        "rating": mean(rated),
+        "hallucination": mean(rating < 3 for rating in rated),
+    }

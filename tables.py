@@ -1,0 +1,152 @@
+"""How are official test files read? TSV and CSV with images inside, JSON and JSON lines.
+
+A table of 5 GB is never in memory at once: its rows hold where each image lies in the file, and
+`images_of` reads the images of one row when they are wanted.
+"""
+
+import ast
+import base64
+import csv
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+csv.field_size_limit(sys.maxsize)  # a cell may hold an 8K image
+
+LONGEST_REFERENCE = 64  # characters; a shorter image cell names a row that holds the image
+# fmt: off
+NA = {  # what pandas reads as missing: VLMEvalKit drops an option that says so, and so do we
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+}
+# fmt: on
+
+
+class Cell(NamedTuple):
+    """An image in a table: one `item` of a cell of the row that begins at byte `offset`."""
+
+    path: str
+    offset: int
+    column: int
+    item: int  # 0, or the place in the cell's list
+
+
+class Lines:
+    """The decoded lines of an open file, and where reading stands: byte, line number, MD5."""
+
+    def __init__(self, file):
+        self.file = file
+        self.offset = 0
+        self.number = 0
+        self.digest = hashlib.md5()
+
+    def __iter__(self):
+        for line in self.file:
+            self.digest.update(line)
+            self.offset += len(line)
+            self.number += 1
+            yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+
+
+def read_table(path, delimiter="\t"):
+    """(rows, MD5) of a TSV or CSV file with a header, in one pass.
+
+    An `image` column becomes `images`, a list of Cells. Raises SystemExit naming file and line.
+    """
+    rows = []
+    with open(path, "rb") as f:
+        lines = Lines(f)
+        try:
+            cells_of_rows = csv.reader(lines, delimiter=delimiter)
+            columns = next(cells_of_rows, [])
+            image = columns.index("image") if "image" in columns else None
+            start = lines.offset
+            for cells in cells_of_rows:
+                if len(cells) != len(columns):
+                    raise SystemExit(
+                        f"{path}:{lines.number}: {len(cells)} cells where the header names "
+                        f"{len(columns)}: {columns}"
+                    )
+                row = dict(zip(columns, cells))
+                if image is not None:
+                    row["images"] = image_cells(row.pop("image"), path, start, image)
+                rows.append(row)
+                start = lines.offset
+        except (csv.Error, ValueError, SyntaxError, RecursionError, MemoryError) as e:
+            # the last three: what parsing a cell that looks like a list may end in
+            raise SystemExit(f"{path}:{lines.number}: not readable as a table ({e})") from None
+    if image is not None:
+        rows = follow_references(rows, path)
+    return rows, lines.digest.hexdigest()
+
+
+def cell_items(cell):
+    """What an image cell holds: nothing, one image or reference, or a list as Python writes it."""
+    if cell.startswith("["):
+        return [str(x) for x in ast.literal_eval(cell)]
+    return [cell] if cell else []
+
+
+def image_cells(cell, path, offset, column):
+    """A Cell for each base64 image of an image cell; references stay as they are."""
+    found = []
+    for i, item in enumerate(cell_items(cell)):
+        if len(item) > LONGEST_REFERENCE:
+            item = Cell(str(path), offset, column, i)
+        found.append(item)
+    return found
+
+
+def follow_references(rows, path):
+    """The rows with Cells only: a reference is the `index` of the row whose first image is meant.
+
+    Rows without images are left out, as VLMEvalKit does. Raises SystemExit for a reference to none.
+    """
+    by_index = {row.get("index"): row for row in rows}
+
+    def followed(image):
+        seen = set()
+        while not isinstance(image, Cell):
+            if image in seen or image not in by_index or not by_index[image]["images"]:
+                raise SystemExit(
+                    f"{path}: an image cell holds {image!r}, which is neither an image nor the "
+                    "index of a row with one"
+                )
+            seen.add(image)
+            image = by_index[image]["images"][0]
+        return image
+
+    found = [[followed(image) for image in row["images"]] for row in rows]
+    return [row | {"images": images} for row, images in zip(rows, found) if images]
+
+
+def images_of(row):
+    """A row's images as paths or encoded bytes, read from the disk now."""
+    return [read_cell(x) if isinstance(x, Cell) else x for x in row["images"]]
+
+
+def read_cell(image):
+    """The encoded bytes of an image in a table."""
+    with open(image.path, "rb") as f:
+        f.seek(image.offset)
+        cells = next(csv.reader((line.decode() for line in f), delimiter="\t"))
+    return base64.b64decode(cell_items(cells[image.column])[image.item])
+
+
+def read_json(path):
+    """(rows, MD5) of a JSON list, a JSON object of rows, or JSON lines."""
+    raw = Path(path).read_bytes()
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
+        else:
+            rows = json.loads(raw)
+    except ValueError as e:
+        raise SystemExit(f"{path}: not JSON ({e})") from None
+    if isinstance(rows, dict):  # of rows by id
+        rows = list(rows.values())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{path}: expected a list of JSON objects")
+    return rows, hashlib.md5(raw).hexdigest()
