@@ -37,6 +37,7 @@ import train
 from answers import extract_answer, is_correct
 from data import load_examples, open_image, pick_device, start
 from generate import generate, make_prompts, to_text
+from method import cross_entropy
 from model import (
     IGNORE,
     LATENT_PAD,
@@ -44,7 +45,6 @@ from model import (
     TOWER_ATTENTION,
     PCAHead,
     add_latent_tokens,
-    cross_entropy,
     embed,
     encode,
     encode_images,

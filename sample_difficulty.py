@@ -10,7 +10,6 @@ what the base solves. The prompt and its image are run once a question; its samp
 A killed run goes on where it stopped: each rank appends to its own file, and the last to finish merges them.
 """
 
-import math
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +33,7 @@ from data import (
     weight_stamps,
     write_lines,
 )
+from gap import RULES, is_solved, needs_latents
 from generate import generate, make_prompts, to_text
 from model import load_processor, load_vlm
 
@@ -53,27 +53,6 @@ min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
 seed = 12345
 # ---------------------------------------------------------------------------------------------------
-
-
-RULES = ("paper", "guess")
-
-
-def is_solved(correct, n, n_options, tau, rule):
-    """Does the rule call a question solved, and so train it without latents?
-
-    paper: accuracy above tau. guess: with options, a count that blind guessing reaches with probability below 5 %
-    (binomial tail); free-form questions as in the paper.
-    """
-    if rule == "guess" and n_options > 1:
-        p = 1 / n_options
-        tail = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(correct, n + 1))
-        return tail < 0.05
-    return correct / n > tau
-
-
-def needs_latents(row, tau, rule):
-    """The assignment of one line of difficulty.jsonl."""
-    return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
 
 
 def run_key():

@@ -1,4 +1,5 @@
-"""A tiny Qwen2.5-VL with random weights, a few examples of the toy world, and a way to run a script as a user does."""
+"""What tests share: a tiny Qwen2.5-VL of random weights, a few examples of the toy world, and ways
+to run a script as a user does."""
 
 import json
 import os
@@ -14,8 +15,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-import toy  # noqa: E402
-from model import PCAHead, add_latent_tokens, load_processor, load_vlm  # noqa: E402
+import toy
+from data import load_examples, open_image, write_lines
+from generate import Decoder
+from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
 PIXELS = (56 * 56, 1280 * 28 * 28)
 
@@ -38,7 +41,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with train, val and test JSONL of the toy world; one training example has two images and two spans."""
+    """A folder of train, val and test JSONL of the toy world; one row has two images and spans."""
     folder = tmp_path_factory.mktemp("world")
     for split, n in (("train", 48), ("val", 8), ("test", 12)):
         toy.write_split(folder, split, n)
@@ -82,15 +85,21 @@ def head():
     return head.eval()
 
 
+def launcher(ranks):
+    """The command that starts a script on so many ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = "torch.distributed.run"
+    return [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={ranks}"]
+
+
 def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
-    """Run a script in a subprocess, under torchrun for several ranks. Returns its output; asserts how it ended."""
-    launch = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else [sys.executable]
-    )
+    """Run a script in a subprocess, under torchrun for several ranks.
+
+    Returns its output; asserts how it ended.
+    """
     done = subprocess.run(
-        [*launch, str(ROOT / script), *map(str, args)],
+        [*launcher(ranks), str(ROOT / script), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -102,3 +111,69 @@ def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
     if not ok:
         assert "Traceback" not in text, text[-4000:]
     return text
+
+
+def examples(world, n=6):
+    return load_examples(world / "train.jsonl")[:n]
+
+
+def hf_inputs(vlm, processor, ids, paths):
+    image = processor(images=[open_image(p) for p in paths], return_tensors="pt") if paths else {}
+    return {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones_like(ids)[None],
+        "mm_token_type_ids": (ids == vlm.config.image_token_id).int()[None],
+        **image,
+    }
+
+
+def make_open(vlm, tokenizer, prompts, opens):
+    """Turn the LM head so that prompts[opens] begin with a latent span, and the others do not."""
+    with torch.no_grad():
+        h = torch.cat([Decoder(vlm, [p], 1, 0).h[:, 0] for p in prompts])
+        want = torch.tensor([60.0 if i in opens else -60.0 for i in range(len(prompts))])
+        vlm.lm_head.weight[latent_ids(tokenizer)[0]] = torch.linalg.lstsq(
+            h, want[:, None]
+        ).solution[:, 0]
+
+
+def record(calls):
+    def on_step(rows, tokens, x, h):
+        with torch.inference_mode(False):  # clones that autograd may touch
+            calls.extend(zip(rows.tolist(), tokens.tolist(), x.clone(), h.clone()))
+
+    return on_step
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, base, world):
+    """Targets and a difficulty file in which every third example is solved."""
+    folder = tmp_path_factory.mktemp("inputs")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={folder}/pca",
+    )
+    counts = []
+    for i, row in enumerate(load_examples(world / "train.jsonl")):
+        correct = int(i % 3 == 0)
+        line = {"id": row["id"], "n": 8, "correct": correct, "accuracy": correct / 8}
+        counts.append(line | {"lower_bound": False, "n_options": 0, "answers": []})
+    write_lines(folder / "difficulty.jsonl", counts)
+    return [
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--pca={folder}/pca",
+        f"--difficulty={folder}/difficulty.jsonl",
+        "--global_batch=4",
+        "--lr=1e-3",
+        "--eval_every=2",
+    ]
+
+
+def logged(folder):
+    """The lines of a training log: the configuration, then one a step."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

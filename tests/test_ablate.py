@@ -8,7 +8,7 @@ from scipy import stats
 
 import ablate
 from data import read_lines
-from sample_difficulty import is_solved
+from gap import is_solved
 
 
 def test_paired_test_against_scipy():

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_pca, run
-from test_model import make_open
+from conftest import make_open, random_pca, run
 
 import probe
 from data import load_examples

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import answers
 import eval as evaluate
 from data import load_examples, read_lines, strip_latents
+from gap import is_solved, needs_latents
 from generate import generate, see, to_text
 from model import encode, load_processor, load_vlm
-from sample_difficulty import is_solved, needs_latents
 
 
 @pytest.fixture(scope="module")
