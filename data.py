@@ -53,7 +53,7 @@ def load_examples(path, training=True):
     path = Path(path)
     if not path.exists():
         raise SystemExit(f"{path}: no such data file (for the toy, run `python toy.py data` first)")
-    rows, first_line = [], {}
+    rows, first_line = [], {}  # first_line: {id: the line that has it}
     for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -129,6 +129,7 @@ def check_text(row, training, where):
 
 def check_response(row, where):
     """Raise SystemExit if the tags of a response are out of order, or spans and images differ."""
+    # the text between tags does not matter here
     tags = "".join(TAGS.findall(row["response"]))
     if not TAG_ORDER.fullmatch(tags):
         raise SystemExit(
@@ -192,6 +193,7 @@ def write_then_rename(path, write):
     """Call `write(tmp_path)` and rename the result to `path`, which is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, so that the rename is one step; hidden, so that no pattern finds it
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write(tmp)
     os.replace(tmp, path)
@@ -228,7 +230,7 @@ def open_append(path):
     """Open an append-only JSONL file, cutting off a half-written last line first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    f = open(path, "ab+")
+    f = open(path, "ab+")  # not "r+": every write goes to the end, whoever else writes
     f.seek(0)
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
@@ -267,11 +269,12 @@ def read_safetensors(path, names, fields=()):
 def seed_of(*parts):
     """A 63-bit seed that depends on nothing but `parts`: not on ranks, batches or order."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> 1  # torch takes signed 64-bit seeds
 
 
 def key_of(settings, *files):
     """A hash of settings and file contents: results of another key are not used again."""
+    # sorted: the order in which settings are named does not count
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in files:
         digest.update(Path(path).read_bytes())
@@ -344,7 +347,7 @@ def start(main=None, **commands):
     are no settings go to the command's function. What a user can cause (a missing file, a full
     disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
     """
-    settings = vars(sys.modules["__main__"])
+    settings = vars(sys.modules["__main__"])  # the script's globals
     args = sys.argv[1:]
     if {"--help", "-h"} & set(args):
         print(help_text(settings))
@@ -423,27 +426,28 @@ def cast(key, value, kind):
         raise SystemExit(f"{key}={value!r} is not {kind.__name__}") from None
 
 
-def help_text(settings):
-    """A script's docstring, then each setting with its default and the comment beside it."""
-    source = Path(settings["__file__"]).read_text()
-    comments = {}
+def help_text(script):
+    """A script's docstring, then each setting with its default and the comment beside it.
+
+    script: the script's globals.
+    """
+    source = Path(script["__file__"]).read_text()
+    comments = {}  # by line number
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("# ")
-    lines = [settings["__doc__"].strip(), "", "settings, as --key=value:"]
-    known = settings_of(settings)
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.Assign):
+    known = settings_of(script)
+    lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
+    for statement in ast.parse(source).body:
+        if not isinstance(statement, ast.Assign):
             continue
-        names = [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)]
-        for name in names:
-            if name in known:
-                default = repr(known[name]) if isinstance(known[name], str) else str(known[name])
-                default = default if len(default) <= 40 else default[:36] + "..."
-                comment = comments.get(node.end_lineno, "")
-                lines.append(
-                    f"  --{name}={default}".ljust(44) + ("  " + comment if comment else "")
-                )
+        comment = comments.get(statement.end_lineno, "")
+        for target in ast.walk(statement.targets[0]):
+            if isinstance(target, ast.Name) and target.id in known:
+                default = repr(known[target.id]).strip("'")
+                if len(default) > 40:
+                    default = default[:36] + "..."
+                lines.append(f"  --{target.id}={default}".ljust(46) + comment)
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -69,6 +69,7 @@ def read_difficulty(path, tau, rule):
         if not needs_latents(row, tau, rule):
             solved.add(row["id"])
         elif row["lower_bound"]:
+            # it counted no further once solved under another tau or rule
             raise SystemExit(
                 f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which "
                 f"does not decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or "
@@ -99,6 +100,7 @@ class Targets:
         name = self.files[id]
         if name not in self.open:
             self.open[name] = safe_open(self.folder / name, "pt")
+        # safetensors maps the file: only this example's bytes are read
         v = self.open[name].get_tensor(id)  # (m, K, d)
         if len(v) != n_spans:
             raise SystemExit(
@@ -144,6 +146,7 @@ class GAP(Method):
         pca, self.meta = load_pca(self.pca_file)
         self.targets = Targets(settings["pca"])
         check_same_space(vlm, settings["base"], self.targets, self.pca_file, self.meta)
+        # the seam to `generate`: what follows a state is head(h_bar)
         self.head = HEADS[settings["method"]](pca, self.targets.index["K"])
         self.solved, self.known = set(), set()
         if settings["difficulty"]:
@@ -194,10 +197,12 @@ class GAP(Method):
         return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
 
     def counts(self, example):
+        # the latent loss has a count of its own: a batch of few spans does not shrink its gradient
         M = example["n_spans"] * self.head.K
         return super().counts(example) | {"latent": M, "norm_predicted": M, "norm_target": M}
 
     def collate(self, examples):
+        # in the order of the pads, row by row
         v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
         latents = torch.cat(v) if v else torch.zeros(0, self.targets.index["d"])  # (M, d)
         return super().collate(examples) | {"latents": latents}
@@ -224,7 +229,7 @@ class GAP(Method):
             idle = sum(p.sum() for p in self.head.parameters()) * 0.0
             zero = ce.new_zeros(())
             return {"ce": ce + idle, "latent": zero, "norm_predicted": zero, "norm_target": zero}
-        with torch.no_grad():
+        with torch.no_grad():  # logged, not trained
             norm_predicted = self.head(h[at]).float().norm(dim=-1).sum()
             norm_target = v.float().norm(dim=-1).sum()
         return {

@@ -17,7 +17,8 @@ from data import LATENT_SPAN, open_image, read_safetensors, write_then_rename
 from model import HEAD_FILE, embed, encode, encode_images, latent_ids
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-LEAVE_AT = 0.75  # finished rows leave the batch when so few of its slots (a share) are needed
+LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
+FIRST_POSITIONS = 32  # room for new keys and values at first; doubled when full
 INTERVENTIONS = ("clean", "zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
 # -------------------------------------------------------------------------------------------------
@@ -32,13 +33,18 @@ def make_prompts(vlm, tokenizer, processor, rows):
 
 def see(vlm, processor, prompts):
     """Add "vision" (N, d) or None to encoded prompts; the tower runs over several at a time."""
-    todo = [
-        (image, math.prod(grid)) for p in prompts for image, grid in zip(p["images"], p["grids"])
-    ]
-    seen = []
+    todo = []
+    for p in prompts:
+        n_patches = [math.prod(grid) for grid in p["grids"]]
+        todo += zip(p["images"], n_patches)
+
+    seen = []  # (h*w/4, d) an image
     for images in calls_of(todo, TOWER_PATCHES):
+        opened = [open_image(image) for image in images]
         with torch.inference_mode():
-            seen += encode_images(vlm, processor, [open_image(image) for image in images])[0]
+            vision, _ = encode_images(vlm, processor, opened)
+        seen += vision
+
     rest = iter(seen)
     for p in prompts:
         mine = [next(rest) for _ in p["images"]]
@@ -76,106 +82,126 @@ class Decoder:
         if self.lm.has_sliding_layers:
             advice = "set use_sliding_window to false"
             raise SystemExit(f"generation has no sliding-window attention; {advice}")
-        device = vlm.device
-        ids, pos, mask = left_padded(prompts, pad_id)
-        vision = [p["vision"] for p in prompts if p["vision"] is not None]
-        x = embed(vlm, ids.to(device), torch.cat(vision) if vision else None)  # (Q, T, d)
-        out = self.lm(
-            inputs_embeds=x,
-            position_ids=pos.to(device),
-            attention_mask=None if mask.all() else mask.to(device),
-            use_cache=True,
-        )
-        self.h = out.last_hidden_state[:, -1:].expand(-1, n_samples, -1)  # (Q, S, d)
-        self.prompt = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
-        self.bias = None  # (Q, 1, 1, 1, T), -inf at padding
-        if not mask.all():
-            self.bias = torch.where(mask, 0.0, -torch.inf).to(x)[:, None, None, None]
-        # (Q): text has one position on all three axes of mRoPE
-        self.next_pos = (pos.amax(dim=(0, 2)) + 1).to(device)
-
         attention = self.lm.layers[0].self_attn
         self.H, self.D = attention.num_key_value_heads, attention.head_dim
         self.G = attention.num_key_value_groups  # query heads that share a key-value head
-        self.new = [None] * len(self.lm.layers)  # keys and values of new positions
-        self.t = 0  # how many of them there are
+
+        # the prefill: one forward over all prompts, images included
+        ids, pos, mask = (x.to(vlm.device) for x in left_padded(prompts, pad_id))
+        vision = [p["vision"] for p in prompts if p["vision"] is not None]
+        vision = torch.cat(vision) if vision else None
+        x = embed(vlm, ids, vision)  # (Q, T, d)
+        padded = not mask.all()  # without padding SDPA keeps its causal fast path
+        mask_given = mask if padded else None
+        out = self.lm(inputs_embeds=x, position_ids=pos, attention_mask=mask_given, use_cache=True)
+
+        # what every later position reads
+        cache = out.past_key_values.layers
+        self.prompt = [(layer.keys, layer.values) for layer in cache]  # (Q, H, T, D) each
+        self.bias = None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
+        if padded:
+            bias = torch.where(mask, 0.0, -torch.inf).to(x)
+            self.bias = bias[:, None, None, None]
+        last = out.last_hidden_state[:, -1:]
+        self.h = last.expand(-1, n_samples, -1)  # (Q, S, d)
+        # text has one position on all three axes of mRoPE: they go on from the largest
+        self.next_pos = pos.amax(dim=(0, 2)) + 1  # (Q)
+        self.keys = [NewPositions() for _ in cache]
+        self.values = [NewPositions() for _ in cache]
+        self.t = 0  # how many new positions there are
 
     def step(self, x):
         """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm."""
-        Q = x.shape[0]
-        pos = (self.next_pos + self.t)[None, :, None].expand(3, Q, 1)
-        cos, sin = self.lm.rotary_emb(x, pos)
+        pos = (self.next_pos + self.t)[:, None]  # (Q, 1)
+        cos, sin = self.lm.rotary_emb(x, pos.expand(3, -1, 1))
         rope = cos[:, None], sin[:, None]  # (Q, 1, 1, D)
         for i, layer in enumerate(self.lm.layers):
-            x = x + self.attend(i, layer.self_attn, layer.input_layernorm(x), rope)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            y = layer.input_layernorm(x)
+            x = x + self.attend(i, layer.self_attn, y, rope)
+            y = layer.post_attention_layernorm(x)
+            x = x + layer.mlp(y)
         self.t += 1
         return self.lm.norm(x)
 
     def attend(self, i, attention, y, rope):
         """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
-        (Q, S, _), H, G, D = y.shape, self.H, self.G, self.D
-        q, k, v = (
-            proj(y).view(Q, S, H, -1, D).transpose(1, 2)  # (Q, H, S, G or 1, D)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        Q, S, _ = y.shape
+        H, G, D = self.H, self.G, self.D
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        # (Q, H, S, G, D) queries, (Q, H, S, 1, D) keys and values
+        q, k, v = (proj(y).view(Q, S, H, -1, D).transpose(1, 2) for proj in projections)
         q, k = apply_rotary_pos_emb(q, k, *rope)
-        k_new, v_new = self.write(i, k, v)  # (Q, H, S, t + 1, D)
         k_prompt, v_prompt = self.prompt[i]  # (Q, H, T, D)
+        k_new = self.keys[i].add(k, self.t)  # (Q, H, S, t + 1, D)
+        v_new = self.values[i].add(v, self.t)
 
         # all S * G queries of a prompt meet it in one product
-        to_prompt = (q.reshape(Q, H, S * G, D) @ k_prompt.mT).view(Q, H, S, G, -1)
+        q_flat = q.reshape(Q, H, S * G, D)
+        to_prompt = (q_flat @ k_prompt.mT).view(Q, H, S, G, -1)
         if self.bias is not None:
             to_prompt = to_prompt + self.bias
         to_new = q @ k_new.mT
         scores = torch.cat([to_prompt, to_new], -1).mul(attention.scaling)
-        weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + t + 1)
 
-        w_prompt, w_new = weights.split([k_prompt.shape[2], self.t + 1], -1)
-        from_prompt = (w_prompt.reshape(Q, H, S * G, -1) @ v_prompt).view(Q, H, S, G, D)
+        # one softmax over both parts, in float32 as the stock attention has it
+        weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + t + 1)
+        T = k_prompt.shape[2]
+        w_prompt, w_new = weights[..., :T], weights[..., T:]
+        w_flat = w_prompt.reshape(Q, H, S * G, T)
+        from_prompt = (w_flat @ v_prompt).view(Q, H, S, G, D)
         o = from_prompt + w_new @ v_new
         return attention.o_proj(o.transpose(1, 2).reshape(Q, S, -1))
 
-    def write(self, i, k, v):
-        """Store position t of layer i; returns all its new keys and values, (Q, H, S, t + 1, D)."""
-        t = self.t
-        if t == 0:
-            self.new[i] = [self.room(k, 32), self.room(v, 32)]
-        elif self.new[i][0].shape[3] == t:  # full: room for twice as many
-            self.new[i] = [torch.cat([x, self.room(x, t)], 3) for x in self.new[i]]
-        k_new, v_new = self.new[i]
-        k_new[:, :, :, t] = k[:, :, :, 0]
-        v_new[:, :, :, t] = v[:, :, :, 0]
-        return k_new[:, :, :, : t + 1], v_new[:, :, :, : t + 1]
+    def keep(self, q, s):
+        """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        device = self.next_pos.device
+        q, s = q.to(device), s.to(device)
+        self.next_pos = self.next_pos[q]
+        if self.bias is not None:
+            self.bias = self.bias[q]
+        self.prompt = [(keys[q], values[q]) for keys, values in self.prompt]
+        for new in self.keys + self.values:
+            new.keep(q, s)
+
+
+class NewPositions:
+    """One layer's keys, or values, of new positions: (Q, H, S, t, D) in a buffer that doubles."""
+
+    def __init__(self):
+        self.buffer = None
+
+    def add(self, x, t):
+        """Store x (Q, H, S, 1, D) as position t; returns positions 0 to t."""
+        if self.buffer is None:
+            self.buffer = self.room(x, FIRST_POSITIONS)
+        if self.buffer.shape[3] == t:  # full: room for twice as many
+            self.buffer = torch.cat([self.buffer, self.room(x, t)], 3)
+        self.buffer[:, :, :, t] = x[:, :, :, 0]
+        return self.buffer[:, :, :, : t + 1]
 
     @staticmethod
     def room(x, n):
-        """Room for n positions of keys or values x (Q, H, S, any, D)."""
+        """Room for n positions of x (Q, H, S, 1, D)."""
         Q, H, S, _, D = x.shape
         return x.new_empty(Q, H, S, n, D)
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
-        q, s = q.to(self.next_pos.device), s.to(self.next_pos.device)
-        self.next_pos = self.next_pos[q]
-        if self.bias is not None:
-            self.bias = self.bias[q]
-        self.prompt = [(k[q], v[q]) for k, v in self.prompt]
-        for i, both in enumerate(self.new):
-            self.new[i] = [x[q[:, None], :, s].transpose(1, 2).contiguous() for x in both]
+        kept = self.buffer[q[:, None], :, s]  # (Q', S', H, t, D)
+        self.buffer = kept.transpose(1, 2).contiguous()
 
 
 def left_padded(prompts, pad_id):
     """ids (Q, T), pos (3, Q, T) and mask (Q, T) of prompts that all end at the last column."""
-    Q, T = len(prompts), max(len(p["ids"]) for p in prompts)
+    lengths = [len(p["ids"]) for p in prompts]
+    Q, T = len(prompts), max(lengths)
     ids = torch.full((Q, T), pad_id)
     pos = torch.zeros(3, Q, T, dtype=torch.long)
     mask = torch.zeros(Q, T, dtype=torch.bool)
-    for i, p in enumerate(prompts):
-        first = T - len(p["ids"])
-        ids[i, first:] = p["ids"]
-        pos[:, i, first:] = p["pos"]
-        mask[i, first:] = True
+    for i, (p, n) in enumerate(zip(prompts, lengths)):
+        ids[i, T - n :] = p["ids"]
+        pos[:, i, T - n :] = p["pos"]
+        mask[i, T - n :] = True
     return ids, pos, mask
 
 
@@ -192,14 +218,20 @@ def pick(logits, temperature, top_p, u):
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
     if top_p < 1:
-        p_sorted, order = p.sort(-1, descending=True)
-        before = p_sorted.cumsum(-1) - p_sorted  # what is likelier than this token, together
-        p_sorted[before >= top_p] = 0
-        p = torch.zeros_like(p).scatter(-1, order, p_sorted)
+        p = nucleus(p, top_p)
     cdf = p.cumsum(-1)
     # the last column is the total: u < 1 keeps the index on a token of non-zero probability
     u = u.to(cdf) * cdf[:, -1]
-    return torch.searchsorted(cdf, u[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    drawn = torch.searchsorted(cdf, u[:, None], right=True)[:, 0]
+    return drawn.clamp(max=p.shape[-1] - 1)
+
+
+def nucleus(p, top_p):
+    """p (R, V) with 0 for all but the likeliest tokens that together reach top_p."""
+    p_sorted, order = p.sort(-1, descending=True)
+    likelier = p_sorted.cumsum(-1) - p_sorted  # the tokens before this one, together
+    p_sorted[likelier >= top_p] = 0
+    return torch.zeros_like(p).scatter(-1, order, p_sorted)
 
 
 def intervene(kind, head, v_hat, noise=None, fed=None):
@@ -214,16 +246,18 @@ def intervene(kind, head, v_hat, noise=None, fed=None):
     if kind == "noise":
         std = head.eigenvalues.clamp(min=0).sqrt()
         w = head.reconstruct(noise * std)
-        return w * v_hat.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True)
+        norm = v_hat.norm(dim=-1, keepdim=True)
+        return w * norm / w.norm(dim=-1, keepdim=True)
     if kind in ("shuffle", "oracle"):
         return fed
     if kind == "oracle_pca":
-        return head.reconstruct((fed - head.mean) @ head.basis)
+        c = (fed - head.mean) @ head.basis  # what the subspace keeps of the real features
+        return head.reconstruct(c)
     return v_hat
 
 
 def ema_norm(vision, beta):
-    """n_bar, a moving average of ||v|| over a query's vision embeddings (N, d); 0 without images."""
+    """n_bar, a moving average of ||v|| over a query's embeddings (N, d); 0 without images."""
     if vision is None:
         return 0.0
     norms = vision.float().norm(dim=-1).tolist()
@@ -253,12 +287,16 @@ class Tokens:
         logits = self.lm_head(h).float()  # (R, V)
         logits[:, self.never] = -torch.inf
         logits[:, self.n_words :] = -torch.inf  # spare rows are no tokens
-        return pick(logits, self.temperature, self.top_p, self.u[rows, n]).cpu()
+        return self.draw(logits, rows, n)
+
+    def draw(self, logits, rows, n):
+        """Tokens (R) from logits (R, V), by the n-th draws of `rows` (R)."""
+        u = self.u[rows, n]
+        return pick(logits, self.temperature, self.top_p, u).cpu()
 
     def would_write(self, token, h, rows, n):
-        """Would the LM head write `token` now, where nothing is forbidden? (R) bools."""
-        logits = self.lm_head(h).float()
-        return pick(logits, self.temperature, self.top_p, self.u[rows, n]).cpu() == token
+        """Would the LM head write `token` now, where it may write anything? (R) bools."""
+        return self.draw(self.lm_head(h).float(), rows, n) == token
 
 
 class Latents:
@@ -283,7 +321,8 @@ class Latents:
             noise = torch.stack(draws).to(h.device)
         if self.intervention in ("shuffle", "oracle", "oracle_pca"):
             given = torch.stack([self.stand_in(row) for row in rows]).to(h.device)
-        v = intervene(self.intervention, self.head, self.head(h), noise, given)
+        v_hat = self.head(h)
+        v = intervene(self.intervention, self.head, v_hat, noise, given)
         n_bar = [self.n_bar[row // self.n_samples] for row in rows]
         if any(n_bar):
             v = calibrate(v, torch.tensor(n_bar, device=h.device))

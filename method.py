@@ -51,6 +51,7 @@ class Method(nn.Module):
         for row in load_examples(path):
             if not self.keeps_parser(row, training):
                 row["response"] = strip_parser(row["response"])
+            # a row that trains as text needs nothing else: it is never left out
             if not row["aux_images"] or not self.keeps_latents(row, training):
                 row["response"] = strip_latents(row["response"])
             elif not self.can_use(row, path):
@@ -84,6 +85,7 @@ class Method(nn.Module):
 
         Padded on the right, so that causal attention needs no mask.
         """
+        # (3, B, T) is built from (T, 3) rows: pad_sequence pads the first axis
         ids = [example["ids"] for example in examples]
         labels = [example["labels"] for example in examples]
         pos = [example["pos"].T for example in examples]  # (T, 3)
@@ -113,13 +115,14 @@ class Method(nn.Module):
         """h_bar (B, T - 1, d) of a micro-batch: each position predicts the next, the last none."""
         x = embed(self.vlm, batch["ids"], batch["vision"], latents, latent_id)
         decoder = self.vlm.model.language_model
+        # no cache: with activation checkpointing it gives wrong gradients, in silence
         out = decoder(inputs_embeds=x, position_ids=batch["pos"], use_cache=False)
         return out.last_hidden_state[:, :-1]
 
     def cross_entropy(self, h, batch):
         """Summed cross-entropy of states h (B, T - 1, d) against the labels one position on."""
         labels = batch["labels"][:, 1:]
-        on = labels != IGNORE
+        on = labels != IGNORE  # only these get logits
         return cross_entropy(h[on], labels[on], self.vlm.lm_head)
 
     def weights(self, step, total):
@@ -148,6 +151,7 @@ def cross_entropy(h, labels, lm_head, chunk=512):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     total = h.new_zeros((), dtype=torch.float32)
+    # backward computes a chunk's logits again instead of keeping them
     for h_chunk, labels_chunk in zip(h.split(chunk), labels.split(chunk)):
         total = total + checkpoint(of_chunk, h_chunk, labels_chunk, use_reentrant=False)
     return total

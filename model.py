@@ -50,6 +50,7 @@ class LatentHead(nn.Module):
         super().__init__()
         self.K = K
         self.total_variance = pca["total_variance"]
+        # buffers: they move, shard and save with the head, and are never trained
         for name in ("basis", "mean", "eigenvalues"):
             self.register_buffer(name, pca[name].float())
 
@@ -81,8 +82,8 @@ class PCAHead(LatentHead):
         self.up = nn.Linear(k, k, bias=False)
         self.down = nn.Linear(k, k, bias=False)
         with torch.no_grad():
-            self.proj.weight.copy_(self.basis.T)
-            self.down.weight.zero_()
+            self.proj.weight.copy_(self.basis.T)  # c = P_k^T h_bar ...
+            self.down.weight.zero_()  # ... and nothing from the adapter
 
     def coefficients(self, h):
         """c = F(h_bar), (M, k)."""
@@ -156,6 +157,7 @@ class WideHead(FrozenHead):
         super().__init__(pca, K)
         d, k = self.basis.shape
         self.hidden, self.out = nn.Linear(d, d), nn.Linear(d, k)
+        # zero at the start, as GAP's adapter
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -201,6 +203,7 @@ def load_pca(path):
     """(tensors with total_variance, metadata) of pca.safetensors. SystemExit if it is not ours."""
     names, fields = ("mean", "basis", "eigenvalues"), ("tower", "K", "mode")
     tensors, meta = read_safetensors(path, names, fields)
+    # all d eigenvalues are kept: their sum is the total variance, which 1 - R^2 is relative to
     all_eigenvalues, k = tensors["eigenvalues"], tensors["basis"].shape[1]
     pca = {
         "mean": tensors["mean"],
@@ -235,6 +238,7 @@ def load_head(folder, vlm, tokenizer, latent_size):
     kind = meta["kind"]
     if kind not in HEADS:
         raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(HEADS)}")
+    # the PCA gives the head its shapes; the state dict holds it once more, with the weights
     pca = tensors | {"total_variance": float(meta["total_variance"])}
     head = HEADS[kind](pca, int(meta["K"]))
     head.load_state_dict(tensors)
@@ -271,6 +275,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
 
 def load_processor(folder, min_pixels, max_pixels):
     """The image processor with our pixel limits; without torchvision there is no AutoProcessor."""
+    # transformers' names for what are numbers of pixels, not edges
     limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(folder, size=limits, local_files_only=True)
@@ -287,6 +292,7 @@ def add_latent_tokens(vlm, tokenizer):
     vocabulary = tokenizer.get_vocab()
     new = [t for t in (LATENT_START, LATENT_PAD, LATENT_END) if t not in vocabulary]
     used = len(tokenizer)
+    # special tokens, so that text is never split into them and decoding can skip them
     tokens = {"additional_special_tokens": new}
     tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
     embeddings = vlm.get_input_embeddings().weight  # (V, d)
@@ -313,6 +319,7 @@ def tower_fingerprint(vlm):
     digest = hashlib.sha256()
     for name, weight in sorted(vlm.model.visual.named_parameters()):
         digest.update(name.encode())
+        # bfloat16 as released: a tower loaded as float32 has the same fingerprint
         raw = weight.detach().bfloat16().cpu().contiguous().view(torch.uint8)
         digest.update(raw.numpy())
     return digest.hexdigest()[:16]
@@ -336,6 +343,7 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
         span = LATENT_START + LATENT_PAD * K + LATENT_END
         text = response.replace(LATENT_SPAN, span) + tokenizer.eos_token
         answer = tokenizer(text)["input_ids"]
+        # what a pad stands for is no word: the latent loss is its target
         latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
         ids += answer
         labels += [IGNORE if t == latent else t for t in answer]
@@ -388,6 +396,7 @@ def positions(vlm, ids, grids):
     """mRoPE positions (3, T) by HF's own rule; latent pads count as text [ours, as Mirage]."""
     if not grids:
         return torch.arange(len(ids)).expand(3, -1)
+    # 1: image, 0: text. Without this argument HF gives images 1-D positions, and no error
     is_image = (ids == vlm.config.image_token_id).int()  # (T)
     pos, _ = vlm.model.get_rope_index(ids[None], is_image[None], torch.tensor(grids))
     return pos[:, 0]
@@ -401,6 +410,7 @@ def embed(vlm, ids, vision=None, latents=None, latent_id=-1):
     x = vlm.model.language_model.embed_tokens(ids)
     for token, v in ((vlm.config.image_token_id, vision), (latent_id, latents)):
         if v is not None:
+            # filled row by row, in the order of v
             at = (ids == token)[..., None]  # (B, T, 1)
             x = x.masked_scatter(at, v.to(x.dtype))
     return x
@@ -416,6 +426,7 @@ def encode_images(vlm, processor, images):
     inputs = processor(images=images, return_tensors="pt")
     grids = inputs["image_grid_thw"]
     pixels = inputs["pixel_values"].to(tower.device, tower.dtype)
+    # pooler_output is in reading order; last_hidden_state would be in the order of windows
     v = tower(pixels, grid_thw=grids.to(tower.device)).pooler_output
     sizes = grids.prod(-1) // processor.merge_size**2
     return list(v.split(sizes.tolist())), grids
@@ -435,6 +446,7 @@ def grid_features(vlm, processor, images, K, mode):
     vision, grids = encode_images(vlm, processor, images)
     features = []
     for v, (_, h, w) in zip(vision, grids.tolist()):
+        # the grid counts patches; the merger made one embedding of m x m of them
         plane = v.float().T.view(1, -1, h // m, w // m)  # (1, d, h, w)
         square = F.adaptive_avg_pool2d(plane, side)[0]  # (d, side, side)
         features.append(square.flatten(1).T)
@@ -473,6 +485,7 @@ def equal_windows(cu_seqlens, most):
     for length in lengths.unique().tolist():
         per_call = max(1, most // length)
         for part in starts[lengths == length].split(per_call):
+            # neighbours: a view; windows of other lengths between them: a copy
             first, end = int(part[0]), int(part[-1]) + length
             if end - first == len(part) * length:
                 at = slice(first, end)

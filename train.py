@@ -69,34 +69,34 @@ METHODS = {
 }
 
 # -------------------------------------------------------------------------------------------------
-# The toy's values; the paper's 7B values stand in the comments.
+# The toy's values. "7B:" is the paper's for Qwen2.5-VL-7B, where it differs.
 method = "gap"  # gap lh output text, or a control
-base = "toy/base"  # Qwen2.5-VL-7B-Instruct
-data = "out/toy/train.jsonl"
+base = "toy/base"  # 7B: Qwen2.5-VL-7B-Instruct
+data = "out/toy/train.jsonl"  # what it trains on
 val_data = "out/toy/val.jsonl"  # "" for none
 pca = "out/pca"  # written by fit_pca.py
 difficulty = "out/difficulty.jsonl"  # "": every example keeps its latents (no DA)
-out = "out/gap"
+out = "out/gap"  # the model folder to write
 tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 keep_parser = True  # of a stripped example [ours]
 write_parser = True  # False, a control: no example has parser text
-lambda_latent = 1.0  # 1.0 [paper]
-latent_loss = "relative"  # 1 - R^2; mean over d (7B), or sum: the equation literally [ours]
+lambda_latent = 1.0  # weight of the latent loss [paper]
+latent_loss = "relative"  # 1 - R^2; 7B: mean (over d); or sum: the equation literally [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
-epochs = 2  # 2
-global_batch = 16  # 128
-lr = 1e-3  # 1e-5
-lr_head = 3e-3  # 1e-5, of what the method adds to the decoder
-weight_decay = 0.01  # 0.01, of matrices
+epochs = 2  # [paper]
+global_batch = 16  # examples a step; 7B: 128
+lr = 1e-3  # peak, of the decoder; 7B: 1e-5
+lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5
+weight_decay = 0.01  # of matrices [paper]
 beta1, beta2 = 0.9, 0.95  # of AdamW [ours]
-warmup_ratio = 0.03  # 0.03
-grad_clip = 1.0  # [ours]
+warmup_ratio = 0.03  # share of the steps [paper]
+grad_clip = 1.0  # largest norm of the gradient [ours]
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
 min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28  # of an image
-dtype = "float32"  # of the forward; bfloat16 (masters, optimizer and reductions stay float32)
-activation_checkpointing = False  # True
-cpu_offload = False  # of shards and optimizer, where GPUs are small
+dtype = "float32"  # of the forward; 7B: bfloat16 (masters, optimizer, reductions stay float32)
+activation_checkpointing = False  # 7B: True
+cpu_offload = False  # shards and optimizer on the host, where GPUs are small
 eval_every, save_every = 500, 500  # steps
 max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345
@@ -116,6 +116,7 @@ def batch_of(step, n):
     """
     per_epoch = n // global_batch
     epoch, at = step // per_epoch, step % per_epoch
+    # an epoch's order depends on nothing but the seed; its incomplete last batch is left out
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
     return order[at * global_batch : (at + 1) * global_batch].tolist()
 
@@ -147,6 +148,8 @@ def micro_batches(lengths, world, budget):
 def load_batch(model, rows):
     """Of a global batch of rows: this rank's micro-batches; the counts and the tokens of *all*."""
     rank, world = rank_and_world()
+    # every rank encodes all rows (text only), so the counts need no communication;
+    # it opens the images and reads the targets of its own
     examples = [model.encode(row) for row in rows]
     lengths = [len(example["ids"]) for example in examples]
     counts = Counter()
@@ -190,7 +193,7 @@ def run_batch(model, batches, counts, device, weights=None):
             loss = sum(weight * sums[name] / n[name] for name, weight in weights.items())
             (world * loss).backward()
         total += torch.stack([x.detach() for x in sums.values()])
-    dist.all_reduce(total)
+    dist.all_reduce(total)  # once a batch, for the log
     means = (total / torch.tensor(list(n.values()), device=device)).tolist()
     return {name: mean for name, mean in zip(n, means) if counts[name]}
 
@@ -204,6 +207,7 @@ def validate(model, rows, device):
             means = run_batch(model, batches, count, device)
         counts.update(count)
         totals.update({name: mean * count[name] for name, mean in means.items()})
+    # means over all rows, not means of the batches' means
     means = {name: total / counts[name] for name, total in totals.items()}
     return {f"val_{name}": value for name, value in model.report(means).items()}
 
@@ -230,6 +234,7 @@ def make_optimizer(model):
     ]
     if added:
         groups.append({"params": added, "peak": lr_head})
+    # vectors (norms, biases) are not decayed; the learning rates are set at each step
     betas = beta1, beta2
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
@@ -253,6 +258,7 @@ def shard(model, device):
         layer = layer.to(device, torch.float32)
         layers[i] = checkpoint_wrapper(layer) if activation_checkpointing else layer
         fully_shard(layers[i], **policies)
+    # what is left: embeddings, final norm, LM head, the method's own weights
     placed = ("vlm.model.visual", "vlm.model.language_model.layers.")
     for name, module in model.named_modules():
         if name.startswith(placed):
@@ -261,7 +267,7 @@ def shard(model, device):
             parameter.data = parameter.data.to(device, torch.float32)
         for buffer in module.buffers(recurse=False):
             buffer.data = buffer.data.to(device)
-    # the root holds embeddings, LM head and the method's own weights: its forward gathers them
+    # one group, gathered while the root's forward runs
     fully_shard(model, ignored_params=set(tower.parameters()), **policies)
 
 
@@ -292,9 +298,11 @@ def save_checkpoint(model, optimizer, step, settings):
         shutil.rmtree(tmp, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
+    # each rank writes its own shards; any number of ranks can read them
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp)
     if rank == 0:
+        # the rename makes it a checkpoint: a killed save leaves only .tmp
         (tmp / "settings.json").write_text(json.dumps(settings))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
@@ -363,7 +371,7 @@ def export(model, tokenizer, processor):
 def open_log(first, settings):
     """log.jsonl from step `first` on: line 1 is the configuration, then a line a step."""
     path = Path(out) / "log.jsonl"
-    kept = []
+    kept = []  # steps after the checkpoint are run again
     if first:
         kept = [row for row in read_lines(path) if row.get("step", 0) <= first]
     if not kept:
@@ -392,7 +400,7 @@ def start_ranks():
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
-    alone = {}
+    alone = {}  # torchrun says where the others are; one process needs no port
     if rank_and_world()[1] == 1:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
@@ -456,6 +464,7 @@ def main():
             ahead = loader.submit(load, step + 1)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
         weights = model.weights(step, total)
+        # a line of log.jsonl
         row = {
             "step": step + 1,
             "loss": sum(weight * means.get(name, 0.0) for name, weight in weights.items()),
