@@ -326,7 +326,7 @@ def clock(device):
 # -------------------------------------------------------------------------------------------------
 # settings: plain lower-case values among a script's globals, edited inline or given as --key=value
 
-USERS_ERRORS = (
+USERS_ERRORS = {
     errno.ENOENT,  # no such file
     errno.EACCES,  # not allowed
     errno.EPERM,
@@ -337,7 +337,8 @@ USERS_ERRORS = (
     errno.ENOTDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
-)
+    errno.EPIPE,  # whoever read our output has gone
+}
 
 
 def start(main=None, **commands):
@@ -363,16 +364,26 @@ def start(main=None, **commands):
     try:
         run(*words)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None  # what a shell expects of Ctrl-C
-    except OSError as e:
-        if e.errno not in USERS_ERRORS:
+    except (OSError, SafetensorError) as e:
+        sentence = users_error(e)
+        if not sentence:
             raise
-        raise SystemExit(f"{e.filename or 'a file'}: {e.strerror}") from None
-    except SafetensorError as e:
-        if "No space left" not in str(e):
-            raise
-        raise SystemExit(f"a safetensors file could not be written: {e}") from None
+        raise SystemExit(sentence) from None
+
+
+def users_error(e):
+    """The sentence for an OSError or SafetensorError that a user can cause; "" for another."""
+    code, file = getattr(e, "errno", None), getattr(e, "filename", None)
+    said = re.search(r"os error (\d+)", str(e))  # safetensors keeps the number in its message
+    if said:
+        code = int(said[1])
+    if isinstance(e, FileNotFoundError):
+        code = errno.ENOENT
+    if code not in USERS_ERRORS:
+        return ""
+    return f"{file}: {os.strerror(code)}" if file else f"{os.strerror(code)}: {e}"
 
 
 def settings_of(namespace):
