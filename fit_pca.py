@@ -117,7 +117,7 @@ def rel_mse(eigenvalues, k):
 
 
 def random_basis(covariance):
-    """A control: random orthonormal directions. Returns the variances along them (d), and them (d, d).
+    """A control: the variances (d) along random orthonormal directions, and the directions (d, d).
 
     The variances sum to the total variance, as the eigenvalues do.
     """
