@@ -1,14 +1,10 @@
 """The latent head, the inputs and generation, each against an independent computation."""
 
-import json
-
 import pytest
 import torch
-from conftest import PIXELS, random_pca
-from safetensors import safe_open
+from conftest import random_pca
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import fit_pca
 import model
 from data import load_examples, open_image, strip_latents
 from generate import ema_norm, generate, intervene, make_prompts, pick, to_text
@@ -28,7 +24,6 @@ from model import (
     grid_features,
     latent_ids,
     load_head,
-    load_pca,
     load_vlm,
     save_head,
 )
@@ -43,34 +38,6 @@ def test_head_starts_at_the_projection():
     head, h = PCAHead(random_pca(), 4), torch.randn(9, 128)
     assert torch.equal(head.coefficients(h), h @ head.basis)
     close(head(h), (h @ head.basis) @ head.basis.T + head.mean)
-
-
-def test_pca_equals_svd(tmp_path):
-    """Mean, basis, k and RelMSE, streamed from shards, against one float64 SVD of all vectors."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    v = (torch.randn(600, 16) * torch.logspace(1, -1, 16) + torch.randn(16) * 5).bfloat16()
-    for i, part in enumerate(v.split(200)):
-        save_file(
-            {f"{i}-{j}": x for j, x in enumerate(part.view(-1, 1, 4, 16))},
-            tmp_path / f"{i}",
-            {"rejected": "[]"},
-        )
-    total, outer, n = fit_pca.moments(sorted(tmp_path.iterdir()), 16, "cpu")
-    mean = total / n
-    eigenvalues, vectors, k = fit_pca.fit(outer / n - mean[:, None] * mean, 0.95)
-
-    x = v.double() - v.double().mean(0)
-    _, s, basis = torch.linalg.svd(x, full_matrices=False)
-    explained = (s**2).cumsum(0) / (s**2).sum()
-    assert n == 600 and k == int((explained < 0.95).sum()) + 1
-    close(mean, v.double().mean(0))
-    close(eigenvalues, s**2 / n)
-    close((vectors[:, :k] * basis.T[:, :k]).sum(0).abs(), torch.ones(k, dtype=torch.float64))
-    for j in range(1, 16):  # RelMSE(j) is the share that a rank-j reconstruction loses
-        lost = (x - x @ basis.T[:, :j] @ basis[:j]).pow(2).sum() / x.pow(2).sum()
-        close(1 - eigenvalues[:j].sum() / eigenvalues.sum(), lost)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -107,17 +74,6 @@ def test_controls():
     h = torch.randn(5, 128)
     for kind in ("frozen", "wide"):
         close(HEADS[kind](random_pca(), 4)(h), PCAHead(random_pca(), 4)(h))
-
-
-def test_random_basis():
-    """Orthonormal, not the PCA's; the variances are those of the data along it and sum to the total."""
-    x = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(1, -1, 12, dtype=torch.float64)
-    x = x - x.mean(0)
-    variances, vectors = fit_pca.random_basis(x.T @ x / 500)
-    close(vectors.T @ vectors, torch.eye(12, dtype=torch.float64))
-    close(variances, (x @ vectors).var(0, correction=0))
-    close(variances.sum(), x.var(0, correction=0).sum())
-    assert vectors.abs().max(0).values.max() < 0.99  # the PCA's vectors are near the axes
 
 
 def test_full_head_has_two_d_squared_weights():
@@ -647,46 +603,3 @@ def test_text_of_spans(loaded):
         )
         == text
     )
-
-
-def test_targets_are_safetensors_only(tmp_path, base, world):
-    from conftest import run
-
-    run(
-        "fit_pca.py",
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--out={tmp_path}",
-        "--shard=20",
-    )
-    index = json.loads((tmp_path / "targets" / "index.json").read_text())
-    assert len(index["files"]) == 56 and index["K"] == 4
-    with safe_open(tmp_path / "targets" / index["files"]["train-3"], "pt") as f:
-        assert (
-            f.get_tensor("train-3").shape == (2, 4, 128)
-            and f.get_tensor("train-3").dtype == torch.bfloat16
-        )
-    assert PIXELS == (index["min_pixels"], index["max_pixels"])
-
-    # the controls on the same targets: a random basis of the same k, and no mean
-    before = load_pca(tmp_path / "pca.safetensors")[0]
-    run(
-        "fit_pca.py",
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--out={tmp_path}",
-        "--shard=20",
-        "--basis=random",
-        "--centre=0",
-    )
-    after, meta = load_pca(tmp_path / "pca.safetensors")
-    assert (
-        meta["basis"] == "random"
-        and after["basis"].shape == before["basis"].shape
-        and not after["mean"].any()
-    )
-    close(after["basis"].T @ after["basis"], torch.eye(after["basis"].shape[1]))
-    close(after["total_variance"], before["total_variance"], rtol=1e-5, atol=0.0)
-    assert after["eigenvalues"].sum() < before["eigenvalues"].sum()
