@@ -47,8 +47,8 @@ show = ""  # file.png: where the latents look
 latents = ""  # file.safetensors: the latents
 max_new_tokens = 256  # text and latents
 temperature = 0.0  # 0: greedy
-top_p = 1.0
-seed = 12345
+top_p = 1.0  # 1: draw from the whole distribution
+seed = 12345  # of the draws
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 aux = ""  # for oracle: the auxiliary image(s), a.png,b.png
 donor = ""  # for shuffle: a latents.safetensors of another example
@@ -76,7 +76,7 @@ class Printer:
         self.tokenizer = tokenizer
         self.span_start, self.latent, self.span_end = latent_ids(tokenizer)
         self.silent = (self.span_start, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        self.text = []  # the text's tokens so far
+        self.text = []  # ids of the text so far
         self.printed = 0  # characters of it that are on the screen
         self.latents = 0  # latents of the open span
 

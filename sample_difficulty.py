@@ -48,7 +48,7 @@ out = "out/difficulty.jsonl"  # one line a question
 instruction = ""  # ends every question; 7B: "\nPut your final answer in <answer> </answer>."
 n_samples = 8  # N [paper]
 temperature = 1.0  # [ours]
-top_p = 1.0  # [ours]
+top_p = 1.0  # 1: draw from the whole distribution [ours]
 tau = 0.0  # solved if accuracy > tau [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 early_stop = True  # stop at a question once it is solved: the same assignment, a lower-bound count
@@ -57,7 +57,7 @@ max_new_tokens = 24  # 7B: 2048
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # 7B: bfloat16
-seed = 12345
+seed = 12345  # of the draws
 # --------------------------------------------------------------------------------------------------
 
 
