@@ -40,7 +40,7 @@ RESERVED = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|latent_\w+)\|>"
 )
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # examples
 
 
@@ -155,7 +155,7 @@ def strip_parser(response):
     return re.sub(r" ?<parser>.*?</parser>", "", response, flags=re.DOTALL)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
 
 # what Pillow raises for a broken file
@@ -185,7 +185,7 @@ def open_image(source):
     return image
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files: written whole under a temporary name, or appended to a line at a time
 
 
@@ -262,7 +262,7 @@ def read_safetensors(path, names, fields=()):
     return tensors, meta
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a result was made with
 
 
@@ -302,7 +302,7 @@ def versions():
     }
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ranks, device, clock
 
 
@@ -323,7 +323,7 @@ def clock(device):
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: plain lower-case values among a script's globals, edited inline or given as --key=value
 
 USERS_ERRORS = {
@@ -455,7 +455,7 @@ def help_text(script):
         comment = comments.get(statement.end_lineno, "")
         for target in ast.walk(statement.targets[0]):
             if isinstance(target, ast.Name) and target.id in known:
-                default = repr(known[target.id]).strip("'")
+                default = repr(known[target.id])
                 if len(default) > 40:
                     default = default[:36] + "..."
                 lines.append(f"  --{target.id}={default}".ljust(46) + comment)

@@ -68,7 +68,7 @@ METHODS = {
     **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide: a head each
 }
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The toy's values. "7B:" is the paper's for Qwen2.5-VL-7B, where it differs.
 method = "gap"  # gap lh output text, or a control
 base = "toy/base"  # 7B: Qwen2.5-VL-7B-Instruct
@@ -89,23 +89,26 @@ global_batch = 16  # examples a step; 7B: 128
 lr = 1e-3  # peak, of the decoder; 7B: 1e-5
 lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5
 weight_decay = 0.01  # of matrices [paper]
-beta1, beta2 = 0.9, 0.95  # of AdamW [ours]
+beta1 = 0.9  # of AdamW [ours]
+beta2 = 0.95  # [ours]
 warmup_ratio = 0.03  # share of the steps [paper]
 grad_clip = 1.0  # largest norm of the gradient [ours]
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28  # of an image
+min_pixels = 56 * 56  # smaller images are scaled up
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # of the forward; 7B: bfloat16 (masters, optimizer, reductions stay float32)
 activation_checkpointing = False  # 7B: True
 cpu_offload = False  # shards and optimizer on the host, where GPUs are small
-eval_every, save_every = 500, 500  # steps
+eval_every = 500  # steps between validations
+save_every = 500  # steps between checkpoints
 max_steps = 0  # > 0: stop (and let the schedule end) here
-seed = 12345
-# -------------------------------------------------------------------------------------------------
+seed = 12345  # of the order of examples, and of the head's first weights
+# --------------------------------------------------------------------------------------------------
 
 # settings that may change on resume
 FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
 
 
@@ -212,7 +215,7 @@ def validate(model, rows, device):
     return {f"val_{name}": value for name, value in model.report(means).items()}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # optimizer and shards
 
 
@@ -285,7 +288,7 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     return means, float(norm)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints and export
 
 
@@ -364,7 +367,7 @@ def export(model, tokenizer, processor):
     tmp.rmdir()
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the log
 
 
@@ -390,7 +393,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def start_ranks():

@@ -3,8 +3,10 @@ to run a script as a user does."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,77 @@ def inputs(tmp_path_factory, base, world):
 def logged(folder):
     """The lines of a training log: the configuration, then one a step."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------
+# what several files of tests share: a trained model, a run that is killed, a broken data file
+
+TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, sometimes
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory, base, world):
+    """fit_pca.py and a short training run: {base, world, pca, gap}."""
+    folder = tmp_path_factory.mktemp("stages")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={folder}/pca",
+    )
+    run(
+        "train.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        "--val_data=",
+        f"--pca={folder}/pca",
+        "--difficulty=",
+        f"--out={folder}/gap",
+        "--max_steps=25",
+        "--global_batch=16",
+        "--lr=3e-3",
+    )
+    return {"base": base, "world": world, "pca": folder / "pca", "gap": folder / "gap"}
+
+
+def sampling(base, world, out, **change):
+    """The arguments of a run of sample_difficulty.py."""
+    settings = {
+        "base": base,
+        "data": world / "train.jsonl",
+        "out": out,
+        "batch": 5,
+        "max_new_tokens": 16,
+        "temperature": 2.0,
+    } | change
+    return [f"--{k}={v}" for k, v in settings.items()]
+
+
+def kill_when(args, path, lines):
+    """Start a script, and kill it once a file has this many lines."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / args[0]), *args[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, f"{args[0]} ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def broken(world, tmp_path, change):
+    """A copy of the training file whose second line is changed."""
+    for name in ("train", "val", "test"):
+        (tmp_path / name).symlink_to(world / name)
+    lines = (world / "train.jsonl").read_text().splitlines()[:4]
+    row = json.loads(lines[1])
+    lines[1] = change(row)
+    if not isinstance(lines[1], str):
+        lines[1] = json.dumps(lines[1])
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path

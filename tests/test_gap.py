@@ -2,9 +2,10 @@
 
 import pytest
 from conftest import PIXELS
+from scipy.stats import binom
 
 from data import load_examples
-from gap import GAP
+from gap import GAP, is_solved
 from model import load_processor, load_vlm
 
 
@@ -26,3 +27,18 @@ def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
         assert row["response"].endswith(f"</think> <answer> {row['answer']} </answer>")
     for row in method.rows(world / "val.jsonl", training=False)[0]:  # validation assigns nothing
         assert "<latent>" in row["response"] and ("<parser>" in row["response"]) == write
+
+
+def test_rules():
+    # four options: one of eight is what guessing gives, five of eight is not (binomial tail .027)
+    assert is_solved(1, 8, 4, 0.0, "paper") and not is_solved(1, 8, 4, 0.0, "guess")
+    assert is_solved(5, 8, 4, 0.0, "guess") and not is_solved(4, 8, 4, 0.0, "guess")
+    assert is_solved(1, 8, 0, 0.0, "guess") and not is_solved(0, 8, 0, 0.0, "guess")
+    assert not is_solved(4, 8, 0, 0.5, "paper") and is_solved(5, 8, 0, 0.5, "paper")
+
+
+def test_guess_rule_against_scipy():
+    for n_options in (2, 3, 4, 9):
+        for c in range(9):
+            improbable = binom.sf(c - 1, 8, 1 / n_options) < 0.05
+            assert is_solved(c, 8, n_options, 0.0, "guess") == improbable
