@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import answers
 import eval as evaluate
-from data import load_examples, read_lines, strip_latents
-from generate import generate, see, to_text
-from model import encode, load_processor, load_vlm
+from data import load_examples, read_lines
 from sample_difficulty import is_solved, needs_latents
 
 
@@ -63,37 +61,6 @@ def training(stages, **change):
 
 
 TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, sometimes
-
-
-def test_toy_base_can_what_the_method_takes_for_granted(world):
-    """One move, at once and after the text of a stripped example; several, shown the auxiliary image, and not without it."""
-    vlm, tokenizer = load_vlm(TOY)
-    processor = load_processor(TOY, 56 * 56, 1280 * 28 * 28)
-    found = {"at once": [], "after the text": [], "shown": [], "several": []}
-    for row in load_examples(world / "test.jsonl"):
-        text = strip_latents(row["response"]).partition(" <answer>")[0]
-        prompts = [
-            encode(vlm, tokenizer, processor, row),
-            encode(vlm, tokenizer, processor, row, response=text),
-            encode(vlm, tokenizer, processor, row | {"images": row["images"] + row["aux_images"]}),
-        ]
-        prompts[1] |= {
-            "ids": prompts[1]["ids"][:-1],
-            "pos": prompts[1]["pos"][:, :-1],
-        }  # open: without the end token
-        answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
-        once, after, shown = (
-            answers.extract_answer(to_text(tokenizer, a["ids"]))[0] == row["answer"]
-            for (a,) in answers
-        )
-        found["shown"].append(shown)
-        if row["category"] == "1 moves":
-            found["at once"].append(once)
-            found["after the text"].append(after)
-        else:
-            found["several"].append(once or after)
-    assert all(found["at once"] + found["after the text"] + found["shown"]), found
-    assert sum(found["several"]) <= 1, found
 
 
 def sampling(base, world, out, **change):
@@ -554,28 +521,3 @@ def test_fit_pca_ranks_and_resume(tmp_path, base, world):
     run("fit_pca.py", *args, f"--out={tmp_path}/one")
     assert shard.stat().st_mtime_ns == stamp
     assert (load_file(tmp_path / "one" / "pca.safetensors")["mean"] == one["mean"]).all()
-
-
-def test_toy_data_is_a_function_of_the_seed(tmp_path):
-    for name in ("a", "b"):
-        run(
-            "toy.py",
-            "data",
-            f"--data_folder={tmp_path}/{name}",
-            "--n_train=8",
-            "--n_val=4",
-            "--n_test=4",
-        )
-    files = sorted(
-        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
-    )
-    assert len(files) == 3 + 2 * 16
-    assert all(
-        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
-    )
-    rows = load_examples(tmp_path / "a" / "train.jsonl")
-    assert all(
-        word not in row["response"].split("</parser>")[0]
-        for row in rows
-        for word in row["answer"].replace(",", "").split()
-    )
