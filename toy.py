@@ -98,7 +98,7 @@ def new_path(rng, n_moves):
 
 
 def storyboard(path):
-    """The places of the four dots: after each of the last moves; the start stands in for more."""
+    """The places of four dots: after each of the last moves; of fewer moves, the start first."""
     first = len(path) - 4
     return [path[max(0, first + i)] for i in range(4)]
 
@@ -370,7 +370,7 @@ def make_tokenizer():
 
 
 def make_vlm(tokenizer):
-    """A Qwen2.5-VL of 1.3 M random weights, with spare embedding rows, as the real one has."""
+    """A Qwen2.5-VL of 1.0 M random weights, with spare embedding rows, as the real one has."""
     at = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=576,
@@ -432,6 +432,7 @@ class Lessons:
         # a cell is four patches of 3 x 2 x 14 x 14 = 1,176 numbers
         boards = [patches(draw_board([piece] * 9)) for piece in PIECES]
         self.cells = torch.stack(boards).view(-1, 9, 4, 1176)  # (pieces, places, 4, 1176)
+        # a path of one place stands on all four panels: the first will do
         storyboards = [patches(draw_storyboard([place])) for place in range(9)]  # (16, 1176)
         self.panels = torch.stack([x[:4] for x in storyboards])  # (places, 4, 1176)
 
