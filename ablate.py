@@ -27,10 +27,10 @@ from data import append, key_of, load_examples, open_append, read_lines, start, 
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
-base = "toy/base"
+base = "toy/base"  # what every run starts from
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
-val_data = "out/ablate/toy/val.jsonl"
-test_data = "out/ablate/toy/test.jsonl"
+val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
+test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
 examples = 250  # few enough to be off the ceiling: with 1,000 every latent method is near it
@@ -74,7 +74,8 @@ def at_size(n):
 # fmt: off
 RUNS = [
     {"base": None} | MAIN,
-    {  # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
+    # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
+    {
         "random basis":       NO_DA | {"basis": "random"},
         "no mean":            NO_DA | {"centre": False},
         "matched full head":  NO_DA | {"method": "matched"},
@@ -96,8 +97,9 @@ RUNS = [
         "LH K=16": MAIN["LH"] | {"K": 16},
         "LH K=36": MAIN["LH"] | {"K": 36},
     },
-    {  # the toy's pictures are 2 x 2 tokens, for which both modes are one; with more latents
-       # pool repeats these four, and resize draws the picture larger
+    # the toy's pictures are 2 x 2 tokens, for which both modes are one; with more latents pool
+    # repeats these four, and resize draws the picture larger
+    {
         "resize K=16":        NO_DA | {"mode": "resize", "K": 16},
         "scheduled sampling": NO_DA | {"scheduled_sampling": True},
         "no parser text":     NO_DA | {"write_parser": False},
@@ -107,8 +109,9 @@ RUNS = [
         "lambda=0.1": NO_DA | {"lambda_latent": 0.1},
         "lambda=10":  NO_DA | {"lambda_latent": 10.0},
     },
-    {  # the toy has no options, but a guess is right once in 72: the guess-aware rule asks for two
-       # right answers of eight, which is tau = 1/8
+    # the toy has no options, but a guess is right once in 72: the guess-aware rule asks for two
+    # right answers of eight, which is tau = 1/8
+    {
         "guess-aware": {"tau": 0.125},
         "tau=0.25":    {"tau": 0.25},
         "tau=0.5":     {"tau": 0.5},

@@ -45,16 +45,16 @@ from model import (
 )
 
 # --------------------------------------------------------------------------------------------------
-model = "out/gap"
-data = "out/toy/test.jsonl"
-out = "out/probe/gap"
+model = "out/gap"  # a checkpoint folder
+data = "out/toy/test.jsonl"  # questions, and auxiliary images to compare with
+out = "out/probe/gap"  # probe.json and two figures
 pca = ""  # "": the checkpoint's own; a pca.safetensors to judge a checkpoint that has none
 limit = 200  # questions; 0: all
 batch = 50  # questions a batch of generation; 7B on 80 GB: 16
 max_new_tokens = 128  # latents count; 7B: 2048
 latent_size = 10  # most latents a span of a checkpoint with Monet's tokens [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
-min_pixels = 56 * 56
+min_pixels = 56 * 56  # of an image, as in training
 max_pixels = 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
@@ -107,14 +107,14 @@ def effective_rank(v):
 
     1 if they lie on one line, at most K.
     """
-    s = torch.linalg.svdvals(v)
+    s = torch.linalg.svdvals(v)  # (at most K)
     p = s / s.sum()
     return float(torch.special.entr(p).sum().exp())
 
 
 def pairwise_cosine(v):
     """Mean cosine between two different latents of v (K, d), K > 1: 1 if they have collapsed."""
-    u = F.normalize(v, dim=-1)
+    u = F.normalize(v, dim=-1)  # (K, d)
     K = len(v)
     others = (u @ u.T).sum() - (u * u).sum()  # without the cosine of each with itself
     return float(others / (K * (K - 1)))
@@ -126,8 +126,8 @@ def retrieval(predicted, real):
     Real spans of one picture (the toy repeats its storyboards) are equal up to rounding and count
     as one.
     """
-    same = distances(real, real) <= 1e-3 * real.norm(dim=-1).mean()  # (N, N)
-    nearest = distances(predicted, real).argmin(1)
+    same = distances(real, real) <= 1e-3 * real.norm(dim=-1).mean()  # (N, N): of one picture
+    nearest = distances(predicted, real).argmin(1)  # (N)
     found = same[torch.arange(len(real)), nearest]
     return float(found.float().mean()), float(same.float().mean())
 
@@ -162,6 +162,7 @@ def average(numbers):
 def agreement(predicted, real):
     """How well latents (N, K, d) predict the real features of their own auxiliary images."""
     at_1, chance = retrieval(predicted.flatten(1), real.flatten(1))
+    # the mean is that of all real latents: what a head would say that knows nothing of the image
     error = (predicted - real).pow(2).sum()
     total = (real - real.mean((0, 1))).pow(2).sum()
     return {
@@ -203,13 +204,13 @@ def norms_of_answer(vlm, prompt, answer, pad):
     The latents are fed as they were written: one forward gives the states of generation.
     """
     answered = torch.tensor(answer["ids"])
-    ids = torch.cat([prompt["ids"], answered])
+    ids = torch.cat([prompt["ids"], answered])  # (T)
     after = prompt["pos"].max() + 1 + torch.arange(len(answered))  # text goes on by one
     pos = torch.cat([prompt["pos"], after.expand(3, -1)], 1)
     latents = None
     if len(answer["latents"]):
         latents = answer["latents"].to(vlm.device)  # (m, d)
-    latent_id = -1 if pad is None else pad
+    latent_id = -1 if pad is None else pad  # -1 is no token's id
     x = embed(vlm, ids[None].to(vlm.device), prompt["vision"], latents, latent_id)  # (1, T, d)
     return ids, layer_norms(vlm, x, pos.to(vlm.device))
 
@@ -246,6 +247,7 @@ def measure(rows, vlm, head, tokenizer, processor):
                 moments[:, kind] += moments_of(logs[:, kinds == kind])
             spans = spans_of(answer["ids"], answer["latents"], pad)
             written += spans
+            # the k-th span is held against the k-th auxiliary image
             if mode and spans and row.get("aux_images"):
                 images = [open_image(path) for path in row["aux_images"][: len(spans)]]
                 real = grid_features(vlm, processor, images, head.K, mode).cpu()
@@ -319,9 +321,9 @@ def show(found):
 
 def draw(folder, norms):
     """The two figures: log norms by layer, and of what may be fed back."""
-    import matplotlib
+    import matplotlib  # in requirements-dev.txt only: without it there are no figures
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # draws without a screen
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")

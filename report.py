@@ -171,27 +171,6 @@ SCORES = [
                                      "GAP*",               "GAP*/parser skipped"),
     ]),
 ]
-
-DIAGNOSED = ("base", "text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
-DIAGNOSIS_HEAD = [
-    "run", "text state / input", "image state / input", "log norm of latents", "of real features",
-    "in the subspace", "effective rank", "pairwise cosine", "R2", "retrieval at 1 (chance)",
-]
-DIAGNOSIS_OF_PAPER = ["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""]
-DIAGNOSIS_CLAIMS = [
-    ("GAP's latents lie deeper in the subspace than the full head's",
-        "GAP", "LH+DA", "probe.predicted.inside"),
-    ("GAP's latents find their own picture more often",
-        "GAP", "LH+DA", "probe.agreement.retrieval_at_1"),
-    ("output-as-input latents are longer than GAP's",
-        "output", "GAP", "probe.predicted.mean_log"),
-]
-PCA_AGAINST_FULL = (("GAP", "LH+DA"), ("LH+PCA", "LH"))  # with difficulty-aware data, and without
-CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
-COSTS = (
-    "text", "output", "LH", "LH+PCA", "GAP",
-    "K=1", "K=9", "K=16", "K=36", "GAP*/parser skipped", "no parser text",
-)
 # fmt: on
 
 # --------------------------------------------------------------------------------------------------
@@ -208,6 +187,10 @@ class Study(NamedTuple):
     star: str  # what a star in a run's name stands for: " n=1000", or "" for the main size
     easy: str  # the category that needs no latents, reported apart; "" for none
     train_args: str
+
+    def named(self, what):
+        """A run or evaluation with its star filled in."""
+        return what.replace("*", self.star)
 
 
 def run_and_evaluation(what):
@@ -238,12 +221,12 @@ def value(line, kind, measure, easy):
     """
     evaluation = line["evals"].get(kind)
     if evaluation:
-        if measure in evaluation:
+        if measure in evaluation:  # a mean cost
             return evaluation[measure]
         answers = right(line, kind, measure, easy)
         if answers:
             return sum(answers) / len(answers)
-    found = line
+    found = line  # what is left is a path from the top of the line
     for field in measure.split("."):
         found = found.get(field) if found else None
     return found
@@ -293,7 +276,8 @@ def difference(study, a, b, measure="hard"):
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
         return None
-    return Difference(*mean_interval([of_a[seed] - of_b[seed] for seed in seeds]), len(seeds))
+    gaps = [of_a[seed] - of_b[seed] for seed in seeds]
+    return Difference(*mean_interval(gaps), len(gaps))
 
 
 def paired_p(study, a, b):
@@ -345,7 +329,8 @@ def mean_sd(numbers, digits=3):
 def markdown(head, rows):
     """A table as lines, a blank one before and after it."""
     rule = ["---"] * len(head)
-    return ["", *("| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows]), ""]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows]]
+    return ["", *lines, ""]
 
 
 def not_run(names):
@@ -377,13 +362,15 @@ def sentences(study, claims, paper):
 # --------------------------------------------------------------------------------------------------
 # the sections of the report, each a list of lines
 
+PCA_AGAINST_FULL = (("GAP", "LH+DA"), ("LH+PCA", "LH"))  # with difficulty-aware data, and without
+
 
 def scores(study, table):
     """A section of SCORES: accuracies, differences to the reference, verdicts on its claims."""
-    reference = table.reference.replace("*", study.star)
+    reference = study.named(table.reference)
     cells, absent = [], []
     for starred, last in table.rows.items():
-        what = starred.replace("*", study.star)
+        what = study.named(starred)
         name, _ = run_and_evaluation(what)
         if name not in study.lines:
             absent.append(what)
@@ -398,8 +385,7 @@ def scores(study, table):
 
     claims = []  # with the star filled in, and the questions
     for text, more, less, *measure in table.claims:
-        more, less = more.replace("*", study.star), less.replace("*", study.star)
-        claims.append((text, more, less, *(measure or ["hard"])))
+        claims.append((text, study.named(more), study.named(less), *(measure or ["hard"])))
     return [
         "",
         f"## {table.title}",
@@ -414,17 +400,34 @@ def p_shown(p):
     return f"{p:.2g}" if p > 1e-99 else "< 1e-99"
 
 
+# fmt: off
+DIAGNOSED = ("base", "text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
+DIAGNOSIS_HEAD = [
+    "run", "text state / input", "image state / input", "log norm of latents", "of real features",
+    "in the subspace", "effective rank", "pairwise cosine", "R2", "retrieval at 1 (chance)",
+]
+DIAGNOSIS_OF_PAPER = ["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""]
+DIAGNOSIS_CLAIMS = [
+    ("GAP's latents lie deeper in the subspace than the full head's",
+        "GAP", "LH+DA", "probe.predicted.inside"),
+    ("GAP's latents find their own picture more often",
+        "GAP", "LH+DA", "probe.agreement.retrieval_at_1"),
+    ("output-as-input latents are longer than GAP's",
+        "output", "GAP", "probe.predicted.mean_log"),
+]
+# fmt: on
+
+
 def diagnosis(study):
     """The paper's Fig. 2 in numbers, from probe.py."""
+    rows = [diagnosis_row(study, name) for name in DIAGNOSED]
     return [
         "## Diagnosis",
         "",
         "Norms as multiples of the input embeddings' before and after the final norm; natural "
         "logarithms of L2 norms; the share of the latents' energy in the PCA subspace; rank and "
         "cosine of an example's latents about mu (in brackets: of the real features).",
-        *markdown(
-            DIAGNOSIS_HEAD, [*(diagnosis_row(study, n) for n in DIAGNOSED), DIAGNOSIS_OF_PAPER]
-        ),
+        *markdown(DIAGNOSIS_HEAD, [*rows, DIAGNOSIS_OF_PAPER]),
         *sentences(study, DIAGNOSIS_CLAIMS, paper=True),
         "",
     ]
@@ -433,11 +436,13 @@ def diagnosis(study):
 def diagnosis_row(study, name):
     """The cells of one run under DIAGNOSIS_HEAD; empty where the run writes no latents."""
 
+    # a path is that of a number in probe.json
     def cell(path, digits):
         return mean_sd(values(study, name, f"probe.{path}"), digits)
 
     def growth(kind):
-        return f"{cell(f'growth.{kind}.before', 1)}; {cell(f'growth.{kind}.after', 1)}"
+        before, after = cell(f"growth.{kind}.before", 1), cell(f"growth.{kind}.after", 1)
+        return f"{before}; {after}"
 
     def beside(path, other, digits):
         text = cell(path, digits)
@@ -457,13 +462,16 @@ def diagnosis_row(study, name):
     ]
 
 
+CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
+
+
 def by_category(study):
     """Longer chains feed back more of their own latents: does the subspace stop the drift?"""
     found = set()
     for name in CHAINS:
         for line in study.lines.get(name, {}).values():
             found |= line["evals"]["clean"]["right"].keys()
-    categories = sorted(found)
+    categories = sorted(found)  # on the toy: the number of moves
     rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in CHAINS]
     claims = [
         (f"{pca} beats {full} on {category}", pca, full, category)
@@ -477,16 +485,28 @@ def by_category(study):
     ]
 
 
+# fmt: off
+COSTS = (
+    "text", "output", "LH", "LH+PCA", "GAP",
+    "K=1", "K=9", "K=16", "K=36", "GAP*/parser skipped", "no parser text",
+)
+COSTS_HEAD = [
+    "run", "steps a second, ratio", "time an answer, ratio", "positions an answer",
+    "of them latents",
+]
+# fmt: on
+
+
 def costs(study):
     """Speed against the text run of the same seed; tokens and latents an answer."""
     rows = []
     for starred in COSTS:
-        what = starred.replace("*", study.star)
+        what = study.named(starred)
         name, kind = run_and_evaluation(what)
         if name not in study.lines:
             continue
         speed = time = ""
-        if kind == "clean":  # only this one is timed
+        if kind == "clean":  # of a run's evaluations only this one is timed
             speed = mean_sd(ratio_to_text(study, name, "steps_per_s"), 2)
             time = mean_sd(ratio_to_text(study, name, "ms_per_answer"), 2)
         tokens, latents = (mean_sd(values(study, what, m), 1) for m in ("tokens", "latents"))
@@ -497,16 +517,7 @@ def costs(study):
         "Ratios to dense-caption SFT of the same seed, one question at a time, in seconds on a "
         "shared machine: the counts are exact, the ratios are not. "
         "Paper: 36 latents take 1.61 times as long.",
-        *markdown(
-            [
-                "run",
-                "steps a second, ratio",
-                "time an answer, ratio",
-                "positions an answer",
-                "of them latents",
-            ],
-            rows,
-        ),
+        *markdown(COSTS_HEAD, rows),
     ]
 
 
@@ -523,7 +534,7 @@ def ratio_to_text(study, name, field):
 def scarcity(study):
     """Accuracy by number of training examples, and where the PCA head pays."""
 
-    def at(name, n):
+    def at(name, n):  # a main run of the default size has no suffix
         return name if n == study.examples else f"{name} n={n}"
 
     def was_run(n):
@@ -567,7 +578,8 @@ def where_it_pays(gaps):
 
 def preamble(study, lines):
     """How many runs there are, how they were made, and how to read the tables."""
-    hard, easy = (len(right(lines[0], "clean", m, study.easy)) for m in ("hard", "easy"))
+    hard = len(right(lines[0], "clean", "hard", study.easy))
+    easy = len(right(lines[0], "clean", "easy", study.easy))
     text = (
         f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
         f"`{study.train_args}`, {hard} hard and {easy} easy test questions, greedy. "
@@ -599,6 +611,7 @@ def write_tables(path, study):
             distinct[line["key"], line["seed"]] = line
     lines = list(distinct.values())
 
+    # the sections of SCORES, which the others stand between
     main, variance, interventions, oracle, *beyond = (scores(study, table) for table in SCORES)
     text = [
         *preamble(study, lines),

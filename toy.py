@@ -34,17 +34,17 @@ from data import start, write_lines
 from model import IGNORE, embed, load_vlm, positions
 
 # --------------------------------------------------------------------------------------------------
-seed = 12345
-data_folder = "out/toy"
-n_train = 6000
+seed = 12345  # of the data and of the base
+data_folder = "out/toy"  # written by data
+n_train = 6000  # examples
 n_val = 200
 n_test = 1000
-base_folder = "toy/base"
+base_folder = "toy/base"  # written by base
 base_scale = 1.0  # of the number of steps
-base_batch = 30
+base_batch = 30  # lessons a step
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
 first_phase = 0  # 1 to 3: go on from the base_folder that the phases before it left
-threads = 2
+threads = 2  # of the CPU, for base
 # --------------------------------------------------------------------------------------------------
 
 # the world
