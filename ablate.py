@@ -273,11 +273,13 @@ def answers(folder, rows):
     correct = {row["id"]: row["correct"] for row in read_lines(folder / "scored.jsonl")}
     bits = {}
     for row in rows:
+        category = row.get("category", "")
         bit = "1" if correct[row["id"]] else "0"
-        bits[row.get("category", "")] = bits.get(row.get("category", ""), "") + bit
+        bits[category] = bits.get(category, "") + bit
     overall = json.loads((folder / "metrics.json").read_text())["scores"]["overall"]
+    right = {category: [len(b), f"{int(b, 2):x}"] for category, b in bits.items()}
     costs = {k: overall[k] for k in ("tokens", "latents", "opened_latents", "n_truncated")}
-    return {"right": {c: [len(b), f"{int(b, 2):x}"] for c, b in bits.items()}} | costs
+    return {"right": right} | costs
 
 
 def median_ms(folder):
@@ -316,6 +318,8 @@ def one_run(folder, settings, seed, file, rows):
 
 
 class Job(NamedTuple):
+    """A run that is to be made."""
+
     name: str
     seed: int
     file: str  # its training data
@@ -331,8 +335,8 @@ def wanted_runs():
     """The names and the seeds that are asked for. Raises SystemExit for what is neither."""
     for seed in seeds.split(","):
         if not seed.isdigit():
-            wanted = "expected numbers with commas between, as in 1,2,3"
-            raise SystemExit(f"seeds={seeds!r}: {wanted}; found {seed!r}")
+            expected = "expected numbers with commas between, as in 1,2,3"
+            raise SystemExit(f"seeds={seeds!r}: {expected}; found {seed!r}")
     names = [name for group in RUNS for name in group]
     wanted = only.split(",") if only else names
     unknown = sorted(set(wanted) - set(names))

@@ -248,7 +248,7 @@ PHASES = [
 
 def lesson(kind, rng):
     """A Lesson of a kind in PHASES."""
-    # drawn for every kind alike, so that what a seed gives does not hang on the kind
+    # drawn for every kind alike, needed or not
     board = new_board(rng)
     steps = [(rng.randrange(9), rng.choice(list(MOVES))) for _ in range(9)]
     dots = [rng.randrange(9) for _ in range(4)]
