@@ -41,6 +41,7 @@ def find_copies(rows, tests, ours, theirs, near):
     ours, theirs: fingerprints by our image's name, and by (benchmark, id, which image).
     near: two images are near each other if at most so many bits of their hashes differ.
     """
+    # where two test rows share a question or an image, the last stands for both
     by_question = {asked_in(row): key for key, row in tests.items()}
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
     by_hash = near_copies(ours, theirs, near)
@@ -50,8 +51,9 @@ def find_copies(rows, tests, ours, theirs, near):
         if key:
             findings.append(finding("question", row, None, (*key, None), None))
         for name in row["images"] + row["aux_images"]:
+            # an image that could not be read has no fingerprint
             same = by_pixels.get(ours[name][0]) if name in ours else None
-            if same:
+            if same:  # and near as well, which says nothing more
                 findings.append(finding("pixels", row, name, same, 0))
             elif name in by_hash:
                 where, distance = by_hash[name]
@@ -70,7 +72,7 @@ def near_copies(ours, theirs, near):
     """{our image: (where in theirs, bits that differ)} of those with a copy at most `near` away."""
     if not ours or not theirs:
         return {}
-    distances, indices = nearest(ours.values(), theirs.values())
+    distances, indices = nearest(ours.values(), theirs.values())  # (n,), (n,)
     places = list(theirs)
     found = {}
     for name, distance, index in zip(ours, distances, indices):

@@ -15,7 +15,8 @@ from resume import Reject, each
 # The perceptual hash: the signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image. What
 # recompression, scaling and small cuts leave of a picture is in its slow waves.
 SIDE, LOW = 32, 16
-COSINES = np.cos(np.pi / SIDE * (np.arange(SIDE) + 0.5) * np.arange(LOW)[:, None])  # (LOW, SIDE)
+PHASES = np.pi / SIDE * (np.arange(SIDE) + 0.5)  # (SIDE,)
+COSINES = np.cos(PHASES * np.arange(LOW)[:, None])  # (LOW, SIDE)
 
 
 def grey(image, side):
@@ -32,7 +33,8 @@ def largest_difference(image, query, side=64):
 
 def fingerprint(image):
     """(SHA-256 of the decoded pixels, perceptual hash of 256 bits), both as hex."""
-    pixels = hashlib.sha256(str(image.size).encode() + image.tobytes()).hexdigest()
+    size = str(image.size).encode()  # the same bytes in another shape are another image
+    pixels = hashlib.sha256(size + image.tobytes()).hexdigest()
     waves = COSINES @ grey(image, SIDE) @ COSINES.T  # (LOW, LOW)
     bits = waves.flatten() > 1e-6  # a flat image gives zeros, not the signs of rounding errors
     bits[0] = False  # the mean, which is always above 0 and tells nothing
@@ -93,11 +95,13 @@ def nearest(ours, theirs, block=128):
     ours, theirs = hash_words(ours), hash_words(theirs)  # (n, 4), (m, 4)
     distance, index = np.zeros(len(ours), int), np.zeros(len(ours), int)
     for i in tqdm(range(0, len(ours), block), desc="near-duplicates", unit="block"):
-        part = ours[i : i + block]
-        # (block, m); bit 0 is the same in all, so at most 255 differ, and uint8 holds that
-        bits = sum(np.bitwise_count(part[:, None, w] ^ theirs[None, :, w]) for w in range(4))
-        index[i : i + block] = bits.argmin(1)
-        distance[i : i + block] = bits.min(1)
+        here = slice(i, i + block)
+        bits = 0  # that differ: (block, m); never bit 0, so at most 255, and uint8 holds that
+        for w in range(4):
+            differ = ours[here, None, w] ^ theirs[None, :, w]
+            bits = bits + np.bitwise_count(differ)
+        index[here] = bits.argmin(1)
+        distance[here] = bits.min(1)
     return distance, index
 
 
