@@ -67,6 +67,7 @@ def check_answer(row):
 
 def check_described(row):
     """A parser text follows each latent span and says what it means."""
+    # the tags alone: other text may stand between the span and its parser text
     tags = "".join(TAGS.findall(row["response"]))
     undescribed = len(row["aux_images"]) - tags.count("<latent></latent><parser>")
     if undescribed > 0:
@@ -95,8 +96,8 @@ def check_parser(text, row, words_min, words_max, repeats):
     if overlap >= repeats:
         raise Reject("parser repeats the question", round(overlap, 3), text)
 
-    # an answer counts as stated where the whole text is it, or where it is announced as such: the
-    # mere word may stand there, since a picture that helps often shows it
+    # the answer's word alone is no fault, since a picture that helps often shows it; a text that is
+    # the answer, or declares it as one, is
     answer, method = extract_answer(text)
     is_all = normalise(text) == normalise(row["answer"])
     if is_all or (method in ("declared", "boxed") and is_correct(answer, row)):
@@ -116,6 +117,7 @@ def check_length(text, words_min, words_max):
 
 def check_lines(text):
     """No line or sentence of a parser text is empty or comes again."""
+    # a model that runs in circles repeats a line, or a sentence within one
     lines = [line.strip() for line in re.split(r"\n|(?<=[.!?])\s+", text.strip())]
     empty = lines.count("")
     if empty:
@@ -147,7 +149,7 @@ def check_auxiliary(image, queries, blank, same_as_query):
     coarse grid, below which it does not.
     """
     pixels = np.asarray(image, dtype=float)  # (height, width, 3)
-    deviation = float(pixels.std(axis=(0, 1)).max())
+    deviation = float(pixels.std(axis=(0, 1)).max())  # of the liveliest channel
     if deviation < blank:
         raise Reject("auxiliary image is blank", round(deviation, 3))
     for query in queries:

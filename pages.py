@@ -42,6 +42,7 @@ def coloured(response):
     All other markup is shown, not obeyed.
     """
     pieces = []
+    # the parentheses make split() keep the tags
     for piece in re.split(f"({TAGS.pattern})", response):
         shown = html.escape(piece)
         if not TAGS.fullmatch(piece):

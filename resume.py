@@ -45,11 +45,12 @@ def each(work, items, workers):
     try:
         for item in items:
             running.add(pool.submit(work, item))
+            # as many wait as run, so that no worker does
             if len(running) >= 2 * workers:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in ended)
         yield from (future.result() for future in as_completed(running))
-    finally:
+    finally:  # also where the caller stops early: what has not begun never does
         pool.shutdown(cancel_futures=True)
 
 
@@ -63,6 +64,8 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
     keys = [key_of(settings | {"row": row}) for row in rows]
+    # the file also holds what other rows and other settings gave: a change that is taken back costs
+    # nothing
     wanted = set(keys)
     done = {line["key"]: line for line in read_lines(path) if line["key"] in wanted}
     todo = [(key, row) for key, row in zip(keys, rows) if key not in done]
@@ -85,6 +88,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
                 done[line["key"]] = line
                 in_a_row = 0
 
+    # they ended in any order
     lines = [done.get(key) or unanswered[key] for key in keys]
     kept = [line["row"] for line in lines if "row" in line]
     rejected = [line["reject"] for line in lines if "reject" in line]
@@ -107,7 +111,7 @@ def outcome_of(work, key, row):
         }
         line = {"key": key, "reject": reject}
         if isinstance(e, Unanswered):
-            line["again"] = True
+            line["again"] = True  # a mark for run_stage; such a line is never written
         return line
 
 

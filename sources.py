@@ -72,6 +72,7 @@ def source_of(category):
 
 def plain_name(category):
     """A category's name without what differs between the sources' spellings."""
+    # Monet has taken in other sets, and calls them monet_X
     letters = re.sub(r"[^a-z0-9]", "", category.lower().removeprefix("monet_"))
     return letters.replace("geo3k", "geometry3k")
 
@@ -97,7 +98,7 @@ def read_items(path):
 
 def read_list(text):
     """read_items for the text of a JSON list."""
-    separator = re.compile(r"[\s,]*")
+    separator = re.compile(r"[\s,]*")  # lenient: what is between two items is not looked at
     read_one = json.JSONDecoder().raw_decode  # (text, start) -> (item, end)
     end, n = text.index("[") + 1, 0
     while end:
@@ -146,6 +147,7 @@ def in_our_tags(text):
     """A tagged response with a span for each mark; what is around <think> ... </answer> goes."""
     text = MARKS.sub(LATENT_SPAN, text)
     text = text.replace("<observation>", "<parser>").replace("</observation>", "</parser>")
+    # code fences, an end-of-turn token, a greeting
     whole = re.search(r"<think>.*</answer>", text, re.DOTALL)
     return whole[0] if whole else text
 
@@ -153,6 +155,7 @@ def in_our_tags(text):
 def wrapped(text, answer):
     """A response from a source that has no tags of its own but an answer's."""
     text = in_our_tags(text)
+    # an answer that is never closed goes, too
     text = re.sub(r"</?think>|<answer>.*?(?:</answer>|$)", "", text, flags=re.DOTALL)
     return f"<think> {text.strip()} </think> <answer> {answer} </answer>"
 
@@ -191,11 +194,11 @@ def from_table(item):
         row[field] = filled[0] if filled else None
 
     answer = row["answer"]
-    if answer is None:
+    if answer is None:  # the gold answer is then the teacher's own
         answer, _ = extract_answer(text_of(row["response"]))
     answer = text_of(answer)
     question = text_of(row["question"])
-    if row["response"] is None:
+    if row["response"] is None:  # questions alone: `synthesise` writes one
         response = wrapped("", answer)
     else:
         response = in_our_tags(text_of(row["response"]))
@@ -223,6 +226,7 @@ def from_monet(item):
         return [part for turn in item["data"] if turn["role"] == role for part in turn["content"]]
 
     def images_in(parts):
+        # the paths are those of the authors' disk, where this folder is the release's root
         paths = [part["image"] for part in parts if part["type"] == "image"]
         return [path.replace("created_dataset/filtered_data/", "") for path in paths]
 

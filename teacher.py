@@ -75,7 +75,7 @@ def edit_image(served, prompt, png):
             data={"model": served.model, "prompt": prompt, "n": "1"},
             files={"image": ("query.png", png, "image/png")},
         )
-    finally:
+    finally:  # a request that fails has cost time, too
         log_cost(served, start)
     hf_raise_for_status(response)
     return base64.b64decode(response.json()["data"][0]["b64_json"], validate=True)
