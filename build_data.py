@@ -96,12 +96,10 @@ min_side = 28  # pixels: one merged vision token
 
 # synthesise
 teacher_url = os.environ.get("TEACHER_URL", "http://localhost:8000/v1")  # + /chat/completions
-teacher_model = os.environ.get(
-    "TEACHER_MODEL", "Qwen2.5-VL-72B-Instruct"
-)  # as the endpoint names it
+teacher_model = os.environ.get("TEACHER_MODEL", "Qwen2.5-VL-72B-Instruct")  # its name there
 teacher_key = os.environ.get("TEACHER_KEY_NAME", "TEACHER_KEY")  # the *name* of the key's variable
 image_url = os.environ.get("IMAGE_URL", "http://localhost:8001/v1")  # + /images/edits
-image_model = os.environ.get("IMAGE_MODEL", "Qwen-Image-Edit")  # as the endpoint names it
+image_model = os.environ.get("IMAGE_MODEL", "Qwen-Image-Edit")  # its name there
 image_key = os.environ.get("IMAGE_KEY_NAME", "IMAGE_KEY")  # the *name* of the key's variable
 tries = 6  # of a request; pauses double from first_pause to 60 s, or are the server's Retry-After
 first_pause = 1.0  # seconds
@@ -135,17 +133,15 @@ Answer: {answer}"""
 need_parser = True  # an example with latents has a text that says what they mean
 parser_words_min = 5  # [ours; the paper filters by length and names no bounds]
 parser_words_max = 200  # [ours]
-parser_repeats = (
-    0.8  # Jaccard overlap of parser's and question's words: it only repeats the question
-)
+parser_repeats = 0.8  # Jaccard overlap of its words with the question's: it only repeats that
 blank = 2.0  # grey levels: an auxiliary image of a smaller standard deviation is blank
 same_as_query = 8.0  # grey levels: one that differs less on a 64 x 64 grid is the query image again
-base = ""  # a Qwen2.5-VL folder: reject flat embeddings of its tower; "": as fit_pca.py always does
+base = ""  # a Qwen2.5-VL folder, to reject what its tower sees as flat; "": fit_pca.py does that
 degenerate = 1e-3  # var(v) / mean ||v||^2, as in fit_pca.py
 K = 36  # latents an image
 mode = "pool"  # how the tower's tokens become K: pool, resize
-min_pixels = 56 * 56  # the tower's pixel limits
-max_pixels = 1280 * 28 * 28
+min_pixels = 56 * 56  # of an image that the tower sees
+max_pixels = 1280 * 28 * 28  # of an image that the tower sees
 
 # audit
 benchmarks = ""  # test sets with commas between: names of benchmarks.py, or JSONL files
@@ -163,14 +159,14 @@ n_sheet = 40  # examples on it
 LOCK = threading.Lock()
 
 
-def check_patience():
-    """Every command begins with this: no work is done by no workers, and none in no tries."""
+def check_counts():
+    """What every command checks first: someone does the work, and a request is tried."""
     if min(workers, tries) < 1:
         raise SystemExit(f"workers={workers} and tries={tries} must be 1 or more")
 
 
 # --------------------------------------------------------------------------------------------------
-# rows: what a command reads, and how it works them off
+# rows: what a command reads, and how it works through them
 
 
 def data_files():
@@ -208,22 +204,20 @@ def draw_rows(rows):
     return [rows[i] for i in sorted(picked)]
 
 
-def work_off(name, rows, work, used, rejects):
-    """run_stage in `out`; `used` names the settings whose change makes older results useless."""
-    used = {setting: globals()[setting] for setting in used}
-    return run_stage(name, rows, work, used, out, workers, give_up, rejects)
+def work_through(name, rows, work, uses, rejects):
+    """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
+
+    uses: the names of the settings that `work` depends on; a change of one does the work anew.
+    """
+    settings = {setting: globals()[setting] for setting in uses}
+    return run_stage(name, rows, work, settings, out, workers, give_up, rejects)
 
 
 # --------------------------------------------------------------------------------------------------
-# images: from bytes that may be anything to RGB, and into <out>/images
+# images: the one way from bytes that may be anything to RGB, and into <out>/images
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start another program
-SUFFIXES = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-}  # of what is kept as it is
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # others become PNG
 
 
 def read_inside(folder, name):
@@ -257,7 +251,9 @@ def decode(content):
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise Reject("animated image")
         image.load()
-        suffix = SUFFIXES.get(image.format, "")
+        # bytes are kept where they can be shown in one way only: 8 bits, no palette, nothing to see
+        # through
+        suffix = KEPT.get(image.format, "")
         if image.mode not in ("RGB", "L") or image.has_transparency_data:
             suffix = ""
         image = to_rgb(image)
@@ -311,23 +307,13 @@ def store(content, image, suffix):
     """
     if not suffix:
         content, suffix = png_of(image), ".png"
+    # 128 bits tell any two images apart; 256 folders keep each of them small
     digest = hashlib.sha256(content).hexdigest()
     name = f"images/{digest[:2]}/{digest[2:34]}{suffix}"
     with LOCK:  # two workers may hold the same picture
         if not (Path(out) / name).exists():
             write_then_rename(Path(out) / name, lambda p: p.write_bytes(content))
     return name
-
-
-def images_in(rows):
-    """The rows' image paths in `out`, each once, in their order."""
-    return list(dict.fromkeys(p for row in rows for p in row["images"] + row["aux_images"]))
-
-
-def prints_of(names, title):
-    """{name: fingerprint} of images in `out`."""
-    files = ((name, Path(out) / name) for name in names)
-    return fingerprints(files, len(names), title, out, workers, decode_rgb)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,7 +324,7 @@ CONVERT_USES = "source label draw crop_margin crop_side max_bytes bomb_pixels mi
 
 def convert():
     """The items of a source as checked examples: <out>/<label>.jsonl and rejects.<label>.jsonl."""
-    check_patience()
+    check_counts()
     check_choices(globals(), source=tuple(SOURCES), draw=("crop", "outline"))
     if Path(label).name != label:
         raise SystemExit(f"label={label!r} is no name for a file in {out}")
@@ -350,7 +336,7 @@ def convert():
     name = label or source
     rows = read_source(paths, name)
     check_columns(rows)
-    work_off(name, draw_rows(rows), convert_one, CONVERT_USES, f"rejects.{name}.jsonl")
+    work_through(name, draw_rows(rows), convert_one, CONVERT_USES, f"rejects.{name}.jsonl")
 
 
 def read_source(paths, name):
@@ -389,7 +375,7 @@ def convert_one(row):
     example["question"] = example["question"].replace("<image>", "").strip()
     example = {"id": row["id"]} | example
     example["images"], example["aux_images"] = ["?"] * len(images), ["?"] * len(aux)
-    check_example(example)  # before an image is written
+    check_example(example)  # before an image is read or written
 
     def picture(name):
         """What store() takes, of a path or encoded bytes."""
@@ -401,7 +387,7 @@ def convert_one(row):
     for part in aux:
         if isinstance(part, tuple):  # a box in the first image
             _, query, _ = pictures[0]
-            drawn.append((b"", stand_in(query, part), ""))
+            drawn.append((b"", stand_in(query, part), ""))  # no bytes yet: they become a PNG
         else:
             drawn.append(picture(part))
     example["images"] = [store(*p) for p in pictures]
@@ -434,6 +420,7 @@ def stand_in(image, box):
         ImageDraw.Draw(image).rectangle(outline, outline="red", width=width)
         return image
     part = image.crop((x1, y1, x2, y2))
+    # enlarged to crop_side, and more where the short side is no token yet; never shrunk
     scale = max(1, crop_side / max(part.size), min_side / min(part.size))
     larger = (round(part.width * scale), round(part.height * scale))
     return check_size(part.resize(larger, Image.BICUBIC))
@@ -448,7 +435,7 @@ WRITTEN_USES = "teacher_url teacher_model teacher_prompt max_tokens temperature 
 
 def synthesise():
     """An auxiliary image for each row without one, then a response of the teacher for each row."""
-    check_patience()
+    check_counts()
     began = time.monotonic()
     for url in (teacher_url, image_url):
         # the client would take anything else for the name of a model on the hub
@@ -458,8 +445,8 @@ def synthesise():
             )
     costs = cost_file()
     open_append(costs).close()  # a line that a kill cut in two is gone before the next is written
-    drawn = work_off("drawn", load_data(), draw_image, DRAWN_USES, "rejects.drawn.jsonl")
-    work_off("synthesised", drawn, write_response, WRITTEN_USES, "rejects.synthesised.jsonl")
+    drawn = work_through("drawn", load_data(), draw_image, DRAWN_USES, "rejects.drawn.jsonl")
+    work_through("synthesised", drawn, write_response, WRITTEN_USES, "rejects.synthesised.jsonl")
 
     lines = read_lines(costs)
     asked = sum(line["prompt_tokens"] for line in lines)
@@ -531,7 +518,7 @@ FILTER_USES = (
 
 def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
-    check_patience()
+    check_counts()
     check_choices(globals(), mode=("pool", "resize"))
     rows = draw_rows(read_unchecked())
     tower = None
@@ -543,7 +530,7 @@ def filter_data():
     def work(row):
         return filter_one(row, tower)
 
-    work_off("filtered", rows, work, FILTER_USES, "rejects.jsonl")
+    work_through("filtered", rows, work, FILTER_USES, "rejects.jsonl")
 
 
 def read_unchecked():
@@ -591,12 +578,23 @@ def filter_one(row, tower):
 # audit
 
 
+def files_of(rows):
+    """[(name in `out`, file)] of all images of the rows, each once, in their order."""
+    names = dict.fromkeys(p for row in rows for p in row["images"] + row["aux_images"])
+    return [(name, Path(out) / name) for name in names]
+
+
+def prints_of(images, total, title):
+    """{where: fingerprint} of the pairs (where, path or encoded bytes) that `images` yields."""
+    return fingerprints(images, total, title, out, workers, decode_rgb)
+
+
 def audit():
     """What of the test sets is in our data? Each finding: audit.jsonl; near pairs: audit.html.
 
     The rows without a finding of `drop`: audited.jsonl.
     """
-    check_patience()
+    check_counts()
     dropped = {kind.strip() for kind in drop.split(",") if kind.strip()}
     unknown = dropped - set(KINDS)
     if unknown:
@@ -607,9 +605,9 @@ def audit():
         )
     rows = load_data()
     tests = load_tests([name.strip() for name in benchmarks.split(",")], data_root)
-    ours = prints_of(images_in(rows), "our images")
-    embedded = images_of_tests(tests)
-    theirs = fingerprints(embedded, None, "benchmark images", out, workers, decode_rgb)
+    files = files_of(rows)
+    ours = prints_of(files, len(files), "our images")
+    theirs = prints_of(images_of_tests(tests), None, "benchmark images")
     findings = find_copies(rows, tests, ours, theirs, near)
     left_out = {f["id"] for f in findings if f["kind"] in dropped}
     write_lines(Path(out) / "audit.jsonl", findings)
@@ -632,13 +630,14 @@ def audit():
 
 def split():
     """Write train.jsonl and val.jsonl without a shared image, and print what they are made of."""
-    check_patience()
+    check_counts()
     rows = load_data()
-    groups = groups_of(rows, prints_of(images_in(rows), "images"))
+    files = files_of(rows)
+    groups = groups_of(rows, prints_of(files, len(files), "images"))
     random.Random(seed).shuffle(groups)
     wanted = round(val_share * len(rows))
     held_out = set()
-    for group in groups:  # a group that is too large for what is left goes to train
+    for group in groups:  # one that is too large for what is left goes to train
         if len(held_out) + len(group) <= wanted:
             held_out |= {row["id"] for row in group}
     train = [row for row in rows if row["id"] not in held_out]
@@ -665,12 +664,10 @@ def print_composition(train, val):
         f"\n{'':26}{'paper':>8}{'release: train':>16}{'val':>7}{'latent':>8}"
         f"{'ours: train':>14}{'val':>7}{'latent':>8}"
     )
-    for name, paper, train, val, latent in [*COMPOSITION, *of_ours, ("all", *total)]:
-        our_train, our_val, our_latent = ours[name]
-        print(
-            f"{name[:25]:26}{paper:8}{train:16}{val:7}{latent:8}"
-            f"{our_train:14}{our_val:7}{our_latent:8}"
-        )
+    for name, paper, *release in [*COMPOSITION, *of_ours, ("all", *total)]:
+        theirs = f"{paper:8}{release[0]:16}{release[1]:7}{release[2]:8}"
+        mine = f"{ours[name][0]:14}{ours[name][1]:7}{ours[name][2]:8}"
+        print(f"{name[:25]:26}{theirs}{mine}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,7 +676,7 @@ def print_composition(train, val):
 
 def contact_sheet():
     """A page of n_sheet random examples: query image, auxiliary image, question, response."""
-    check_patience()
+    check_counts()
     rows = load_data()
     picked = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
     cards = [card(row) for row in tqdm(picked, desc="sheet", unit="example")]

@@ -1,7 +1,6 @@
-"""The commands from sources to training files: hostile images and paths, filter, split, settings."""
+"""The commands from sources to training files: hostile images, paths, filter, split, settings."""
 
 import io
-import json
 import os
 import random
 import subprocess
