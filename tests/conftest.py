@@ -1,6 +1,7 @@
 """What tests share: a tiny Qwen2.5-VL of random weights, a few examples of the toy world, and ways
 to run a script as a user does."""
 
+import io
 import json
 import os
 import signal
@@ -9,16 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
+import huggingface_hub.constants
+
+import build_data
 import toy
-from data import load_examples, open_image, write_lines
+from data import load_examples, open_image, read_lines, write_lines
 from generate import Decoder
 from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
@@ -253,3 +259,114 @@ def broken(world, tmp_path, change):
     path = tmp_path / "broken.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+# what the tests of build_data.py's rooms share
+
+PARSER = "a red bar that reaches twice as high as the blue one"
+RESPONSE = (
+    f"<think> Compare the bars. <latent></latent> <parser> {PARSER} </parser> So red. </think> "
+    "<answer> red </answer>"
+)
+
+
+def noise(seed, size=(64, 48), smooth=4):
+    """An image of random blobs that stays itself under mild edits."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (size[1] // smooth, size[0] // smooth, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.BICUBIC)
+
+
+def photo(seed, size=(200, 150)):
+    """An image with the spectrum of a photograph."""
+    rng = np.random.default_rng(seed)
+    n = max(size)
+    f = np.fft.fftfreq(n)
+    radius = np.hypot(f[:, None], f[None])
+    radius[0, 0] = 1
+    grey = rng.normal(size=(n, n))
+    x = [
+        np.fft.ifft2(np.fft.fft2(grey + 0.3 * rng.normal(size=(n, n))) / radius).real
+        for _ in range(3)
+    ]
+    x = np.stack([c / c.std() * 50 + 128 for c in x], -1)[: size[1], : size[0]]
+    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+
+
+def saved(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image):
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Run a command in this process with settings; returns the rows of <out>/<name>.jsonl."""
+    monkeypatch.setattr(build_data, "out", str(tmp_path / "out"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+    def call(command, name="", **changes):
+        for key, value in changes.items():
+            assert type(getattr(build_data, key)) is type(value), key
+            monkeypatch.setattr(build_data, key, value)
+        build_data.COMMANDS[command]()
+        return read_lines(tmp_path / "out" / f"{name}.jsonl") if name else None
+
+    return call
+
+
+def convert(stage, tmp_path, source, items, name="items.json", **changes):
+    """Convert items written in the source's layout; returns kept rows and rejects."""
+    path = tmp_path / "src" / name
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(items)
+    if name.endswith(".jsonl"):
+        text = "".join(json.dumps(item) + "\n" for item in items)
+    path.write_text(text)
+    changes |= {"source": source, "files": str(path), "root": str(tmp_path / "src")}
+    kept = stage("convert", source, **changes)
+    if kept:
+        load_examples(tmp_path / "out" / f"{source}.jsonl")  # what the other stages demand
+    return kept, read_lines(tmp_path / "out" / f"rejects.{source}.jsonl")
+
+
+def write_data(tmp_path, rows, name="rows"):
+    """Rows with PIL images as a data file of `out`; returns its path."""
+
+    def stored(image):
+        if isinstance(image, str):
+            return image
+        return build_data.store(encoded(image), image, ".png")
+
+    path = tmp_path / "out" / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as f:
+        for row in rows:
+            for field in ("images", "aux_images"):
+                row = row | {field: [stored(image) for image in row[field]]}
+            f.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def example(n=0, **change):
+    return {
+        "id": f"x{n}",
+        "images": [noise(n)],
+        "question": "Which bar is higher?",
+        "answer": "red",
+        "response": RESPONSE,
+        "aux_images": [noise(n + 1000)],
+    } | change
