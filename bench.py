@@ -1,14 +1,19 @@
-"""Speed as ratios, measured side by side in one run.
+"""How fast is it? Beside Hugging Face's own code, as ratios measured in one run.
 
-(a) 8 samples a question: ours against HF generate(num_return_sequences=8), on the same prompts and temperature
-(b) a training step: ours against HF's labels= forward with auxiliary images encoded in the step and padding to the
-    longest, on a narrow model with Qwen's vocabulary of 152,064; and the peak memory of both
+(a) 8 samples a question: ours against HF generate(num_return_sequences=8), on the same prompts and
+    temperature
+(b) a training step: ours against HF's labels= forward with auxiliary images encoded in the step and
+    padding to the longest, on a narrow model with Qwen's vocabulary of 152,064; and the peak memory
+    of both
 (c) a decode step in latent mode against one in text mode
-(d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the peak memory of both
-With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in absolute numbers.
+(d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the
+    peak memory of both
 
-    python bench.py                 # toy shapes, CPU or GPU; about 10 minutes on two quiet cores
-    python bench.py --shape=7b      # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
+With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in
+absolute numbers.
+
+    python bench.py               # toy shapes, CPU or GPU; about 10 minutes on two quiet cores
+    python bench.py --shape=7b    # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
 """
 
 import json
@@ -17,9 +22,12 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -37,6 +45,7 @@ import train
 from answers import extract_answer, is_correct
 from data import load_examples, open_image, pick_device, start
 from generate import generate, make_prompts, to_text
+from method import cross_entropy
 from model import (
     IGNORE,
     LATENT_PAD,
@@ -44,7 +53,6 @@ from model import (
     TOWER_ATTENTION,
     PCAHead,
     add_latent_tokens,
-    cross_entropy,
     embed,
     encode,
     encode_images,
@@ -55,19 +63,26 @@ from model import (
     tower_attention,
 )
 
-# ---------------------------------------------------------------------------------------------------
-base = "toy/base"
-data = "out/toy/train.jsonl"
+# --------------------------------------------------------------------------------------------------
+base = "toy/base"  # the model of (a) and (c)
+data = "out/toy/train.jsonl"  # their questions
 only = ""  # a, b, c or d; "" for all
-shape = "toy"  # or 7b, 7b-smoke
+shape = "toy"  # or 7b, 7b-smoke: absolute numbers
 repeats = 5  # of each measurement, ours and theirs in turn; the median counts
 questions = 16  # a batch
-new_tokens = 32
-threads = 2
+new_tokens = 32  # an answer of (a)
+threads = 2  # of the CPU
 side = ""  # set by (b) and (d) for their subprocesses
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
+VOCABULARY = 152064  # rows of Qwen2.5-VL's embedding
+PIXELS = (56 * 56, 1280 * 28 * 28)
+SPAN = 36  # latents of a span in (b)
 device = pick_device()
+
+
+# --------------------------------------------------------------------------------------------------
+# measuring
 
 
 def clock():
@@ -78,66 +93,58 @@ def clock():
 
 def versus(name, ours, theirs):
     """Run both in turn and print the ratio of their median times."""
-    times = ([], [])
+    times = {ours: [], theirs: []}
     for i in range(repeats + 1):
-        for f, t in zip((ours, theirs), times):
-            start = clock()
+        for f in (ours, theirs):
+            began = clock()
             f()
-            if i:  # the first is a warm-up
-                t.append(clock() - start)
-    a, b = map(statistics.median, times)
+            if i > 0:  # the first is a warm-up
+                times[f].append(clock() - began)
+    a, b = statistics.median(times[ours]), statistics.median(times[theirs])
     print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
-    return b / a
 
 
 def in_processes(part, name):
-    """Run both sides of a part, each alone in a process so that its peak memory is its own, and print both ratios."""
+    """Run both sides of a part, each alone in a process so that its peak memory is its own."""
     found = []
-    for s in ("ours", "hf"):
+    for one in ("ours", "hf"):
+        settings = [f"--only={part}", f"--side={one}", f"--threads={threads}"]
         done = subprocess.run(
-            [sys.executable, __file__, f"--only={part}", f"--side={s}", f"--threads={threads}"],
-            capture_output=True,
-            text=True,
-            check=True,
+            [sys.executable, __file__, *settings], capture_output=True, text=True, check=True
         )
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    a, b = found
-    print(f"{name:58} ours {a['s']:8.3f} s   HF {b['s']:8.3f} s   {b['s'] / a['s']:5.2f} x")
-    print(
-        f"{f'({part}) peak memory':58} ours {a['gib']:8.2f} GiB HF {b['gib']:8.2f} GiB {a['gib'] / b['gib']:5.2f} of it"
-    )
+    a, b = (x["s"] for x in found)
+    print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
+    name = f"({part}) peak memory"
+    a, b = (x["gib"] for x in found)
+    print(f"{name:58} ours {a:8.2f} GiB HF {b:8.2f} GiB {a / b:5.2f} of it")
 
 
 def report_side(f, n, where):
     """Run f n times on a device; print its median seconds and this process's peak GiB as JSON."""
     times = []
     for _ in range(n):
-        start = clock()
+        began = clock()
         f()
-        times.append(clock() - start)
-    print(json.dumps({"s": statistics.median(times), "gib": train.peak_memory(where) / 2**30}))
+        times.append(clock() - began)
+    gib = train.peak_memory(where) / 2**30
+    print(json.dumps({"s": statistics.median(times), "gib": gib}))
 
 
-# --- (a) sampling
-
-
-def hf_batch(vlm, tokenizer, processor, rows):
-    """Left-padded inputs for HF generate."""
-    examples = [encode(vlm, tokenizer, processor, row) for row in rows]
-    T = max(len(e["ids"]) for e in examples)
-    left = lambda x, v: torch.cat([torch.full((T - len(x),), v), x])  # noqa: E731
-    ids = torch.stack([left(e["ids"], tokenizer.pad_token_id) for e in examples])
-    mask = torch.stack([left(torch.ones_like(e["ids"]), 0) for e in examples])
-    images = processor(
-        images=[open_image(p) for row in rows for p in row["images"]], return_tensors="pt"
-    )
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
-        **images,
+def random_pca(d, k):
+    """A PCA of k random components of width d."""
+    return {
+        "basis": torch.linalg.qr(torch.randn(d, k))[0],
+        "mean": torch.zeros(d),
+        "eigenvalues": torch.ones(k),
+        "total_variance": float(k),
     }
-    return {k: v.to(device) for k, v in batch.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# (a) sampling
+
+HF_SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
 
 
 def sampling():
@@ -145,317 +152,322 @@ def sampling():
     stock, _ = load_vlm(base, device=device)
     stock.model.visual.config._attn_implementation = "sdpa"
     rows = load_examples(data)
-    small = load_processor(base, 56 * 56, 1280 * 28 * 28)
+    small = load_processor(base, *PIXELS)
     large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
-    kwargs = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
-    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     for name, processor in (("short prompts", small), ("256 image tokens", large)):
-        part = rows[:questions]
-
-        def ours():
-            generate(
-                vlm,
-                None,
-                tokenizer,
-                make_prompts(vlm, tokenizer, processor, part),
-                max_new_tokens=new_tokens,
-                n_samples=8,
-                temperature=1.0,
-                seeds=list(range(8 * questions)),
-                suppress=no_stop,
-            )
-
-        def theirs():
-            out = stock.generate(
-                **hf_batch(vlm, tokenizer, processor, part),
-                max_new_tokens=new_tokens,
-                suppress_tokens=no_stop,
-                **kwargs,
-            )
-            assert out.shape[0] == 8 * questions
-
-        versus(f"(a) 8 samples, {new_tokens} tokens each, {name}", ours, theirs)
-
-    job = rows[: 4 * questions]
-
-    def ours_job():
-        for i in range(0, len(job), questions):
-            part = job[i : i + questions]
-            generate(
-                vlm,
-                None,
-                tokenizer,
-                make_prompts(vlm, tokenizer, small, part),
-                max_new_tokens=24,
-                n_samples=8,
-                temperature=1.0,
-                seeds=list(range(8 * len(part))),
-                on_finish=lambda q, s, ids: is_correct(
-                    extract_answer(to_text(tokenizer, ids))[0], part[q]
-                ),
-            )  # noqa: B023
-
-    def theirs_job():
-        for i in range(0, len(job), questions):
-            part = job[i : i + questions]
-            batch = hf_batch(vlm, tokenizer, small, part)
-            out = stock.generate(**batch, max_new_tokens=24, **kwargs)[
-                :, batch["input_ids"].shape[1] :
-            ]
-            for j, ids in enumerate(out.tolist()):
-                is_correct(extract_answer(to_text(tokenizer, ids))[0], part[j // 8])
-
-    versus("(a) the whole job: natural stops, early stop", ours_job, theirs_job)
-
-
-# --- (b) a training step
-
-
-def narrow():
-    """A model of width 256 with Qwen's real vocabulary, and a batch of 8 examples of uneven length with K = 36."""
-    tokenizer = toy.make_tokenizer()
-    torch.manual_seed(0)
-    at = tokenizer.convert_tokens_to_ids
-    vlm = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=152064,
-                hidden_size=256,
-                intermediate_size=688,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                rope_parameters=dict(
-                    rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]
-                ),
-            ),
-            vision_config=dict(
-                depth=4,
-                hidden_size=128,
-                intermediate_size=344,
-                num_heads=4,
-                out_hidden_size=256,
-                window_size=112,
-                fullatt_block_indexes=[3],
-            ),
-            image_token_id=at("<|image_pad|>"),
-            video_token_id=at("<|video_pad|>"),
-            vision_start_token_id=at("<|vision_start|>"),
-            vision_end_token_id=at("<|vision_end|>"),
+        batch = (tokenizer, processor, rows[:questions])
+        versus(
+            f"(a) 8 samples, {new_tokens} tokens each, {name}",
+            partial(our_samples, vlm, *batch),
+            partial(their_samples, stock, *batch),
         )
+    job = (tokenizer, small, rows[: 4 * questions])
+    versus(
+        "(a) the whole job: natural stops, early stop",
+        partial(our_job, vlm, *job),
+        partial(their_job, stock, *job),
     )
-    add_latent_tokens(vlm, tokenizer)
-    vlm.model.visual.requires_grad_(False)
-    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
-    pca = {
-        "basis": torch.linalg.qr(torch.randn(256, 64))[0],
-        "mean": torch.zeros(256),
-        "eigenvalues": torch.ones(64),
-        "total_variance": 64.0,
+
+
+def our_samples(vlm, tokenizer, processor, rows):
+    """The prompt's cache is made once a question, and shared by its samples."""
+    generate(
+        vlm,
+        None,
+        tokenizer,
+        make_prompts(vlm, tokenizer, processor, rows),
+        max_new_tokens=new_tokens,
+        n_samples=8,
+        temperature=1.0,
+        seeds=list(range(8 * questions)),
+        suppress=[tokenizer.eos_token_id, tokenizer.pad_token_id],  # all rows run to the end
+    )
+
+
+def their_samples(stock, tokenizer, processor, rows):
+    """Every sample has a prompt, and a picture, of its own."""
+    out = stock.generate(
+        **hf_batch(stock, tokenizer, processor, rows),
+        max_new_tokens=new_tokens,
+        suppress_tokens=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        **HF_SAMPLING,
+    )
+    assert out.shape[0] == 8 * questions
+
+
+def our_job(vlm, tokenizer, processor, rows):
+    """Sample and check; a question that was right once is done, as in sample_difficulty.py."""
+    for i in range(0, len(rows), questions):
+        part = rows[i : i + questions]
+        generate(
+            vlm,
+            None,
+            tokenizer,
+            make_prompts(vlm, tokenizer, processor, part),
+            max_new_tokens=24,
+            n_samples=8,
+            temperature=1.0,
+            seeds=list(range(8 * len(part))),
+            on_finish=partial(is_right, tokenizer, part),
+        )
+
+
+def their_job(stock, tokenizer, processor, rows):
+    for i in range(0, len(rows), questions):
+        part = rows[i : i + questions]
+        batch = hf_batch(stock, tokenizer, processor, part)
+        out = stock.generate(**batch, max_new_tokens=24, **HF_SAMPLING)
+        new = out[:, batch["input_ids"].shape[1] :]
+        for j, ids in enumerate(new.tolist()):
+            is_right(tokenizer, part, j // 8, j % 8, ids)
+
+
+def is_right(tokenizer, rows, question, sample, ids):
+    answer, _ = extract_answer(to_text(tokenizer, ids))
+    return is_correct(answer, rows[question])
+
+
+def hf_batch(vlm, tokenizer, processor, rows):
+    """Left-padded inputs for HF generate."""
+    examples = [encode(vlm, tokenizer, processor, row) for row in rows]
+    T = max(len(e["ids"]) for e in examples)
+    ids = torch.full((len(rows), T), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, e in enumerate(examples):
+        ids[i, T - len(e["ids"]) :] = e["ids"]
+        mask[i, T - len(e["ids"]) :] = 1
+    images = [open_image(path) for row in rows for path in row["images"]]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
+        **processor(images=images, return_tensors="pt"),
     }
-    rng = random.Random(0)
-    noise = lambda: Image.effect_noise(
-        (28 * rng.randrange(6, 20), 28 * rng.randrange(6, 20)), 60
-    ).convert("RGB")  # noqa: E731
-    images, aux = [noise() for _ in range(8)], [noise() for _ in range(8)]
-    examples = []
-    for image in images:
-        n = image.width * image.height // 784
-        ids = (
-            [at("<|vision_start|>")]
-            + [at("<|image_pad|>")] * n
-            + [at("<|vision_end|>")]
-            + [rng.randrange(20, 400) for _ in range(40)]
-        )
-        before, after = (
-            [rng.randrange(20, 400) for _ in range(rng.randrange(20, 100))] for _ in range(2)
-        )
-        answer = [*before, at(LATENT_START), *[at(LATENT_PAD)] * 36, at("<|latent_end|>"), *after]
-        ids, labels = (
-            torch.tensor(ids + answer),
-            torch.tensor(
-                [IGNORE] * len(ids) + [IGNORE if t == at(LATENT_PAD) else t for t in answer]
-            ),
-        )
-        examples.append((ids, labels, image))
-    return vlm.train(), tokenizer, processor, PCAHead(pca, 36), examples, aux
+    return {k: v.to(device) for k, v in batch.items()}
 
 
-def training_side():
-    """One side of (b). Prints JSON."""
-    vlm, tokenizer, processor, head, examples, aux = narrow()
-    vlm.model.visual.config._attn_implementation = {"ours": TOWER_ATTENTION, "hf": "sdpa"}[side]
-    latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
-    targets = (
-        grid_features(vlm, processor, aux, 36, "pool").detach().bfloat16()
-    )  # what fit_pca.py leaves on the disk
-    params = [p for p in [*vlm.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
-    pad = lambda xs, v: pad_sequence(xs, batch_first=True, padding_value=v)  # noqa: E731
+# --------------------------------------------------------------------------------------------------
+# (b) a training step
 
-    def ours():
-        n = sum(int((labels != IGNORE).sum()) for _, labels, _ in examples)
-        for part in train.micro_batches([len(ids) for ids, _, _ in examples], 1, 2048):
-            ids, labels = (
-                pad([examples[i][0] for i in part], 0),
-                pad([examples[i][1] for i in part], IGNORE),
-            )
-            with torch.no_grad():
-                v, grids = encode_images(vlm, processor, [examples[i][2] for i in part])
-            pos = pad(
-                [positions(vlm, examples[i][0], [g]).T for i, g in zip(part, grids.tolist())], 0
-            ).permute(2, 0, 1)
-            t = targets[part].flatten(0, 1)
-            x = embed(vlm, ids, torch.cat(v), t, latent)
-            h = vlm.model.language_model(
-                inputs_embeds=x, position_ids=pos, use_cache=False
-            ).last_hidden_state[:, :-1]
-            on = labels[:, 1:] != IGNORE
-            ce = cross_entropy(h[on], labels[:, 1:][on], vlm.lm_head) / n
-            (ce + head.squared_error(h[ids[:, 1:] == latent], t).sum() / (36 * 8 * 256)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    def theirs():
-        ids, labels = pad([e[0] for e in examples], 0), pad([e[1] for e in examples], IGNORE)
-        mask = pad([torch.ones_like(e[0]) for e in examples], 0)
-        with torch.no_grad():
-            v, grids = encode_images(vlm, processor, [e[2] for e in examples])
-            t = grid_features(vlm, processor, aux, 36, "pool").flatten(0, 1)
-        pos, _ = vlm.model.get_rope_index(
-            ids, (ids == vlm.config.image_token_id).int(), grids, attention_mask=mask
-        )
-        x = embed(vlm, ids, torch.cat(v), t, latent)
-        out = vlm(
-            inputs_embeds=x,
-            position_ids=pos,
-            attention_mask=mask,
-            labels=labels,
-            use_cache=False,
-            output_hidden_states=True,
-        )
-        h = out.hidden_states[-1][:, :-1][ids[:, 1:] == latent]
-        (out.loss + nn.functional.mse_loss(head(h), t)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+class Training(NamedTuple):
+    """What a step trains, and on what: 8 examples of uneven length, each with a span of latents."""
 
-    report_side({"ours": ours, "hf": theirs}[side], 3, torch.device("cpu"))
+    vlm: nn.Module
+    processor: object
+    head: nn.Module
+    latent: int  # the id of a latent pad
+    ids: list  # (T) an example
+    labels: list  # (T) an example
+    images: list
+    aux: list  # auxiliary images
+    targets: torch.Tensor  # (8, SPAN, d) their features, as fit_pca.py leaves them on the disk
 
 
 def training():
     in_processes("b", "(b) a training step, V = 152,064, K = 36")
 
 
-# --- (c) latent mode
+def training_side():
+    """One side of (b). Prints JSON."""
+    if side == "ours":
+        attention, backward = TOWER_ATTENTION, our_backward
+    else:
+        attention, backward = "sdpa", their_backward
+    job = narrow_job(attention)
+    # all that train.py trains: the decoder, its embeddings and LM head, and the latent head
+    params = [p for p in [*job.vlm.parameters(), *job.head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
+
+    def step():
+        backward(job)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    report_side(step, 3, torch.device("cpu"))
+
+
+def our_backward(job):
+    """As train.py: micro-batches of rows of like length, targets at hand, logits in chunks."""
+    # both losses are divided by their counts over the whole batch
+    n = sum(int((labels != IGNORE).sum()) for labels in job.labels)
+    lengths = [len(ids) for ids in job.ids]
+    for part in train.micro_batches(lengths, 1, 2048):  # for one rank, of 2,048 padded tokens
+        ids = pad([job.ids[i] for i in part], 0)  # (B, T)
+        labels = pad([job.labels[i] for i in part], IGNORE)
+        with torch.no_grad():
+            v, grids = encode_images(job.vlm, job.processor, [job.images[i] for i in part])
+        rows = zip(part, grids.tolist())
+        pos = pad([positions(job.vlm, job.ids[i], [grid]).T for i, grid in rows], 0)
+        t = job.targets[part].flatten(0, 1)  # (M, d)
+        x = embed(job.vlm, ids, torch.cat(v), t, job.latent)
+        out = job.vlm.model.language_model(
+            inputs_embeds=x, position_ids=pos.permute(2, 0, 1), use_cache=False
+        )
+        h = out.last_hidden_state[:, :-1]  # the state at t predicts the token at t + 1
+        ids, labels = ids[:, 1:], labels[:, 1:]
+        on = labels != IGNORE
+        ce = cross_entropy(h[on], labels[on], job.vlm.lm_head) / n
+        error = job.head.squared_error(h[ids == job.latent], t).sum()
+        (ce + error / job.targets.numel()).backward()
+
+
+def their_backward(job):
+    """HF's own loss on the whole batch, padded to the longest; targets encoded in the step."""
+    ids, labels = pad(job.ids, 0), pad(job.labels, IGNORE)
+    mask = pad([torch.ones_like(x) for x in job.ids], 0)
+    with torch.no_grad():
+        v, grids = encode_images(job.vlm, job.processor, job.images)
+        t = grid_features(job.vlm, job.processor, job.aux, SPAN, "pool").flatten(0, 1)
+    is_image = (ids == job.vlm.config.image_token_id).int()
+    pos, _ = job.vlm.model.get_rope_index(ids, is_image, grids, attention_mask=mask)
+    out = job.vlm(
+        inputs_embeds=embed(job.vlm, ids, torch.cat(v), t, job.latent),
+        position_ids=pos,
+        attention_mask=mask,
+        labels=labels,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    h = out.hidden_states[-1][:, :-1][ids[:, 1:] == job.latent]  # (M, d), after the final norm
+    (out.loss + F.mse_loss(job.head(h), t)).backward()
+
+
+def pad(rows, value):
+    return pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def narrow_job(attention):
+    """A Training of width 256 with Qwen's vocabulary on noise; `attention` is the tower's."""
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    vlm = narrow_vlm(tokenizer)
+    add_latent_tokens(vlm, tokenizer)
+    vlm.model.visual.requires_grad_(False)
+    vlm.model.visual.config._attn_implementation = attention
+    processor = Qwen2VLImageProcessorPil(min_pixels=PIXELS[0], max_pixels=PIXELS[1])
+    pca = random_pca(256, 64)
+    rng = random.Random(0)
+    images = [noise(rng) for _ in range(8)]
+    aux = [noise(rng) for _ in range(8)]
+    all_ids, all_labels = zip(*(random_example(image, tokenizer, rng) for image in images))
+    return Training(
+        vlm=vlm.train(),
+        processor=processor,
+        head=PCAHead(pca, SPAN),
+        latent=tokenizer.convert_tokens_to_ids(LATENT_PAD),
+        ids=all_ids,
+        labels=all_labels,
+        images=images,
+        aux=aux,
+        targets=grid_features(vlm, processor, aux, SPAN, "pool").detach().bfloat16(),
+    )
+
+
+def narrow_vlm(tokenizer):
+    """Random weights: 4 layers of width 256 below a head of VOCABULARY rows."""
+    at = tokenizer.convert_tokens_to_ids
+    text = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
+    )
+    vision = dict(
+        depth=4,
+        hidden_size=128,
+        intermediate_size=344,
+        num_heads=4,
+        out_hidden_size=256,
+        window_size=112,
+        fullatt_block_indexes=[3],
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=at("<|image_pad|>"),
+        video_token_id=at("<|video_pad|>"),
+        vision_start_token_id=at("<|vision_start|>"),
+        vision_end_token_id=at("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def noise(rng):
+    """An image of 6 to 19 merged tokens a side."""
+    size = (28 * rng.randrange(6, 20), 28 * rng.randrange(6, 20))
+    return Image.effect_noise(size, 60).convert("RGB")
+
+
+def random_example(image, tokenizer, rng):
+    """Ids and labels (T): the image, 40 tokens of question, an answer with a span of latents."""
+    at = tokenizer.convert_tokens_to_ids
+    n = image.width * image.height // 28**2
+    vision = [at("<|vision_start|>"), *[at("<|image_pad|>")] * n, at("<|vision_end|>")]
+    prompt = vision + random_words(rng, 40)
+    before = random_words(rng, rng.randrange(20, 100))
+    after = random_words(rng, rng.randrange(20, 100))
+    span = [at(LATENT_START), *[at(LATENT_PAD)] * SPAN, at("<|latent_end|>")]
+    answer = [*before, *span, *after]
+    labels = [IGNORE if t == at(LATENT_PAD) else t for t in answer]
+    return torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + labels)
+
+
+def random_words(rng, n):
+    return [rng.randrange(20, 400) for _ in range(n)]  # ids of ordinary text
+
+
+# --------------------------------------------------------------------------------------------------
+# (c) latent mode
 
 
 def latent_mode():
     vlm, tokenizer = load_vlm(base, device=device)
     add_latent_tokens(vlm, tokenizer)
-    processor = load_processor(base, 56 * 56, 1280 * 28 * 28)
+    processor = load_processor(base, *PIXELS)
     rows = load_examples(data)[: 4 * questions]
     prompts = make_prompts(vlm, tokenizer, processor, rows)
-    d = vlm.config.text_config.hidden_size
-    pca = {
-        "basis": torch.linalg.qr(torch.randn(d, 8))[0],
-        "mean": torch.zeros(d),
-        "eigenvalues": torch.ones(8),
-        "total_variance": 8.0,
-    }
-    head = PCAHead(pca, 128).to(device).eval()
+    pca = random_pca(vlm.config.text_config.hidden_size, 8)
+    head = PCAHead(pca, 128).to(device).eval()  # one span fills the answer
+    latent_start = tokenizer.convert_tokens_to_ids(LATENT_START)
+    # suppressed: all that would end a span of latents, or that would open one
+    all_but_start = [t for t in range(len(tokenizer)) if t != latent_start]
     text_only = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    all_but_start = [
-        t for t in range(len(tokenizer)) if t != tokenizer.convert_tokens_to_ids(LATENT_START)
-    ]
 
-    def steps(suppress, intervention):
-        stamps = []
-        generate(
-            vlm,
-            head,
-            tokenizer,
-            prompts,
-            max_new_tokens=128,
-            suppress=suppress,
-            intervention=intervention,
-            on_step=lambda *_: stamps.append(clock()),
-        )
-        return [b - a for a, b in zip(stamps[2:], stamps[3:])]
-
-    both = {"latent": [], "text": []}
+    run = partial(step_times, vlm, head, tokenizer, prompts, max_new_tokens=128)
+    latent, text = [], []
     for i in range(repeats + 1):
-        for name, times in (
-            ("latent", steps(all_but_start, "clean")),
-            ("text", steps(text_only, "zero")),
-        ):
-            both[name] += times if i else []
-    a, b = (statistics.median(both[k]) for k in ("latent", "text"))
+        of_latent = run(suppress=all_but_start, intervention="clean")
+        of_text = run(suppress=text_only, intervention="zero")
+        if i > 0:  # the first is a warm-up
+            latent += of_latent[2:]  # without the step that opens the span
+            text += of_text[2:]
+    a, b = statistics.median(latent), statistics.median(text)
     name = f"(c) a decode step of {len(prompts)} rows, latent against text mode"
     print(f"{name:58} latent {1e3 * a:6.2f} ms   text {1e3 * b:6.2f} ms   {a / b:5.2f} x")
 
 
-# --- (d) the vision tower
+def step_times(*args, **settings):
+    """Seconds of each decode step of generate(...), from one to the next."""
+    stamps = []
+    generate(*args, on_step=lambda *_: stamps.append(clock()), **settings)
+    return [after - before for before, after in zip(stamps, stamps[1:])]
 
+
+# --------------------------------------------------------------------------------------------------
+# (d) the vision tower
 
 GRID_4K = (1, 250, 288)  # patches of an image of 4024 x 3503 px: 1,152 windows
-
-
-def make_tower(heads, dim, depth, full):
-    """A tower of random weights with full attention in the layers `full`; 7B's has 16 heads of 80."""
-    config = Qwen2_5_VLVisionConfig(
-        hidden_size=heads * dim,
-        num_heads=heads,
-        intermediate_size=heads * dim * 171 // 64,
-        depth=depth,
-        fullatt_block_indexes=[*full],
-        out_hidden_size=64,
-    )
-    return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
-
-
-def forwards(tower, grid):
-    """Two functions that run a tower over one image of noise: with our attention, with the stock one."""
-    grids = torch.tensor([grid], device=device)
-    pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
-
-    @torch.inference_mode()
-    def forward(implementation):
-        tower.config._attn_implementation = implementation
-        tower(pixels, grid_thw=grids)
-
-    return lambda: forward(TOWER_ATTENTION), lambda: forward("sdpa")
-
-
-def window_attention(heads, dim, grid):
-    """The attention of one layer alone, without its projections: ours and the loop of the stock SDPA path."""
-    grids, sdpa = torch.tensor([grid], device=device), AttentionInterface()["sdpa"]
-    cu_seqlens = get_vision_window_index(grids, 2, 112, 14)[1]
-    q, k, v = torch.randn(3, 1, cu_seqlens[-1], heads, dim, device=device).transpose(2, 3)
-    layer = nn.Identity()
-
-    def theirs():
-        windows = zip(*(x.split(cu_seqlens.diff().tolist(), 2) for x in (q, k, v)))
-        return torch.cat(
-            [sdpa(layer, *w, None, scaling=dim**-0.5, is_causal=False)[0] for w in windows], 1
-        )
-
-    return lambda: tower_attention(layer, q, k, v, None, dim**-0.5, 0.0, cu_seqlens)[0], theirs
-
-
-def tower_side():
-    """One side of (d): one forward over a 4K image, in which a full-attention layer takes nearly all the time. Prints JSON."""
-    ours, theirs = forwards(make_tower(4, 16, 4, [3]).to(device), GRID_4K)
-    report_side({"ours": ours, "hf": theirs}[side], 1, device)
+# the last window of each row is narrower: windows of one length are no neighbours
+GRID_RAGGED = (1, 250, 286)
 
 
 def vision():
-    ragged = (
-        1,
-        250,
-        286,
-    )  # the last window of each row is narrower: windows of one length are no neighbours
     for heads, dim in ((4, 16), (16, 80)):
-        for name, grid in (("4K", GRID_4K), ("4K, ragged", ragged)):
+        for name, grid in (("4K", GRID_4K), ("4K, ragged", GRID_RAGGED)):
             versus(
                 f"(d) window attention alone, {name}, {heads} heads of {dim}",
                 *window_attention(heads, dim, grid),
@@ -471,105 +483,173 @@ def vision():
     in_processes("d", "(d) 3 window layers + 1 full, 4K, 4 heads of 16, once")
 
 
-# --- 7B shapes
+def tower_side():
+    """One side of (d): one forward over a 4K image. Prints JSON.
+
+    The layer of full attention takes nearly all of the time.
+    """
+    ours, theirs = forwards(make_tower(4, 16, 4, [3]).to(device), GRID_4K)
+    report_side(ours if side == "ours" else theirs, 1, device)
 
 
+def make_tower(heads, dim, depth, full):
+    """A tower of random weights, full attention in the layers `full`; 7B's has 16 heads of 80."""
+    config = Qwen2_5_VLVisionConfig(
+        hidden_size=heads * dim,
+        num_heads=heads,
+        intermediate_size=heads * dim * 171 // 64,  # as wide as 7B's: 3,420 for 1,280
+        depth=depth,
+        fullatt_block_indexes=[*full],
+        out_hidden_size=64,
+    )
+    return Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+
+
+def forwards(tower, grid):
+    """Two functions that run a tower over one image of noise: our attention, and the stock one."""
+    grids = torch.tensor([grid], device=device)
+    pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
+
+    @torch.inference_mode()
+    def forward(implementation):
+        tower.config._attn_implementation = implementation
+        tower(pixels, grid_thw=grids)
+
+    return partial(forward, TOWER_ATTENTION), partial(forward, "sdpa")
+
+
+def window_attention(heads, dim, grid):
+    """The attention of one layer alone, without its projections: ours and the stock SDPA loop."""
+    grids = torch.tensor([grid], device=device)
+    cu_seqlens = get_vision_window_index(grids, 2, 112, 14)[1]  # bounds of windows of 8 patches
+    size = (3, 1, cu_seqlens[-1], heads, dim)
+    q, k, v = torch.randn(size, device=device).transpose(2, 3)  # each (1, heads, N, D)
+    layer = nn.Identity()
+    scaling = dim**-0.5
+    sdpa = AttentionInterface()["sdpa"]
+
+    def ours():
+        return tower_attention(layer, q, k, v, None, scaling, 0.0, cu_seqlens)
+
+    def theirs():
+        lengths = cu_seqlens.diff().tolist()
+        windows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
+        out = [sdpa(layer, *w, None, scaling=scaling, is_causal=False)[0] for w in windows]
+        return torch.cat(out, 1)
+
+    return ours, theirs
+
+
+# --------------------------------------------------------------------------------------------------
+# 7B shapes
+
+# fmt: off
 TEXT = {
     "7b": dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
+        hidden_size=3584, intermediate_size=18944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
     ),
     "7b-smoke": dict(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=256, intermediate_size=512,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
     ),
 }
+# fmt: on
 
 
 def seven_b():
-    """Absolute numbers of a model with random weights in bfloat16: decoding, and a training forward and backward."""
+    """Absolute numbers of random weights in bfloat16: decoding, training, and the vision tower."""
     if shape == "7b" and device.type != "cuda":
         raise SystemExit(
-            "--shape=7b needs a CUDA GPU; this machine has none (7b-smoke runs the same code, small)"
+            "--shape=7b needs a CUDA GPU; this machine has none "
+            "(7b-smoke runs the same code, small)"
         )
-    tokenizer = toy.make_tokenizer()
-    text = TEXT[shape] | {"vocab_size": 152064}
+    vlm = shaped_vlm()
+    decoding(vlm, toy.make_tokenizer())
+    forward_and_backward(vlm)
+    heads, dim, depth, grid = 4, 16, 8, (1, 50, 62)
+    if shape == "7b":
+        heads, dim, depth, grid = 16, 80, 32, GRID_4K
+    every_eighth = range(7, depth, 8)  # has full attention, as in 7B's tower
+    tower = make_tower(heads, dim, depth, every_eighth).to(device, torch.bfloat16)
+    versus(f"the vision tower, {grid[1] * grid[2] // 4} tokens", *forwards(tower, grid))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"{torch.cuda.get_device_name()}, peak {peak:.1f} GiB")
+
+
+def shaped_vlm():
+    """A Qwen2.5-VL whose decoder has the shape TEXT[shape], on the device, in bfloat16."""
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    vision = dict(
+    text = TEXT[shape] | {"vocab_size": VOCABULARY, "rope_parameters": rope}
+    vision = dict(  # not used: as small as it can be
         depth=2,
         hidden_size=64,
         num_heads=4,
         intermediate_size=64,
         out_hidden_size=text["hidden_size"],
-    )  # unused
+    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        vlm = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision)
-        ).eval()
+        vlm = Qwen2_5_VLForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
-    lm = vlm.model.language_model
-    size = sum(
-        p.numel() * p.element_size() for p in [*lm.layers.parameters(), *vlm.lm_head.parameters()]
-    )
+    return vlm
 
-    prompts = [
-        {
-            "ids": torch.randint(20, 400, (512,)),
-            "pos": torch.arange(512).expand(3, -1),
-            "vision": None,
-        }
-    ] * 4
-    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id, *range(151643, 152064)]
+
+def decoding(vlm, tokenizer):
+    """A decode step at 4, 32 and 128 rows; it reads all of the decoder's weights once."""
+    read = [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
+    size = sum(p.numel() * p.element_size() for p in read)  # bytes
+    prompt = {
+        "ids": torch.randint(20, 400, (512,)),
+        "pos": torch.arange(512).expand(3, -1),
+        "vision": None,
+    }
+    # nothing ends a row, and no id that Qwen's tokenizer lacks
+    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id, *range(151643, VOCABULARY)]
     for n_samples in (1, 8, 32):
-        stamps = []
-        generate(
+        times = step_times(
             vlm,
             None,
             tokenizer,
-            prompts,
+            [prompt] * 4,
             max_new_tokens=64,
             n_samples=n_samples,
             suppress=no_stop,
-            on_step=lambda *_: stamps.append(clock()),
-        )  # noqa: B023
-        s = statistics.median(b - a for a, b in zip(stamps[8:], stamps[9:]))
+        )
+        s = statistics.median(times[8:])
+        rows = 4 * n_samples
         print(
-            f"decode, {4 * n_samples:4} rows: {1e3 * s:8.2f} ms a step, {4 * n_samples / s:8.0f} tokens/s, "
+            f"decode, {rows:4} rows: {1e3 * s:8.2f} ms a step, {rows / s:8.0f} tokens/s, "
             f"weights read at {size / s / 1e12:.3f} TB/s"
         )
 
-    # 4 rows of 1,024 tokens, a quarter of them labels, checkpointed; gradients in bfloat16, no optimizer
-    vlm.train()
+
+def forward_and_backward(vlm):
+    """4 rows of 1,024 tokens, a quarter of them labels, checkpointed; no optimizer.
+
+    The gradients are in bfloat16.
+    """
+    lm = vlm.train().model.language_model
     for i, layer in enumerate(lm.layers):
         lm.layers[i] = checkpoint_wrapper(layer)
-    ids, pos, times = (
-        torch.randint(20, 400, (4, 1024), device=device),
-        torch.arange(1024, device=device).expand(3, 4, -1),
-        [],
-    )
+    ids = torch.randint(20, 400, (4, 1024), device=device)
+    pos = torch.arange(1024, device=device).expand(3, 4, -1)
+    times = []
     for _ in range(repeats + 1):
-        start = clock()
-        h = lm(
-            inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False
-        ).last_hidden_state
-        cross_entropy(h[:, 767:-1].flatten(0, 1), ids[:, 768:].flatten(), vlm.lm_head).backward()
+        began = clock()
+        # the last 256 tokens of each row are predicted, by the states before them
+        out = lm(inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False)
+        h = out.last_hidden_state[:, 767:-1].flatten(0, 1)
+        cross_entropy(h, ids[:, 768:].flatten(), vlm.lm_head).backward()
         vlm.zero_grad()
-        times.append(clock() - start)
-    print(f"training forward and backward: {4096 / statistics.median(times[1:]):8.0f} tokens/s")
-    heads, dim, depth, grid = (16, 80, 32, GRID_4K) if shape == "7b" else (4, 16, 8, (1, 50, 62))
-    tower = make_tower(heads, dim, depth, range(7, depth, 8)).to(device, torch.bfloat16)
-    versus(f"the vision tower, {grid[1] * grid[2] // 4} tokens", *forwards(tower, grid))
-    if device.type == "cuda":
-        print(
-            f"{torch.cuda.get_device_name()}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        )
+        times.append(clock() - began)
+    s = statistics.median(times[1:])  # the first is a warm-up
+    print(f"training forward and backward: {ids.numel() / s:8.0f} tokens/s")
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -581,9 +661,10 @@ def main():
     elif shape == "toy":
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
-        for name, f in (("a", sampling), ("b", training), ("c", latent_mode), ("d", vision)):
+        parts = {"a": sampling, "b": training, "c": latent_mode, "d": vision}
+        for name, part in parts.items():
             if only in ("", name):
-                f()
+                part()
     else:
         raise SystemExit(f"shape={shape!r} is not one of: toy, {', '.join(TEXT)}")
 

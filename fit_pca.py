@@ -1,13 +1,22 @@
-"""Encode the auxiliary images once, and fit the PCA that keeps latents in their space (section 4.1).
+r"""Where do real vision embeddings live?
+
+Fits the PCA that keeps latents among them (section 4.1) on the auxiliary images of the training
+data, which it encodes once: training never sees an auxiliary image again.
 
 Reads the base model and data files. Writes, under <out>:
-  targets/*.safetensors, targets/index.json   the latent targets of each example, (m, K, d) bfloat16, m spans
-  pca.safetensors                             mean (d), basis (d, k), eigenvalues (all d), and how they were made
-Training then never encodes an auxiliary image. A shard is written once and kept, so a killed run goes on with the
-next; the PCA is fitted on the very bfloat16 vectors that are the targets, streamed from the shards.
+  targets/*.safetensors   the latent targets of each example, (m, K, d) bfloat16, m spans
+  targets/index.json      which file holds which example
+  pca.safetensors         mean (d), basis (d, k), eigenvalues (all d), and how they were made
 
     python fit_pca.py
-    torchrun --nproc-per-node 8 fit_pca.py --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl --K=36
+    torchrun --nproc-per-node 8 fit_pca.py \
+        --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl --K=36
+
+1. Encode the auxiliary images to target files. A file is written once and kept, so a killed run
+   goes on with the next.
+2. Stream mean and covariance from the files: the PCA is of the very bfloat16 vectors that are the
+   targets.
+3. Fit, report and write the PCA.
 """
 
 import json
@@ -34,95 +43,265 @@ from data import (
 )
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
-# ---------------------------------------------------------------------------------------------------
-base = "toy/base"
+# --------------------------------------------------------------------------------------------------
+base = "toy/base"  # a Qwen2.5-VL folder
 data = "out/toy/train.jsonl"  # the PCA is fitted on these auxiliary images ...
 val_data = "out/toy/val.jsonl"  # ... and these only get targets ("" for none)
-out = "out/pca"
+out = "out/pca"  # a folder
 K = 4  # latents a span, a square; the paper's 36
-mode = "pool"  # how an image becomes a sqrt(K) grid: pool its merged tokens, or resize the image [ours]
+mode = "pool"  # an image's sqrt(K) grid: "pool" its merged tokens, or "resize" the image [ours]
 retained = 0.95  # k is the smallest number of components with this share of the variance [paper]
 basis = "pca"  # or "random", a control: a random orthonormal basis of the same k
 centre = True  # False, a control: mu = 0 in v_hat = P_k c + mu
-degenerate = (
-    1e-3  # an image is rejected if var(v) / mean ||v||^2 over its latents is below this [ours]
-)
+degenerate = 1e-3  # rejects an image with var(v) / mean ||v||^2 over its latents below this [ours]
 batch = 64  # images a tower call
 shard = 512  # examples a file
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
+min_pixels = 56 * 56  # smaller images are scaled up
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # of the tower; 7B: bfloat16
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+# Section 4.1. The v in R^d are what the tower and its merger make of auxiliary images, N in all.
+#
+#   mu        = 1/N sum v
+#   Sigma     = 1/N sum (v - mu)(v - mu)^T, with eigenvalues lambda_1 >= lambda_2 >= ...
+#   P_k       = the eigenvectors of the k largest eigenvalues, (d, k)
+#   k         = the smallest with sum_{j<=k} lambda_j / sum_j lambda_j >= 95 %
+#   RelMSE(k) = 1 - sum_{j<=k} lambda_j / sum_j lambda_j, what a projection on P_k loses
+
+
+def moments(paths, d, device):
+    """sum v (d), sum v v^T (d, d) and N over target files, streamed in float64."""
+    total = torch.zeros(d, dtype=torch.float64, device=device)
+    outer = torch.zeros(d, d, dtype=torch.float64, device=device)
+    n = 0
+    for path in tqdm(paths, desc="covariance", unit="shard", disable=rank_and_world()[0] > 0):
+        with safe_open(path, "pt") as f:
+            rejected = set(json.loads(f.metadata()["rejected"]))
+            kept = [f.get_tensor(name).flatten(0, 1) for name in f.keys() if name not in rejected]
+        if not kept:
+            continue
+        v = torch.cat(kept).to(device, torch.float64)  # (vectors of this file, d)
+        total += v.sum(0)
+        outer += v.T @ v
+        n += len(v)
+    return total, outer, n
+
+
+def mean_and_covariance(total, outer, n):
+    """mu (d) and Sigma (d, d) from the moments."""
+    mean = total / n
+    covariance = outer / n - mean[:, None] * mean  # Sigma = 1/N sum v v^T - mu mu^T
+    return mean, covariance
+
+
+def fit(covariance, share):
+    """Eigenvalues (d), falling; eigenvectors (d, d) in columns; and k for a retained share."""
+    eigenvalues, vectors = torch.linalg.eigh(covariance)  # rising
+    eigenvalues = eigenvalues.flip(0).clamp(min=0)  # rounding can leave -1e-18
+    vectors = vectors.flip(1)
+    return eigenvalues, vectors, components(eigenvalues, share)
 
 
 def components(eigenvalues, share):
     """k, the smallest number of components with this share of the variance."""
-    explained = eigenvalues.cumsum(0) / eigenvalues.sum()
-    return min(int((explained < share).sum()) + 1, len(eigenvalues))
+    explained = eigenvalues.cumsum(0) / eigenvalues.sum()  # (d)
+    k = int((explained < share).sum()) + 1
+    return min(k, len(eigenvalues))  # rounding can leave the last share below 1
 
 
-def fit(covariance, share):
-    """Eigenvalues (d) in falling order, eigenvectors (d, d), and k for a retained share of the variance."""
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
-    eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
-    return eigenvalues, vectors, components(eigenvalues, share)
+def rel_mse(eigenvalues, k):
+    """The share of the variance outside of the first k components."""
+    return 1 - float(eigenvalues[:k].sum() / eigenvalues.sum())
 
 
 def random_basis(covariance):
-    """The variances (d) along random orthonormal directions, and the directions (d, d); their sum is the total variance."""
-    draws = torch.randn(
-        covariance.shape, dtype=covariance.dtype, generator=torch.Generator().manual_seed(0)
-    )
+    """A control: the variances (d) along random orthonormal directions, and the directions (d, d).
+
+    The variances sum to the total variance, as the eigenvalues do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(covariance.shape, dtype=covariance.dtype, generator=generator)
     vectors = torch.linalg.qr(draws)[0]
-    return (vectors * (covariance @ vectors)).sum(0), vectors
+    variances = (vectors * (covariance @ vectors)).sum(0)  # u^T Sigma u of each direction u
+    return variances, vectors
 
 
-def moments(shards, d, device):
-    """Sum (d), sum of outer products (d, d) and number of the vectors in target files, streamed in float64."""
-    total, outer, n = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64), 0
-    total, outer = total.to(device), outer.to(device)
-    for path in tqdm(shards, desc="covariance", unit="shard", disable=rank_and_world()[0] > 0):
-        with safe_open(path, "pt") as f:
-            rejected = set(json.loads(f.metadata()["rejected"]))
-            v = [f.get_tensor(k).flatten(0, 1) for k in f.keys() if k not in rejected]
-        if v:
-            v = torch.cat(v).to(device, torch.float64)
-            total, outer, n = total + v.sum(0), outer + v.T @ v, n + len(v)
-    return total, outer, n
+# --------------------------------------------------------------------------------------------------
+# targets: the same vectors v, K an auxiliary image, in files of `shard` examples
+
+
+def split_to_shards(splits):
+    """[(path, rows)]: the target files of all splits, and the examples of each."""
+    shards = []
+    for split, rows in splits.items():
+        for i in range(0, len(rows), shard):
+            path = Path(out) / "targets" / f"{split}-{i // shard:05}.safetensors"
+            shards.append((path, rows[i : i + shard]))
+    return shards
 
 
 def encode_shard(path, rows, vlm, processor):
-    """Write the targets of `rows` to one file; its metadata names degenerate examples and the mean query norm."""
-    paths = [p for row in rows for p in row["aux_images"]]
-    v = [
-        grid_features(vlm, processor, [open_image(p) for p in paths[i : i + batch]], K, mode).cpu()
-        for i in range(0, len(paths), batch)
-    ]
-    v = torch.cat(v).bfloat16() if v else torch.zeros(0, K, 1)
-    flat = spread(v) < degenerate
-    tensors, rejected, at = {}, [], 0
+    """Write the targets of `rows` to one file.
+
+    Its metadata names the examples with a degenerate image, and holds norms as (sum, count).
+    """
+    v = encode_targets(rows, vlm, processor)  # (images, K, d)
+    flat = spread(v) < degenerate  # (images)
+    tensors, rejected = {}, []
+    at = 0
     for row in rows:
-        if m := len(row["aux_images"]):
-            tensors[row["id"]] = v[at : at + m].contiguous()
-            if flat[at : at + m].any():
-                rejected.append(row["id"])
-            at += m
-    queries = [open_image(p) for row in rows[:batch] for p in row["images"][:1]]
-    query = (
-        torch.cat(encode_images(vlm, processor, queries)[0]).float().norm(dim=-1)
-        if queries
-        else torch.zeros(0)
+        m = len(row["aux_images"])
+        if m == 0:
+            continue
+        tensors[row["id"]] = v[at : at + m].contiguous()
+        if flat[at : at + m].any():
+            rejected.append(row["id"])
+        at += m
+
+    target_norm = [float(v.float().norm(dim=-1).sum()), v.shape[0] * K]
+    query_norm = query_norms(rows[:batch], vlm, processor)  # a sample is enough to print
+    meta = {
+        "rejected": json.dumps(rejected),
+        "target_norm": json.dumps(target_norm),
+        "query_norm": json.dumps([float(query_norm.sum()), len(query_norm)]),
+    }
+    write_then_rename(path, lambda tmp: save_file(tensors, tmp, meta))
+
+
+def encode_targets(rows, vlm, processor):
+    """The targets (n, K, d) of the n auxiliary images of `rows`, in order, bfloat16 on the CPU."""
+    paths = [path for row in rows for path in row["aux_images"]]
+    if not paths:
+        return torch.zeros(0, K, 1)
+    parts = []
+    for i in range(0, len(paths), batch):
+        images = [open_image(path) for path in paths[i : i + batch]]
+        parts.append(grid_features(vlm, processor, images, K, mode).cpu())
+    return torch.cat(parts).bfloat16()
+
+
+def query_norms(rows, vlm, processor):
+    """||v|| of every embedding of each row's first query image, as the decoder is fed them."""
+    images = [open_image(path) for row in rows for path in row["images"][:1]]
+    if not images:
+        return torch.zeros(0)
+    v, _ = encode_images(vlm, processor, images)
+    return torch.cat(v).float().norm(dim=-1)
+
+
+def provenance(vlm):
+    """What the targets depend on; it is kept beside them."""
+    files = [data]
+    if val_data:
+        files.append(val_data)
+    return {
+        "tower": tower_fingerprint(vlm),
+        "K": K,
+        "mode": mode,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "d": vlm.config.text_config.hidden_size,
+        "shard": shard,
+        "degenerate": degenerate,
+        "dtype": dtype,
+        "data": key_of({}, *files),
+    }
+
+
+def check_provenance(note, made_by):
+    """Raise SystemExit if targets are there already and were made in another way."""
+    if not note.exists():
+        return
+    old = json.loads(note.read_text())
+    if old != made_by:
+        differ = {name: (old.get(name), x) for name, x in made_by.items() if old.get(name) != x}
+        raise SystemExit(
+            f"{note} and this run's settings disagree on (there, here): {differ}; "
+            "choose another `out`, or delete it to start over"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# the report and the files that training reads
+
+
+def read_shards(shards):
+    """All targets as {id: file name}, the rejected ids, and mean norms of targets and queries.
+
+    Raises SystemExit for a file of other examples than the data's.
+    """
+    index, rejected = {}, []
+    norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one a file
+    for path, rows in shards:
+        with safe_open(path, "pt") as f:
+            found, meta = set(f.keys()), f.metadata()
+            index |= dict.fromkeys(f.keys(), path.name)
+        wanted = {row["id"] for row in rows if row["aux_images"]}
+        if found != wanted:
+            raise SystemExit(
+                f"{path} holds other examples than {data} has there "
+                f"({len(found - wanted)} too many, {len(wanted - found)} missing); "
+                f"delete {path.parent}"
+            )
+        rejected += json.loads(meta["rejected"])
+        for name, pairs in norms.items():
+            pairs.append(json.loads(meta[name]))
+
+    means = {}
+    for name, pairs in norms.items():
+        count = sum(count for _, count in pairs)
+        means[name] = sum(total for total, _ in pairs) / max(1, count)
+    return index, rejected, means
+
+
+def report(n, d, index, rejected, norms, eigenvalues):
+    """Print what there is to know about the vectors and their PCA."""
+    share = len(rejected) / max(len(index), 1)
+    print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {d}")
+    print(f"rejected as degenerate: {len(rejected)} ({share:.2%}) {' '.join(rejected[:20])}")
+    print(
+        f"mean norm of targets {norms['target_norm']:.2f}, "
+        f"of query-image embeddings {norms['query_norm']:.2f}"
     )
-    norms = {
-        "target_norm": [float(v.float().norm(dim=-1).sum()), v.shape[0] * K],
-        "query_norm": [float(query.sum()), len(query)],
-    }  # sums and counts
-    meta = {"rejected": json.dumps(rejected), **{k: json.dumps(x) for k, x in norms.items()}}
-    write_then_rename(path, lambda p: save_file(tensors, p, meta))
+    for share in (0.85, 0.90, 0.95, 0.99):
+        k = components(eigenvalues, share)
+        print(f"  retained {share:.0%}: k = {k:4}, RelMSE = {rel_mse(eigenvalues, k):.4f}")
 
 
-@torch.inference_mode()
-def main():
-    rank, world = rank_and_world()
+def finish(shards, total, outer, n, made_by):
+    """Fit the PCA, report, and write it and the index of the targets."""
+    index, rejected, norms = read_shards(shards)
+    if n < 2:
+        raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
+    mean, covariance = mean_and_covariance(total, outer, n)
+    eigenvalues, vectors, k = fit(covariance, retained)
+    report(n, len(mean), index, rejected, norms, eigenvalues)
+    if basis == "random":
+        eigenvalues, vectors = random_basis(covariance)
+
+    index_path = Path(out) / "targets" / "index.json"
+    text = json.dumps(made_by | {"rejected": rejected, "files": index})
+    write_then_rename(index_path, lambda tmp: tmp.write_text(text))
+
+    tensors = {
+        "mean": mean.float() * centre,
+        "basis": vectors[:, :k].float().contiguous(),  # P_k
+        "eigenvalues": eigenvalues.float(),
+    }
+    meta = made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
+    meta = {name: str(x) for name, x in meta.items()}  # safetensors keeps strings only
+    pca_path = Path(out) / "pca.safetensors"
+    write_then_rename(pca_path, lambda tmp: save_file(tensors, tmp, meta))
+    print(f"wrote {os.path.join(out, 'pca.safetensors')} (k = {k}) and {index_path}")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def check_settings():
+    """Raise SystemExit for a setting that makes no sense."""
     if math.isqrt(K) ** 2 != K or K < 1:
         raise SystemExit(f"K={K} is not a square: latents are a sqrt(K) x sqrt(K) grid")
     check_choices(
@@ -130,121 +309,65 @@ def main():
     )
     if not 0 < retained <= 1:
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
+
+
+def join_ranks(device):
+    """Let the ranks of torchrun find each other."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # shards take unequal times
+
+
+def load_splits():
+    """{"train": rows, "val": rows}. Raises SystemExit if two examples share an id."""
+    splits = {"train": load_examples(data)}
+    if val_data:
+        splits["val"] = load_examples(val_data)
+    ids = [row["id"] for rows in splits.values() for row in rows]
+    if len(set(ids)) < len(ids):
+        raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
+    return splits
+
+
+@torch.inference_mode()
+def main():
+    rank, world = rank_and_world()
+    check_settings()
     device = pick_device()
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(days=1)
-        )  # shards take unequal times
-    splits = {"train": load_examples(data)} | ({"val": load_examples(val_data)} if val_data else {})
-    if len({row["id"] for rows in splits.values() for row in rows}) < sum(
-        map(len, splits.values())
-    ):
-        raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
+        join_ranks(device)
+    shards = split_to_shards(load_splits())
     vlm, _ = load_vlm(base, getattr(torch, dtype), device)
     processor = load_processor(base, min_pixels, max_pixels)
-    d = vlm.config.text_config.hidden_size
-    made_by = {
-        "tower": tower_fingerprint(vlm),
-        "K": K,
-        "mode": mode,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "d": d,
-        "shard": shard,
-        "degenerate": degenerate,
-        "dtype": dtype,
-        "data": key_of({}, data, *([val_data] if val_data else [])),
-    }
+    made_by = provenance(vlm)
 
-    # 1. targets: files that exist are finished; another setting would not fit them
-    folder = Path(out) / "targets"
-    note = folder / "made_by.json"
-    if note.exists() and (old := json.loads(note.read_text())) != made_by:
-        differ = {k: (old.get(k), v) for k, v in made_by.items() if old.get(k) != v}
-        raise SystemExit(
-            f"{note} and this run's settings disagree on (there, here): {differ}; choose another `out`, "
-            "or delete it to start over"
-        )
+    # 1. targets: a file that exists is finished
+    note = Path(out) / "targets" / "made_by.json"
+    check_provenance(note, made_by)
     if rank == 0:
-        write_then_rename(note, lambda p: p.write_text(json.dumps(made_by)))
-    jobs = [
-        (folder / f"{split}-{i // shard:05}.safetensors", rows[i : i + shard])
-        for split, rows in splits.items()
-        for i in range(0, len(rows), shard)
-    ]
-    for path, rows in tqdm(jobs[rank::world], desc="targets", unit="shard", disable=rank > 0):
+        write_then_rename(note, lambda tmp: tmp.write_text(json.dumps(made_by)))
+    for path, rows in tqdm(shards[rank::world], desc="targets", unit="shard", disable=rank > 0):
         if not path.exists():
             encode_shard(path, rows, vlm, processor)
     if world > 1:
         dist.barrier()
 
-    # 2. mean and covariance, summed over ranks
-    train = [path for path, _ in jobs if path.name.startswith("train-")]
-    total, outer, n = moments(train[rank::world], d, device)
+    # 2. moments of the training split, summed over ranks
+    train = [path for path, _ in shards if path.name.startswith("train-")]
+    total, outer, n = moments(train[rank::world], made_by["d"], device)
     n = torch.tensor(float(n), dtype=torch.float64, device=device)
     if world > 1:
         for x in (total, outer, n):
             dist.all_reduce(x)
+
+    # 3. the PCA
     if rank == 0:
-        finish(jobs, total.cpu(), outer.cpu(), int(n), made_by)
+        finish(shards, total.cpu(), outer.cpu(), int(n), made_by)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def finish(jobs, total, outer, n, made_by):
-    """Write the index and the PCA, and print what there is to know about them."""
-    index, rejected, norms = {}, [], {"target_norm": [], "query_norm": []}
-    for path, rows in jobs:
-        with safe_open(path, "pt") as f:
-            if set(f.keys()) != (wanted := {row["id"] for row in rows if row["aux_images"]}):
-                raise SystemExit(
-                    f"{path} holds other examples than {data} has there "
-                    f"({len(set(f.keys()) - wanted)} too many, {len(wanted - set(f.keys()))} missing); "
-                    f"delete {path.parent}"
-                )
-            index |= dict.fromkeys(f.keys(), path.name)
-            rejected += json.loads(f.metadata()["rejected"])
-            for name, seen in norms.items():
-                seen.append(json.loads(f.metadata()[name]))
-    if n < 2:
-        raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
-    mean = total / n
-    covariance = outer / n - mean[:, None] * mean
-    eigenvalues, vectors, k = fit(covariance, retained)
-    print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {len(mean)}")
-    print(
-        f"rejected as degenerate: {len(rejected)} ({len(rejected) / max(len(index), 1):.2%}) {' '.join(rejected[:20])}"
-    )
-    target, query = (
-        sum(s for s, _ in seen) / max(1, sum(n for _, n in seen)) for seen in norms.values()
-    )
-    print(f"mean norm of targets {target:.2f}, of query-image embeddings {query:.2f}")
-    for share in (0.85, 0.90, 0.95, 0.99):
-        at = components(eigenvalues, share)
-        print(
-            f"  retained {share:.0%}: k = {at:4}, RelMSE = {1 - float(eigenvalues[:at].sum() / eigenvalues.sum()):.4f}"
-        )
-    if basis == "random":
-        eigenvalues, vectors = random_basis(covariance)
-    folder = Path(out) / "targets"
-    text = json.dumps(made_by | {"rejected": rejected, "files": index})
-    write_then_rename(folder / "index.json", lambda p: p.write_text(text))
-    meta = {
-        k_: str(v)
-        for k_, v in (
-            made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
-        ).items()
-    }
-    tensors = {
-        "mean": mean.float() * centre,
-        "basis": vectors[:, :k].float().contiguous(),
-        "eigenvalues": eigenvalues.float(),
-    }
-    write_then_rename(Path(out) / "pca.safetensors", lambda p: save_file(tensors, p, meta))
-    print(f"wrote {os.path.join(out, 'pca.safetensors')} (k = {k}) and {folder / 'index.json'}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,265 @@
-"""How are text and latents written, batched? A shared prompt cache, latent and text mode a row, interventions, calibration."""
+"""How are text and latents written, batched?
+
+One prompt cache a question, shared by its samples; every row in text or in latent mode on its own;
+the interventions and the norm calibration of section 5.
+
+Shape letters beside model.py's: Q questions, S samples a question, R rows of text, V vocabulary,
+T prompt positions, t new positions; a *slot* is one place of the (Q, S) batch, and writes one row.
+"""
 
 import math
-from itertools import accumulate
 
 import torch
 from safetensors.torch import save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from data import LATENT_SPAN, open_image, read_safetensors, write_then_rename
-from model import HEAD_FILE, MonetHead, embed, encode, encode_images, latent_ids
+from model import HEAD_FILE, embed, encode, encode_images, latent_ids
 
-TOWER_PATCHES = 65_536  # a tower call without gradients: one image of 16,384 tokens
+TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
+LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
+FIRST_POSITIONS = 32  # room for new keys and values at first; doubled when full
 INTERVENTIONS = ("clean", "zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")
+
+# --------------------------------------------------------------------------------------------------
+# prompts
+
+
+def make_prompts(vlm, tokenizer, processor, rows):
+    """Encode data rows for `generate`."""
+    prompts = [encode(vlm, tokenizer, processor, row) for row in rows]
+    return see(vlm, processor, prompts)
+
+
+def see(vlm, processor, prompts):
+    """Add "vision" (N, d) or None to encoded prompts; the tower runs over several at a time."""
+    todo = []
+    for p in prompts:
+        n_patches = [math.prod(grid) for grid in p["grids"]]
+        todo += zip(p["images"], n_patches)
+
+    seen = []  # (h*w/4, d) an image
+    for images in calls_of(todo, TOWER_PATCHES):
+        opened = [open_image(image) for image in images]
+        with torch.inference_mode():
+            vision, _ = encode_images(vlm, processor, opened)
+        seen += vision
+
+    rest = iter(seen)
+    for p in prompts:
+        mine = [next(rest) for _ in p["images"]]
+        p["vision"] = torch.cat(mine) if mine else None
+    return prompts
+
+
+def calls_of(sized, most):
+    """Split (item, size) pairs into lists of items of at most `most` together, or of one item."""
+    call, total = [], 0
+    for item, size in sized:
+        if call and total + size > most:
+            yield call
+            call, total = [], 0
+        call.append(item)
+        total += size
+    if call:
+        yield call
+
+
+# --------------------------------------------------------------------------------------------------
+# the decoder, one position at a time
+
+
+class Decoder:
+    """One prefill for Q prompts, then one position at a time for Q x S rows.
+
+    The S samples of a question attend to *one* prompt cache (Q, H, T, D) and each to its own new
+    positions (Q, H, S, t, D), H being key-value heads: the prompt is neither run nor stored nor
+    read once a sample.
+    """
+
+    def __init__(self, vlm, prompts, n_samples, pad_id):
+        self.lm = vlm.model.language_model
+        if self.lm.has_sliding_layers:
+            advice = "set use_sliding_window to false"
+            raise SystemExit(f"generation has no sliding-window attention; {advice}")
+        attention = self.lm.layers[0].self_attn
+        self.H, self.D = attention.num_key_value_heads, attention.head_dim
+        self.G = attention.num_key_value_groups  # query heads that share a key-value head
+
+        # the prefill: one forward over all prompts, images included
+        ids, pos, mask = (x.to(vlm.device) for x in left_padded(prompts, pad_id))
+        vision = [p["vision"] for p in prompts if p["vision"] is not None]
+        vision = torch.cat(vision) if vision else None
+        x = embed(vlm, ids, vision)  # (Q, T, d)
+        padded = not mask.all()  # without padding SDPA keeps its causal fast path
+        mask_given = mask if padded else None
+        out = self.lm(inputs_embeds=x, position_ids=pos, attention_mask=mask_given, use_cache=True)
+
+        # what every later position reads
+        cache = out.past_key_values.layers
+        self.prompt = [(layer.keys, layer.values) for layer in cache]  # (Q, H, T, D) each
+        self.bias = None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
+        if padded:
+            bias = torch.where(mask, 0.0, -torch.inf).to(x)
+            self.bias = bias[:, None, None, None]
+        last = out.last_hidden_state[:, -1:]
+        self.h = last.expand(-1, n_samples, -1)  # (Q, S, d)
+        # text has one position on all three axes of mRoPE: they go on from the largest
+        self.next_pos = pos.amax(dim=(0, 2)) + 1  # (Q)
+        self.keys = [NewPositions() for _ in cache]
+        self.values = [NewPositions() for _ in cache]
+        self.t = 0  # how many new positions there are
+
+    def step(self, x):
+        """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm."""
+        pos = (self.next_pos + self.t)[:, None]  # (Q, 1)
+        cos, sin = self.lm.rotary_emb(x, pos.expand(3, -1, 1))
+        rope = cos[:, None], sin[:, None]  # (Q, 1, 1, D)
+        for i, layer in enumerate(self.lm.layers):
+            y = layer.input_layernorm(x)
+            x = x + self.attend(i, layer.self_attn, y, rope)
+            y = layer.post_attention_layernorm(x)
+            x = x + layer.mlp(y)
+        self.t += 1
+        return self.lm.norm(x)
+
+    def attend(self, i, attention, y, rope):
+        """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
+        Q, S, _ = y.shape
+        H, G, D = self.H, self.G, self.D
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        # (Q, H, S, G, D) queries, (Q, H, S, 1, D) keys and values
+        q, k, v = (proj(y).view(Q, S, H, -1, D).transpose(1, 2) for proj in projections)
+        q, k = apply_rotary_pos_emb(q, k, *rope)
+        k_prompt, v_prompt = self.prompt[i]  # (Q, H, T, D)
+        k_new = self.keys[i].add(k, self.t)  # (Q, H, S, t + 1, D)
+        v_new = self.values[i].add(v, self.t)
+
+        # all S * G queries of a prompt meet it in one product
+        q_flat = q.reshape(Q, H, S * G, D)
+        to_prompt = (q_flat @ k_prompt.mT).view(Q, H, S, G, -1)
+        if self.bias is not None:
+            to_prompt = to_prompt + self.bias
+        to_new = q @ k_new.mT
+        scores = torch.cat([to_prompt, to_new], -1).mul(attention.scaling)
+
+        # one softmax over both parts, in float32 as the stock attention has it
+        weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + t + 1)
+        T = k_prompt.shape[2]
+        w_prompt, w_new = weights[..., :T], weights[..., T:]
+        w_flat = w_prompt.reshape(Q, H, S * G, T)
+        from_prompt = (w_flat @ v_prompt).view(Q, H, S, G, D)
+        o = from_prompt + w_new @ v_new
+        return attention.o_proj(o.transpose(1, 2).reshape(Q, S, -1))
+
+    def keep(self, q, s):
+        """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        device = self.next_pos.device
+        q, s = q.to(device), s.to(device)
+        self.next_pos = self.next_pos[q]
+        if self.bias is not None:
+            self.bias = self.bias[q]
+        self.prompt = [(keys[q], values[q]) for keys, values in self.prompt]
+        for new in self.keys + self.values:
+            new.keep(q, s)
+
+
+class NewPositions:
+    """One layer's keys, or values, of new positions: (Q, H, S, t, D) in a buffer that doubles."""
+
+    def __init__(self):
+        self.buffer = None
+
+    def add(self, x, t):
+        """Store x (Q, H, S, 1, D) as position t; returns positions 0 to t."""
+        if self.buffer is None:
+            self.buffer = self.room(x, FIRST_POSITIONS)
+        if self.buffer.shape[3] == t:  # full: room for twice as many
+            self.buffer = torch.cat([self.buffer, self.room(x, t)], 3)
+        self.buffer[:, :, :, t] = x[:, :, :, 0]
+        return self.buffer[:, :, :, : t + 1]
+
+    @staticmethod
+    def room(x, n):
+        """Room for n positions of x (Q, H, S, 1, D)."""
+        Q, H, S, _, D = x.shape
+        return x.new_empty(Q, H, S, n, D)
+
+    def keep(self, q, s):
+        """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        kept = self.buffer[q[:, None], :, s]  # (Q', S', H, t, D)
+        self.buffer = kept.transpose(1, 2).contiguous()
+
+
+def left_padded(prompts, pad_id):
+    """ids (Q, T), pos (3, Q, T) and mask (Q, T) of prompts that all end at the last column."""
+    lengths = [len(p["ids"]) for p in prompts]
+    Q, T = len(prompts), max(lengths)
+    ids = torch.full((Q, T), pad_id)
+    pos = torch.zeros(3, Q, T, dtype=torch.long)
+    mask = torch.zeros(Q, T, dtype=torch.bool)
+    for i, (p, n) in enumerate(zip(prompts, lengths)):
+        ids[i, T - n :] = p["ids"]
+        pos[:, i, T - n :] = p["pos"]
+        mask[i, T - n :] = True
+    return ids, pos, mask
+
+
+# --------------------------------------------------------------------------------------------------
+# which token, which latent
+
+
+def pick(logits, temperature, top_p, u):
+    """Tokens (R) from logits (R, V): greedy at temperature 0, else by inverse CDF at u (R).
+
+    u are uniforms: a row's draw depends on its own alone, not on the batch it is in.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits / temperature, -1)
+    if top_p < 1:
+        p = nucleus(p, top_p)
+    cdf = p.cumsum(-1)
+    # the last column is the total: u < 1 keeps the index on a token of non-zero probability
+    u = u.to(cdf) * cdf[:, -1]
+    drawn = torch.searchsorted(cdf, u[:, None], right=True)[:, 0]
+    return drawn.clamp(max=p.shape[-1] - 1)
+
+
+def nucleus(p, top_p):
+    """p (R, V) with 0 for all but the likeliest tokens that together reach top_p."""
+    p_sorted, order = p.sort(-1, descending=True)
+    likelier = p_sorted.cumsum(-1) - p_sorted  # the tokens before this one, together
+    p_sorted[likelier >= top_p] = 0
+    return torch.zeros_like(p).scatter(-1, order, p_sorted)
 
 
 def intervene(kind, head, v_hat, noise=None, fed=None):
     """What is fed in place of the predicted latents v_hat (M, d) (section 5).
 
-    noise (M, k): standard normal draws, scaled to the training coefficients' own standard deviations, reconstructed
-    and rescaled to the predicted norm. fed (M, d): another example's latents (shuffle) or the real features (oracle).
+    noise (M, k): standard normal draws, scaled to the training coefficients' own standard
+    deviations, reconstructed and rescaled to the predicted norm. fed (M, d): another example's
+    latents (shuffle) or the real features (oracle).
     """
     if kind == "mean":
         return head.mean.expand_as(v_hat)
     if kind == "noise":
-        w = head.reconstruct(noise * head.eigenvalues.clamp(min=0).sqrt())
-        return w * v_hat.norm(dim=-1, keepdim=True) / w.norm(dim=-1, keepdim=True)
+        std = head.eigenvalues.clamp(min=0).sqrt()
+        w = head.reconstruct(noise * std)
+        norm = v_hat.norm(dim=-1, keepdim=True)
+        return w * norm / w.norm(dim=-1, keepdim=True)
     if kind in ("shuffle", "oracle"):
         return fed
     if kind == "oracle_pca":
-        return head.reconstruct((fed - head.mean) @ head.basis)
+        c = (fed - head.mean) @ head.basis  # what the subspace keeps of the real features
+        return head.reconstruct(c)
     return v_hat
 
 
 def ema_norm(vision, beta):
-    """n_bar, an exponential moving average of ||v|| over a query's vision embeddings (N, d), token by token."""
+    """n_bar, a moving average of ||v|| over a query's embeddings (N, d); 0 without images."""
+    if vision is None:
+        return 0.0
     norms = vision.float().norm(dim=-1).tolist()
     n_bar = norms[0]
     for n in norms[1:]:
@@ -41,113 +267,77 @@ def ema_norm(vision, beta):
     return n_bar
 
 
-def pick(logits, temperature, top_p, u):
-    """Tokens (R) from logits (R, V): greedy at temperature 0, else by inverse CDF at the uniforms u (R).
+def calibrate(v, n_bar):
+    """EMA norm calibration: n_bar v / ||v|| for latents v (M, d), n_bar (M); as it is where 0."""
+    scale = n_bar[:, None] / v.norm(dim=-1, keepdim=True)
+    return torch.where(scale > 0, v * scale, v)
 
-    A row's draw depends on its own u alone, not on the batch it is in.
+
+class Tokens:
+    """The text of all rows: tokens drawn from the LM head, each row by draws of its own."""
+
+    def __init__(self, vlm, tokenizer, never, temperature, top_p, u):
+        self.lm_head, self.n_words = vlm.lm_head, len(tokenizer)
+        self.never = never
+        self.temperature, self.top_p = temperature, top_p
+        self.u = u  # (all rows, max_new_tokens)
+
+    def next(self, h, rows, n):
+        """The n-th tokens (R) of `rows` (R), whose states are h (R, d)."""
+        logits = self.lm_head(h).float()  # (R, V)
+        logits[:, self.never] = -torch.inf
+        logits[:, self.n_words :] = -torch.inf  # spare rows are no tokens
+        return self.draw(logits, rows, n)
+
+    def draw(self, logits, rows, n):
+        """Tokens (R) from logits (R, V), by the n-th draws of `rows` (R)."""
+        u = self.u[rows, n]
+        return pick(logits, self.temperature, self.top_p, u).cpu()
+
+    def would_write(self, token, h, rows, n):
+        """Would the LM head write `token` now, where it may write anything? (R) bools."""
+        return self.draw(self.lm_head(h).float(), rows, n) == token
+
+
+class Latents:
+    """The latents of all rows: predicted by the head, or what an intervention feeds instead.
+
+    fed: (m, K, d) a question, for `shuffle` and `oracle`. n_bar: the norm that EMA calibration
+    gives a question's latents, or 0. generators: one a row, for `noise`.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(logits / temperature, -1)
-    if top_p < 1:
-        p_sorted, order = p.sort(-1, descending=True)
-        p_sorted[p_sorted.cumsum(-1) - p_sorted >= top_p] = 0
-        p = torch.zeros_like(p).scatter(-1, order, p_sorted)
-    cdf = p.cumsum(-1)
-    # the last column is the total: u < 1 keeps the index on a token of non-zero probability
-    return torch.searchsorted(cdf, (u.to(cdf) * cdf[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=p.shape[-1] - 1
-    )
+
+    def __init__(self, head, intervention, fed, n_bar, generators, n_samples):
+        self.head, self.intervention = head, intervention
+        self.fed, self.n_bar, self.generators = fed, n_bar, generators
+        self.n_samples = n_samples
+        self.written = [[] for _ in range(len(n_bar) * n_samples)]  # a list of (d) a row
+
+    def next(self, h, rows):
+        """The next latents (M, d) of `rows` (M ints), whose states are h (M, d)."""
+        noise = given = None
+        if self.intervention == "noise":
+            k = self.head.basis.shape[1]
+            draws = [torch.randn(k, generator=self.generators[row]) for row in rows]
+            noise = torch.stack(draws).to(h.device)
+        if self.intervention in ("shuffle", "oracle", "oracle_pca"):
+            given = torch.stack([self.stand_in(row) for row in rows]).to(h.device)
+        v_hat = self.head(h)
+        v = intervene(self.intervention, self.head, v_hat, noise, given)
+        n_bar = [self.n_bar[row // self.n_samples] for row in rows]
+        if any(n_bar):
+            v = calibrate(v, torch.tensor(n_bar, device=h.device))
+        for row, latent in zip(rows, v.cpu()):
+            self.written[row].append(latent)
+        return v
+
+    def stand_in(self, row):
+        """What is fed for a row's next latent: the same place in its donor's, which may repeat."""
+        donor = self.fed[row // self.n_samples].flatten(0, 1)
+        return donor[len(self.written[row]) % len(donor)]
 
 
-class Decoder:
-    """One prefill for Q prompts, then one position at a time for Q x S rows.
-
-    The S samples of a question attend to *one* prompt cache (Q, H_kv, T, D) and each to its own new positions
-    (Q, H_kv, S, t, D): the prompt is neither run nor stored nor read once per sample.
-    """
-
-    def __init__(self, vlm, prompts, n_samples, pad_id):
-        self.lm = vlm.model.language_model
-        if self.lm.has_sliding_layers:
-            raise SystemExit(
-                "generation has no sliding-window attention; set use_sliding_window to false"
-            )
-        device, T = vlm.device, max(len(p["ids"]) for p in prompts)
-        ids = torch.full((len(prompts), T), pad_id)
-        pos = torch.zeros(3, len(prompts), T, dtype=torch.long)
-        mask = torch.zeros(len(prompts), T, dtype=torch.bool)
-        for i, p in enumerate(prompts):  # left-padded: every prompt ends at the same column
-            n = len(p["ids"])
-            ids[i, T - n :], pos[:, i, T - n :], mask[i, T - n :] = p["ids"], p["pos"], True
-        vision = [p["vision"] for p in prompts if p["vision"] is not None]
-        x = embed(vlm, ids.to(device), torch.cat(vision) if vision else None)
-        out = self.lm(
-            inputs_embeds=x,
-            position_ids=pos.to(device),
-            use_cache=True,
-            attention_mask=None if mask.all() else mask.to(device),
-        )
-        self.prompt = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
-        self.bias = (
-            None if mask.all() else torch.where(mask, 0.0, -torch.inf).to(x)[:, None, None, None]
-        )
-        self.h = out.last_hidden_state[:, -1:].expand(-1, n_samples, -1)  # (Q, S, d)
-        self.next_pos = (pos.amax(dim=(0, 2)) + 1).to(
-            device
-        )  # (Q): the same on all three axes from here on
-        a = self.lm.layers[0].self_attn
-        self.heads = (a.num_key_value_heads, a.num_key_value_groups, a.head_dim)
-        self.new, self.t = [None] * len(self.lm.layers), 0
-
-    def step(self, x):
-        """Feed x (Q, S, d), one embedding a row. Returns the states after the final norm, h_bar (Q, S, d)."""
-        (Q, S, _), (H, G, D), t = x.shape, self.heads, self.t
-        cos, sin = self.lm.rotary_emb(x, (self.next_pos + t)[None, :, None].expand(3, Q, 1))
-        cos, sin = cos[:, None], sin[:, None]  # (Q, 1, 1, D)
-        for i, layer in enumerate(self.lm.layers):
-            a, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                proj(y).view(Q, S, H, -1, D).transpose(1, 2)
-                for proj in (a.q_proj, a.k_proj, a.v_proj)
-            )
-            q, k = apply_rotary_pos_emb(q, k, cos, sin)  # (Q, H, S, G or 1, D)
-            k_new, v_new = self._write(i, k, v)
-            k_prompt, v_prompt = self.prompt[i]
-            s_prompt = (q.reshape(Q, H, S * G, D) @ k_prompt.mT).view(Q, H, S, G, -1)
-            if self.bias is not None:
-                s_prompt = s_prompt + self.bias
-            w = torch.cat([s_prompt, q @ k_new.mT], -1).mul(a.scaling)
-            w = w.softmax(-1, dtype=torch.float32).to(x.dtype)
-            w_prompt, w_new = w.split([k_prompt.shape[2], t + 1], -1)
-            o = (w_prompt.reshape(Q, H, S * G, -1) @ v_prompt).view(Q, H, S, G, D) + w_new @ v_new
-            x = x + a.o_proj(o.transpose(1, 2).reshape(Q, S, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        self.t += 1
-        return self.lm.norm(x)
-
-    def _write(self, i, k, v):
-        """Store position t of layer i; returns all new keys and values so far, (Q, H, S, t + 1, D)."""
-        t, shape = self.t, list(k.shape)
-        if self.new[i] is None or self.new[i][0].shape[3] == t:  # room for twice as many
-            shape[3] = max(32, t)
-            room = [k.new_empty(shape), v.new_empty(shape)]
-            self.new[i] = (
-                room if t == 0 else [torch.cat(pair, 3) for pair in zip(self.new[i], room)]
-            )
-        k_new, v_new = self.new[i]
-        k_new[:, :, :, t], v_new[:, :, :, t] = k[:, :, :, 0], v[:, :, :, 0]
-        return k_new[:, :, :, : t + 1], v_new[:, :, :, : t + 1]
-
-    def keep(self, q, s):
-        """Keep questions q (Q') and, of each, samples s (Q', S')."""
-        q, s = q.to(self.next_pos.device), s.to(self.next_pos.device)
-        self.next_pos = self.next_pos[q]
-        self.bias = None if self.bias is None else self.bias[q]
-        self.prompt = [(k[q], v[q]) for k, v in self.prompt]
-        self.new = [
-            [x[q[:, None], :, s].transpose(1, 2).contiguous() for x in kv] for kv in self.new
-        ]
+# --------------------------------------------------------------------------------------------------
+# generation
 
 
 @torch.inference_mode()
@@ -172,191 +362,182 @@ def generate(
 ):
     """Answer a batch of prompts, each {"ids" (T), "pos" (3, T), "vision" (N, d) or None}.
 
-    Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the head's output for the
-    state before it, then `<|latent_end|>` and the text `after` are forced (section 3.4; forced end [ours]); a Monet
-    model may also end its span itself. With no head, or under `zero`, a span can not open. `seeds` (Q * n_samples ints)
-    fix each row's draws; `fed` (a (m, K, d) tensor a question) feeds `shuffle` and `oracle`; ema_beta > 0 rescales each
-    latent to n_bar (EMA norm calibration); tokens in `suppress` are never written.
-    on_step(rows, tokens, x, h) sees what each living row is fed, and from which state; on_finish(q, s, ids) is called
-    as a row ends and may return True to drop the question's other rows.
+    Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the
+    head's output for the state before it, then `<|latent_end|>` and the text `after` are forced
+    (section 3.4; forced end [ours]); a Monet model may also end its span itself. With no head, or
+    under `zero`, a span can not open.
+
+    seeds: Q * n_samples ints that fix each row's draws. fed: a (m, K, d) tensor a question, which
+    `shuffle` and `oracle` feed. ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress`
+    are never written. on_step(rows, tokens, x, h) sees what each living row is fed, and from which
+    state; on_finish(q, s, ids) is called as a row ends and may return True to drop the question's
+    other rows.
+
     Returns per question a list of {"ids", "latents" (m, d), "finished"}.
     """
-    if intervention not in INTERVENTIONS:
-        raise SystemExit(f"intervention {intervention!r} is not one of {', '.join(INTERVENTIONS)}")
-    if intervention in ("noise", "mean", "oracle_pca") and head and not head.basis.numel():
-        raise SystemExit(
-            f"the intervention {intervention!r} needs the PCA of a {HEAD_FILE}, which this model does not have"
-        )
-    device, S0 = vlm.device, n_samples
-    start, pad, end = latent_ids(tokenizer)
-    closed = head is None or intervention == "zero"
-    never = [t for t in (pad, end, *suppress) + (start,) * closed if t is not None]
-    eos = vlm.generation_config.eos_token_id  # an int, a list, or None
-    stops = torch.tensor([tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos or ())])
-    n_bar = [
-        ema_norm(p["vision"], ema_beta) if ema_beta and p["vision"] is not None else 0
-        for p in prompts
-    ]
-    rng = [torch.Generator().manual_seed(s) for s in seeds] if seeds else None
-    u = torch.stack([torch.rand(max_new_tokens, generator=g) for g in rng]) if temperature else None
+    check_intervention(intervention, head)
+    n_rows = len(prompts) * n_samples
+    start, latent_pad, end = latent_ids(tokenizer)
+    closed = head is None or intervention == "zero"  # no span can open
+    ends_early = not closed and not head.fixed_length
+    stops = stop_ids(vlm, tokenizer)
 
-    # what a span forces after its start; `left` counts down to its last position
-    then = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
-    forced = torch.tensor([] if closed else [pad] * head.K + then)
+    # what a span forces after its start: latents, its end, the text after it
+    after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
+    span = torch.tensor([] if closed else [latent_pad] * head.K + after_span)
 
-    decoder = Decoder(vlm, prompts, S0, tokenizer.pad_token_id)
-    h = decoder.h
-    rows = torch.arange(len(prompts) * S0).view(-1, S0)  # which row of the result a slot holds
-    alive, left = (
-        torch.ones_like(rows, dtype=torch.bool),
-        torch.zeros_like(rows),
-    )  # left: forced positions to come
-    ids, latents = [[] for _ in range(rows.numel())], [[] for _ in range(rows.numel())]
+    # each row's own draws, the same in any batch
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+    u = torch.zeros(n_rows, max_new_tokens)
+    if temperature:
+        u = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
+    never = [latent_pad, end, *suppress]
+    if closed:
+        never.append(start)
+    never = [token for token in never if token is not None]
+    tokens = Tokens(vlm, tokenizer, never, temperature, top_p, u)
+
+    n_bar = [0.0] * len(prompts)
+    if ema_beta:
+        n_bar = [ema_norm(p["vision"], ema_beta) for p in prompts]
+    latents = Latents(head, intervention, fed, n_bar, generators, n_samples)
+
+    decoder = Decoder(vlm, prompts, n_samples, tokenizer.pad_token_id)
+    h = decoder.h  # (Q, S, d)
+    rows = torch.arange(n_rows).view(-1, n_samples)  # which row a slot writes
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    left = torch.zeros_like(rows)  # positions of its span that a slot has yet to write
+    ids = [[] for _ in range(n_rows)]
+
     for n in range(max_new_tokens):
-        text, inside = alive & (left == 0), alive & (left > len(then))
-        if inside.any() and isinstance(head, MonetHead):
-            ended = (
-                pick(
-                    vlm.lm_head(h[inside]).float(),
-                    temperature,
-                    top_p,
-                    u[rows[inside], n] if temperature else None,
-                )
-                == end
-            )
-            left[inside] = torch.where(ended.cpu(), len(then), left[inside])
-            inside = alive & (left > len(then))
+        # 1. a slot writes text, a latent, or what is forced after a span's latents
+        text = alive & (left == 0)
+        inside = alive & (left > len(after_span))
+        if ends_early and inside.any():
+            ended = tokens.would_write(end, h[inside], rows[inside], n)
+            left[inside] = torch.where(ended, len(after_span), left[inside])
+            inside = alive & (left > len(after_span))
+
+        # 2. its token, forced or drawn
         token = torch.full_like(rows, tokenizer.pad_token_id)
-        if (on := alive & (left > 0)).any():
-            token[on] = forced[-left[on]]
+        in_span = alive & (left > 0)
+        if in_span.any():
+            token[in_span] = span[-left[in_span]]
         if text.any():
-            logits = vlm.lm_head(h[text]).float()
-            logits[:, never] = -torch.inf
-            logits[:, len(tokenizer) :] = -torch.inf  # spare rows are no tokens
-            token[text] = pick(
-                logits, temperature, top_p, u[rows[text], n] if temperature else None
-            ).cpu()
-        x = vlm.model.language_model.embed_tokens(token.to(device))
+            token[text] = tokens.next(h[text], rows[text], n)
+
+        # 3. what is fed: the token's embedding, or a latent in its place
+        x = vlm.model.language_model.embed_tokens(token.to(vlm.device))  # (Q, S, d)
         if inside.any():
-            r = rows[inside].tolist()
-            noise = (
-                torch.stack([torch.randn(head.basis.shape[1], generator=rng[i]) for i in r]).to(
-                    device
-                )
-                if intervention == "noise"
-                else None
-            )
-            given = (
-                torch.stack(
-                    [(f := fed[i // S0].flatten(0, 1))[len(latents[i]) % len(f)] for i in r]
-                ).to(device)
-                if intervention in ("shuffle", "oracle", "oracle_pca")
-                else None
-            )
-            v = intervene(intervention, head, head(h[inside].float()), noise, given)
-            if ema_beta:
-                scale = torch.tensor([n_bar[i // S0] for i in r], device=device)[:, None] / v.norm(
-                    dim=-1, keepdim=True
-                )
-                v = torch.where(scale > 0, v * scale, v)
+            v = latents.next(h[inside].float(), rows[inside].tolist())  # (M, d)
             x[inside] = v.to(x.dtype)
-            for i, latent in zip(r, v.cpu()):
-                latents[i].append(latent)
-        for i, t in zip(rows[alive].tolist(), token[alive].tolist()):
-            ids[i].append(t)
+        for row, t in zip(rows[alive].tolist(), token[alive].tolist()):
+            ids[row].append(t)
         if on_step:
             on_step(rows[alive], token[alive], x[alive], h[alive])
-        left = (
-            torch.where(text & (token == start), len(forced), (left - 1).clamp(min=0))
-            if not closed
-            else left
-        )
-        done = text & torch.isin(token, stops) | (alive if n + 1 == max_new_tokens else False)
+
+        # 4. spans open, rows end
+        left = (left - 1).clamp(min=0)
+        if not closed:
+            left[text & (token == start)] = len(span)
+        done = text & torch.isin(token, stops)
+        if n + 1 == max_new_tokens:
+            done = alive
         alive = alive & ~done
-        for slot in done.nonzero().tolist() if on_finish else ():
-            i = int(rows[tuple(slot)])
-            if on_finish(i // S0, i % S0, ids[i]):
-                alive[slot[0]] = False
+        if on_finish:
+            for q, s in done.nonzero().tolist():
+                row = int(rows[q, s])
+                if on_finish(row // n_samples, row % n_samples, ids[row]):
+                    alive[q] = False
         if not alive.any():
             break
-        live, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
-        if len(live) * most <= 0.75 * alive.numel() and decoder.t:  # finished rows leave the batch
-            s = alive[live].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-            decoder.keep(live, s)
-            rows, alive, left, x = (a[live[:, None], s] for a in (rows, alive, left, x))
+
+        # 5. finished rows leave the batch once they are many
+        if decoder.t:
+            questions, samples = still_needed(alive)
+            if samples.numel() <= LEAVE_AT * alive.numel():
+                decoder.keep(questions, samples)
+                at = questions[:, None], samples
+                rows, alive, left, x = rows[at], alive[at], left[at], x[at]
         h = decoder.step(x)
-    result = [
-        {
-            "ids": i,
-            "latents": torch.stack(v) if v else torch.zeros(0),
-            "finished": i[-1] in stops.tolist(),
-        }
-        for i, v in zip(ids, latents)
-    ]
-    return [result[i : i + S0] for i in range(0, len(result), S0)]
+
+    answers = []
+    for written, spans in zip(ids, latents.written):
+        v = torch.stack(spans) if spans else torch.zeros(0)  # (m, d)
+        finished = written[-1] in stops.tolist()
+        answers.append({"ids": written, "latents": v, "finished": finished})
+    return [answers[i : i + n_samples] for i in range(0, n_rows, n_samples)]
+
+
+def still_needed(alive):
+    """Questions (Q') with a living row, and of each as many samples (Q', S') as any has alive."""
+    questions = alive.any(1).nonzero()[:, 0]
+    most = int(alive.sum(1).max())
+    living_first = alive[questions].int().argsort(dim=1, descending=True, stable=True)
+    return questions, living_first[:, :most]
+
+
+def check_intervention(intervention, head):
+    """Raise SystemExit for an intervention that is none, or that this head can not have."""
+    if intervention not in INTERVENTIONS:
+        there = ", ".join(INTERVENTIONS)
+        raise SystemExit(f"intervention {intervention!r} is not one of {there}")
+    if intervention in ("noise", "mean", "oracle_pca") and head and not head.basis.numel():
+        needs = f"the intervention {intervention!r} needs the PCA of a {HEAD_FILE}"
+        raise SystemExit(f"{needs}, which this model does not have")
+
+
+def stop_ids(vlm, tokenizer):
+    """Ids that end an answer: the tokenizer's and the generation config's (int, list or None)."""
+    configured = vlm.generation_config.eos_token_id
+    if configured is None:
+        configured = []
+    if isinstance(configured, int):
+        configured = [configured]
+    return torch.tensor([tokenizer.eos_token_id, *configured])
 
 
 def to_text(tokenizer, ids):
     """Decode generated ids, each latent span written `<latent></latent>` as in the data."""
     start, pad, end = latent_ids(tokenizer)
-    drop = {pad, end, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    pieces, run = [], []
-    for t in ids + [start]:
+    silent = {pad, end, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    pieces = [[]]  # ids before, between and after spans
+    for t in ids:
         if t == start:
-            pieces.append(tokenizer.decode(run))
-            run = []
-        elif t not in drop:
-            run.append(t)
-    return LATENT_SPAN.join(pieces)
+            pieces.append([])
+        elif t not in silent:
+            pieces[-1].append(t)
+    return LATENT_SPAN.join(tokenizer.decode(piece) for piece in pieces)
 
 
-def see(vlm, processor, prompts):
-    """Add "vision" (N, d) or None to encoded prompts, the tower taking at most TOWER_PATCHES patches a call (or one image)."""
-    todo = [
-        (image, math.prod(grid)) for p in prompts for image, grid in zip(p["images"], p["grids"])
-    ]
-    v = []
-    while todo:
-        n = next(
-            (
-                i
-                for i, total in enumerate(accumulate(size for _, size in todo))
-                if total > TOWER_PATCHES
-            ),
-            len(todo),
-        )
-        part, todo = todo[: max(n, 1)], todo[max(n, 1) :]
-        with torch.inference_mode():
-            v += encode_images(vlm, processor, [open_image(image) for image, _ in part])[0]
-    rest = iter(v)
-    for p in prompts:
-        mine = [next(rest) for _ in p["images"]]
-        p["vision"] = torch.cat(mine) if mine else None
-    return prompts
-
-
-def make_prompts(vlm, tokenizer, processor, rows):
-    """Encode data rows for `generate`."""
-    return see(vlm, processor, [encode(vlm, tokenizer, processor, row) for row in rows])
+# --------------------------------------------------------------------------------------------------
+# latents on the disk
 
 
 def span_unit(head):
-    """Latents are kept in multiples of this: whole spans; a Monet span may be shorter than K."""
-    return 1 if head is None or isinstance(head, MonetHead) else head.K
+    """Latents are kept in multiples of this: whole spans, where all spans are of one length."""
+    return head.K if head is not None and head.fixed_length else 1
 
 
 def save_latents_file(path, latents, head):
-    """Write the whole spans of generated latents (m * K, d), if any; a span that the token limit cut off is left out."""
-    if whole := len(latents) // span_unit(head) * span_unit(head):
-        write_then_rename(path, lambda p: save_file({"latents": latents[:whole].contiguous()}, p))
+    """Write the whole spans of generated latents (m * K, d), if any.
+
+    A span that the token limit cut off is left out.
+    """
+    unit = span_unit(head)
+    whole = len(latents) // unit * unit
+    if whole:
+        tensors = {"latents": latents[:whole].contiguous()}
+        write_then_rename(path, lambda tmp: save_file(tensors, tmp))
 
 
 def load_latents_file(path, head):
-    """Latents (m, K, d) to feed to a model with this head. Raises SystemExit if they do not fit it."""
-    latents, unit = read_safetensors(path, ("latents",))[0]["latents"], span_unit(head)
-    d = head.mean.shape[0]
+    """Latents (m, K, d) to feed to a model with this head. Raises SystemExit if they do not fit."""
+    latents = read_safetensors(path, ("latents",))[0]["latents"]
+    unit, d = span_unit(head), head.mean.shape[0]
     if not len(latents) or latents.shape[1] != d or len(latents) % unit:
+        shape = tuple(latents.shape)
         raise SystemExit(
-            f"{path}: latents of shape {tuple(latents.shape)}; the model's head writes spans of {unit} x {d}"
+            f"{path}: latents of shape {shape}; the model's head writes spans of {unit} x {d}"
         )
     return latents.view(-1, unit, d)

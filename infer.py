@@ -1,10 +1,14 @@
-"""Ask a trained model about images, watch the answer come, and look at what its latents resemble.
+"""What does it answer, and what did it imagine?
 
-Needs only the model folder. A latent span prints as ⟨latent xK⟩. `--show file.png` draws, for each latent, where in the
-query images its nearest vision embeddings are (cosine, each panel from its lowest to its highest); `--latents
-file.safetensors` saves what was fed.
+Asks a trained model about images and prints the answer as it comes, a latent span as ⟨latent xK⟩.
 
-    python infer.py --images=board.png --question="Start at nw. Moves: mirror. ..." --show=out/latents.png
+Reads a model folder and images; nothing else is needed. Writes, if asked:
+  --show=file.png             where in the query images each latent's nearest vision embeddings are
+                              (cosine; each panel from its lowest to its highest)
+  --latents=file.safetensors  the latents that were fed, (m * K, d), m spans
+
+    python infer.py
+    python infer.py --images=board.png --question="Start at nw. Moves: mirror. ..." --show=where.png
 """
 
 import math
@@ -35,122 +39,199 @@ from model import (
     load_vlm,
 )
 
-# ---------------------------------------------------------------------------------------------------
-model = "out/gap"
+# --------------------------------------------------------------------------------------------------
+model = "out/gap"  # a folder written by train.py
 images = "out/toy/test/3.png"  # several: a.png,b.png
 question = ""  # "": the question of out/toy/test.jsonl that goes with the image
 show = ""  # file.png: where the latents look
 latents = ""  # file.safetensors: the latents
-max_new_tokens = 256
-temperature, top_p = 0.0, 1.0
-seed = 12345
+max_new_tokens = 256  # text and latents
+temperature = 0.0  # 0: greedy
+top_p = 1.0  # 1: draw from the whole distribution
+seed = 12345  # of the draws
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
 aux = ""  # for oracle: the auxiliary image(s), a.png,b.png
 donor = ""  # for shuffle: a latents.safetensors of another example
-latent_size = (
-    10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
-)
+latent_size = 10  # most latents a span, for Monet's tokens without a head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
+min_pixels = 56 * 56  # smaller images are scaled up
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # 7B: bfloat16
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+# the drawing, in pixels
+PICTURE = 140  # height of a panel's pictures
+CAPTION = 14  # height of the line above them
+GAP = 8  # between panels
 
 
-def heat_map(latent, vision, grid, size):
-    """Cosine of a latent (d) with an image's merged embeddings (h*w, d) as an (size) greyscale image, 0 to 255."""
-    cosine = F.cosine_similarity(latent[None], vision.float(), dim=-1).view(1, 1, *grid)
-    cosine = (cosine - cosine.min()) / (cosine.max() - cosine.min()).clamp(min=1e-6)
-    up = F.interpolate(cosine, size=size[::-1], mode="bicubic", align_corners=False).clamp(0, 1)
-    return Image.fromarray((up[0, 0] * 255).byte().numpy())
+# --------------------------------------------------------------------------------------------------
+# what it answers
 
 
-def draw_latents(path, found, pictures, visions, grids, K):
-    """Write a grid of panels, one a latent: the query images, darkened where the cosine is low."""
-    height = 140
-    pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
-    width, columns = sum(p.width for p in pictures) + 8, math.isqrt(K)
-    canvas = Image.new(
-        "RGB", (columns * width + 8, math.ceil(len(found) / columns) * (height + 22) + 8), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for i, latent in enumerate(found):
-        x, y = 8 + (i % columns) * width, 4 + (i // columns) * (height + 22)
-        best = max(
-            float(F.cosine_similarity(latent[None], v.float(), dim=-1).max()) for v in visions
-        )
-        draw.text((x, y), f"latent {i + 1}: max cosine {best:.2f}", fill="black")
-        for picture, v, grid in zip(pictures, visions, grids):
-            dark = Image.blend(picture, Image.new("RGB", picture.size, "black"), 0.75)
-            canvas.paste(
-                Image.composite(picture, dark, heat_map(latent, v, grid, picture.size)), (x, y + 14)
-            )
-            x += picture.width
-    write_then_rename(path, lambda p: canvas.save(p, format="PNG"))
+class Printer:
+    """Prints an answer as it comes: text in whole characters, a latent span as ⟨latent xK⟩."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.span_start, self.latent, self.span_end = latent_ids(tokenizer)
+        self.silent = (self.span_start, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.text = []  # ids of the text so far
+        self.printed = 0  # characters of it that are on the screen
+        self.latents = 0  # latents of the open span
+
+    def on_step(self, rows, tokens, x, h):
+        """Print the token of the only row. `generate` calls this at every step."""
+        token = int(tokens[0])
+        if token == self.latent:
+            self.latents += 1
+        elif token == self.span_end:
+            print(f"⟨latent x{self.latents}⟩", end="", flush=True)
+            self.latents = 0
+        elif token not in self.silent:
+            self.text.append(token)
+            self.print_text()
+
+    def print_text(self):
+        """Print what is new of the text."""
+        # decoded as a whole: a character may be several tokens, and spaces depend on what is before
+        text = self.tokenizer.decode(self.text)
+        if text.endswith("\ufffd"):  # half of a character: wait for the rest
+            return
+        print(text[self.printed :], end="", flush=True)
+        self.printed = len(text)
+
+
+def get_question(paths):
+    """The question to ask. Raises SystemExit if there is none, or if it holds a reserved token."""
+    asked = question or toy_question(paths[0] if paths else "")
+    reserved = RESERVED.search(asked)
+    if reserved:
+        raise SystemExit(f"--question contains the reserved token {reserved[0]!r}")
+    return asked
 
 
 def toy_question(path):
     """The question of a toy image, from the JSONL beside its folder."""
-    data = Path(path).parent.parent / f"{Path(path).parent.name}.jsonl"
-    for row in load_examples(data, training=False) if data.exists() else ():
-        if Path(row["images"][0]).resolve() == Path(path).resolve():
-            return row["question"]
+    folder = Path(path).parent
+    data = folder.parent / f"{folder.name}.jsonl"
+    if data.exists():
+        for row in load_examples(data, training=False):
+            if Path(row["images"][0]).resolve() == Path(path).resolve():
+                return row["question"]
     raise SystemExit("infer.py needs --question")
 
 
-def main():
-    check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
-    device = pick_device()
-    vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-    processor, head = (
-        load_processor(model, min_pixels, max_pixels),
-        load_head(model, vlm, tokenizer, latent_size),
-    )
-    if head is None and (intervention != "clean" or show or latents):
-        raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
-    paths = [p for p in images.split(",") if p]
-    asked = question or toy_question(paths[0] if paths else "")
-    if found := RESERVED.search(asked):
-        raise SystemExit(f"--question contains the reserved token {found[0]!r}")
-    prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
+def latents_to_feed(vlm, processor, head):
+    """What an intervention feeds in place of the model's own latents: [(m, K, d)], or None.
 
-    fed = None
+    oracle: the features of the real auxiliary images. shuffle: another example's latents.
+    """
     if intervention.startswith("oracle"):
         if not aux:
             raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
         mode = read_safetensors(Path(model) / HEAD_FILE, ())[1]["mode"]
+        pictures = [open_image(path) for path in aux.split(",")]
         with torch.inference_mode():
-            fed = [
-                grid_features(
-                    vlm, processor, [open_image(p) for p in aux.split(",")], head.K, mode
-                ).cpu()
-            ]
+            return [grid_features(vlm, processor, pictures, head.K, mode).cpu()]
     if intervention == "shuffle":
         if not donor:
             raise SystemExit(
                 "shuffle feeds the latents of --donor=latents.safetensors, another example's"
             )
-        fed = [load_latents_file(donor, head)]
+        return [load_latents_file(donor, head)]
+    return None
 
-    start, pad, end = latent_ids(tokenizer)
-    text, printed, written = [], 0, 0
 
-    def stream(rows, tokens, x, h):
-        nonlocal printed, written
-        t = int(tokens[0])
-        if t == pad:
-            written += 1
-        elif t == end:
-            print(f"⟨latent x{written}⟩", end="", flush=True)
-            written = 0
-        elif t not in (start, tokenizer.eos_token_id, tokenizer.pad_token_id):
-            text.append(t)
-            so_far = tokenizer.decode(text)
-            if not so_far.endswith("\ufffd"):  # half of a character: wait for the rest
-                print(so_far[printed:], end="", flush=True)
-                printed = len(so_far)
+# --------------------------------------------------------------------------------------------------
+# what it imagined
+
+
+def embed_pictures(vlm, processor, pictures):
+    """Merged embeddings (h*w, d) of each picture, on the CPU, and their grids (h, w)."""
+    with torch.inference_mode():
+        visions, patches = encode_images(vlm, processor, pictures)
+    m = processor.merge_size  # patches a side of a merged token
+    grids = [(h // m, w // m) for _, h, w in patches.tolist()]
+    return [v.cpu() for v in visions], grids
+
+
+def heat_map(latent, vision, grid, size):
+    """Where a picture resembles a latent: a greyscale image of `size`, 0 to 255.
+
+    The cosines of the latent (d) with the picture's embeddings (h*w, d), from lowest to highest.
+    """
+    cosine = F.cosine_similarity(latent[None], vision.float(), dim=-1)  # (h*w)
+    cosine = cosine.view(1, 1, *grid)
+    low, high = cosine.min(), cosine.max()
+    cosine = (cosine - low) / (high - low).clamp(min=1e-6)
+    width, height = size
+    up = F.interpolate(cosine, size=(height, width), mode="bicubic", align_corners=False)
+    up = up.clamp(0, 1)  # bicubic overshoots
+    return Image.fromarray((up[0, 0] * 255).byte().numpy())
+
+
+def max_cosine(latent, visions):
+    """The highest cosine of a latent with any embedding of any picture."""
+    best = -1.0
+    for vision in visions:  # (h*w, d)
+        cosine = F.cosine_similarity(latent[None], vision.float(), dim=-1)
+        best = max(best, float(cosine.max()))
+    return best
+
+
+def darken(picture, brightness):
+    """The picture, at a quarter of its light where the brightness (greyscale) is 0."""
+    black = Image.new("RGB", picture.size, "black")
+    dark = Image.blend(picture, black, 0.75)
+    return Image.composite(picture, dark, brightness)
+
+
+def draw_latents(path, found, pictures, visions, grids, K):
+    """Write a grid of panels, one a latent: the query images, darkened where the cosine is low."""
+    small = []
+    for picture in pictures:
+        width = max(1, round(picture.width * PICTURE / picture.height))
+        small.append(picture.resize((width, PICTURE)))
+
+    columns = math.isqrt(K)  # as the latents lie in the auxiliary image
+    lines = math.ceil(len(found) / columns)
+    panel_width = sum(picture.width for picture in small) + GAP
+    panel_height = CAPTION + PICTURE + GAP
+    size = (columns * panel_width + GAP, lines * panel_height + GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, latent in enumerate(found):
+        line, column = divmod(i, columns)
+        x = GAP + column * panel_width
+        y = GAP // 2 + line * panel_height
+        best = max_cosine(latent, visions)
+        draw.text((x, y), f"latent {i + 1}: max cosine {best:.2f}", fill="black")
+        for picture, vision, grid in zip(small, visions, grids):
+            brightness = heat_map(latent, vision, grid, picture.size)
+            canvas.paste(darken(picture, brightness), (x, y + CAPTION))
+            x += picture.width
+    write_then_rename(path, lambda tmp: canvas.save(tmp, format="PNG"))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main():
+    check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
+    vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
+    processor = load_processor(model, min_pixels, max_pixels)
+    head = load_head(model, vlm, tokenizer, latent_size)
+    if head is None and (intervention != "clean" or show or latents):
+        raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
+
+    paths = [path for path in images.split(",") if path]
+    asked = get_question(paths)
+    prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
+    fed = latents_to_feed(vlm, processor, head)
 
     print(f"{asked}\n")
-    ((answer,),) = generate(
+    answers = generate(
         vlm,
         head,
         tokenizer,
@@ -162,10 +243,11 @@ def main():
         intervention=intervention,
         fed=fed,
         ema_beta=ema_beta,
-        on_step=stream,
+        on_step=Printer(tokenizer).on_step,
     )
     print()
-    found = answer["latents"]
+
+    found = answers[0][0]["latents"]  # (m * K, d), of the only sample of the only question
     if (show or latents) and not len(found):
         print("the model opened no latent span here: nothing to show or save")
         return
@@ -175,13 +257,9 @@ def main():
     if show:
         if not paths:
             raise SystemExit("--show needs a query image")
-        pictures = [open_image(p) for p in paths]
-        with torch.inference_mode():
-            visions, grids = encode_images(vlm, processor, pictures)
-        grids = [
-            (h // processor.merge_size, w // processor.merge_size) for _, h, w in grids.tolist()
-        ]
-        draw_latents(show, found, pictures, [v.cpu() for v in visions], grids, head.K)
+        pictures = [open_image(path) for path in paths]
+        visions, grids = embed_pictures(vlm, processor, pictures)
+        draw_latents(show, found, pictures, visions, grids, head.K)
         print(f"wrote {show}")
 
 

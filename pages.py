@@ -1,37 +1,64 @@
-"""What does a page to look at look like? One HTML file that holds its pictures and asks nothing of anyone."""
+"""What does a page to look at look like? One HTML file, its pictures inside, that loads nothing."""
 
+import base64
 import html
+import io
 import re
 
 from data import TAGS, write_then_rename
 
-STYLE = """body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-article{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}figure{display:inline-block;margin:0 1em 1em 0;
-vertical-align:top}img{max-width:320px;max-height:320px;border:1px solid #ddd}figcaption{font-size:12px;max-width:320px}
-.think{color:#777}.latent{background:#d33;color:#fff}.parser{color:#06c}.answer{color:#080;font-weight:bold}
-b.tag{padding:0 .2em;border-radius:3px}pre{white-space:pre-wrap;font:inherit}"""
+THUMBNAIL = (320, 320)  # pixels: a picture is at most as large on a page
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}\n"
+    "article{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}"
+    "figure{display:inline-block;margin:0 1em 1em 0;\nvertical-align:top}"
+    "img{max-width:320px;max-height:320px;border:1px solid #ddd}"
+    "figcaption{font-size:12px;max-width:320px}\n"
+    ".think{color:#777}"
+    ".latent{background:#d33;color:#fff}"
+    ".parser{color:#06c}"
+    ".answer{color:#080;font-weight:bold}\n"
+    "b.tag{padding:0 .2em;border-radius:3px}"
+    "pre{white-space:pre-wrap;font:inherit}"
+)
+
+
+def figure(image, caption):
+    """A PIL image (RGB), shrunk to THUMBNAIL, and a line of text below it, as HTML."""
+    small = image.copy()  # thumbnail() works in place
+    small.thumbnail(THUMBNAIL)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90, subsampling=0)  # colours stay as sharp as shapes
+    pixels = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="" src="data:image/jpeg;base64,{pixels}">'
+        f"<figcaption>{html.escape(str(caption))}</figcaption></figure>"
+    )
 
 
 def coloured(response):
-    """A response as HTML: each tag and what it holds in the colour of its kind; all other markup is shown, not obeyed."""
+    """A response as HTML: each tag and what it holds in the colour of its kind.
+
+    All other markup is shown, not obeyed.
+    """
     pieces = []
+    # the parentheses make split() keep the tags
     for piece in re.split(f"({TAGS.pattern})", response):
-        name = piece.strip("</>")
+        shown = html.escape(piece)
         if not TAGS.fullmatch(piece):
-            pieces.append(html.escape(piece))
+            pieces.append(shown)
         elif piece.startswith("</"):
-            pieces.append(f'<b class="tag">{html.escape(piece)}</b></span>')
+            pieces.append(f'<b class="tag">{shown}</b></span>')
         else:
-            pieces.append(f'<span class="{name}"><b class="tag">{html.escape(piece)}</b>')
+            name = piece.strip("<>")
+            pieces.append(f'<span class="{name}"><b class="tag">{shown}</b>')
     return "".join(pieces)
 
 
 def write_page(path, title, cards):
-    """One file that holds its pictures and asks nothing of anyone."""
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1>"
-        + "".join(f"<article>{card}</article>" for card in cards)
-        + "</html>"
-    )
-    write_then_rename(path, lambda p: p.write_bytes(text.encode()))
+    """Write a page of cards (HTML, one below the other) under a title (text)."""
+    title = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    body = f"<h1>{title}</h1>" + "".join(f"<article>{card}</article>" for card in cards)
+    page = f'<!doctype html><html lang="en">{head}{body}</html>'
+    write_then_rename(path, lambda p: p.write_bytes(page.encode()))

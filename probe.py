@@ -1,14 +1,16 @@
-"""Diagnose a checkpoint: do its latents live where its input vision embeddings live?
+"""Do a checkpoint's latents live where its input vision embeddings live?
 
-Reads a model folder (ours, a Monet checkpoint or any Qwen2.5-VL) and a data file. Answers the questions, runs each once
-more with its answer through the whole decoder, and writes <out>/probe.json and, where matplotlib is installed, the two
-figures of the paper's Fig. 2: norms.png (by layer) and latents.png (what is fed back against what the decoder is used to).
+Reads a model folder (ours, a Monet checkpoint or any Qwen2.5-VL) and a data file. Answers the
+questions, runs each once more with its answer through the whole decoder, and writes
+<out>/probe.json and, where matplotlib is installed, the two figures of the paper's Fig. 2:
+norms.png (by layer) and latents.png (what is fed back against what the decoder is used to).
 
-    python probe.py                                                           # out/gap on the toy's test set
-    python probe.py --model=Monet-7B --data=data/test.jsonl --dtype=bfloat16 --max_new_tokens=2048 --batch=8
+    python probe.py                                             # out/gap on the toy's test set
+    python probe.py --model=Monet-7B --data=data/test.jsonl \
+        --dtype=bfloat16 --max_new_tokens=2048 --batch=8
 
-Norms are natural logarithms of L2. The state after the last layer is what the final norm reads (the paper's 546x and
-8.7x); the state after the final norm is what output-as-input systems feed back. Both are here.
+Norms are natural logarithms of L2. The state after the last layer is what the final norm reads (the
+paper's 546x and 8.7x); the state after the final norm is what output-as-input systems feed back.
 """
 
 import importlib.util
@@ -42,90 +44,137 @@ from model import (
     load_vlm,
 )
 
-# ---------------------------------------------------------------------------------------------------
-model = "out/gap"
-data = "out/toy/test.jsonl"
-out = "out/probe/gap"
+# --------------------------------------------------------------------------------------------------
+model = "out/gap"  # a checkpoint folder
+data = "out/toy/test.jsonl"  # questions, and auxiliary images to compare with
+out = "out/probe/gap"  # probe.json and two figures
 pca = ""  # "": the checkpoint's own; a pca.safetensors to judge a checkpoint that has none
 limit = 200  # questions; 0: all
 batch = 50  # questions a batch of generation; 7B on 80 GB: 16
 max_new_tokens = 128  # latents count; 7B: 2048
-latent_size = (
-    10  # most latents a span of a checkpoint with Monet's tokens and no head file [Monet: 10 to 16]
-)
+latent_size = 10  # most latents a span of a checkpoint with Monet's tokens [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
+min_pixels = 56 * 56  # of an image, as in training
+max_pixels = 1280 * 28 * 28
 dtype = "float32"  # 7B: bfloat16
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-KINDS = ("text", "image", "latent")
+KINDS = ("text", "image", "latent")  # of positions
+TEXT, IMAGE, LATENT = range(3)
+
+# --------------------------------------------------------------------------------------------------
+# what is measured
 
 
 def layer_norms(vlm, x, pos):
-    """log ||.|| (L + 2, T) of one sequence: its inputs x (1, T, d), the state after each layer, and after the final norm."""
-    lm, seen = vlm.model.language_model, []
-    keep = lambda state: seen.append(state[0].float().norm(dim=-1).log())  # noqa: E731
-    keep(x)
-    hooks = [
-        layer.register_forward_hook(lambda module, args, state: keep(state)) for layer in lm.layers
-    ]
-    keep(lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(seen)
+    """log ||.|| of the states of one sequence x (1, T, d): (L + 2, T).
+
+    The rows are the inputs, the states after each of L layers, and those after the final norm.
+    """
+    lm = vlm.model.language_model
+    logs = []
+
+    def keep(state):
+        logs.append(state[0].float().norm(dim=-1).log())
+
+    def hook(module, args, state):
+        keep(state)
+
+    keep(x)  # not by a hook: the decoder is called with embeddings, not with ids
+    hooks = [layer.register_forward_hook(hook) for layer in lm.layers]
+    out = lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False)
+    keep(out.last_hidden_state)
+    for handle in hooks:
+        handle.remove()
+    return torch.stack(logs)
 
 
 def mean_and_std(moments):
-    """Mean and standard deviation (both ...) of numbers from their count, sum and sum of squares (..., 3)."""
+    """Mean and standard deviation, both (...), from count, sum and sum of squares (..., 3)."""
     n, total, squares = moments.unbind(-1)
     mean = total / n
     return mean, (squares / n - mean**2).clamp(min=0).sqrt()
 
 
 def inside(v, mean, basis):
-    """The share (M) of the energy of v - mu, v (M, d), that lies in the subspace of P_k (d, k)."""
-    r = v - mean
+    """The share (M) of the energy of v - mu that lies in the subspace of P_k (d, k); v (M, d)."""
+    r = v - mean  # (M, d)
     return (r @ basis).pow(2).sum(-1) / r.pow(2).sum(-1)
 
 
 def effective_rank(v):
-    """exp of the entropy of the normalised singular values of v (K, d): 1 if all latents lie on one line, at most K."""
-    s = torch.linalg.svdvals(v)
+    """exp of the entropy of the normalised singular values of latents v (K, d).
+
+    1 if they lie on one line, at most K.
+    """
+    s = torch.linalg.svdvals(v)  # (at most K)
     p = s / s.sum()
     return float(torch.special.entr(p).sum().exp())
 
 
 def pairwise_cosine(v):
     """Mean cosine between two different latents of v (K, d), K > 1: 1 if they have collapsed."""
-    u = F.normalize(v, dim=-1)
+    u = F.normalize(v, dim=-1)  # (K, d)
     K = len(v)
-    return float(((u @ u.T).sum() - (u * u).sum()) / (K * (K - 1)))
+    others = (u @ u.T).sum() - (u * u).sum()  # without the cosine of each with itself
+    return float(others / (K * (K - 1)))
 
 
 def retrieval(predicted, real):
-    """Share of spans whose nearest real span (L2) is their own, and the share that chance gives; both (N, K d).
+    """Share of spans whose nearest real span (L2) is their own; both (N, K d). And chance's share.
 
-    Real spans of one picture (the toy repeats its storyboards) are equal up to rounding and count as one.
+    Real spans of one picture (the toy repeats its storyboards) are equal up to rounding and count
+    as one.
     """
-    near = lambda a, b: torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # noqa: E731
-    same = near(real, real) <= 1e-3 * real.norm(dim=-1).mean()
-    nearest = near(predicted, real).argmin(1)
-    return float(same[torch.arange(len(real)), nearest].float().mean()), float(same.float().mean())
+    same = distances(real, real) <= 1e-3 * real.norm(dim=-1).mean()  # (N, N): of one picture
+    nearest = distances(predicted, real).argmin(1)  # (N)
+    found = same[torch.arange(len(real)), nearest]
+    return float(found.float().mean()), float(same.float().mean())
+
+
+def distances(a, b):
+    """L2 between rows, exactly: equal rows are at zero."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def geometry(spans, mean, basis):
-    """What a list of latent spans, each (K, d), looks like; ranks and cosines are about mu, which all latents share."""
-    v = torch.cat(spans)
-    norms, many = v.norm(dim=-1).log(), [s - mean for s in spans if len(s) > 1]
-    average = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
+    """What a list of latent spans, each (K, d), looks like.
+
+    Ranks and cosines are about mu, which all latents share; None where no span has two latents.
+    """
+    v = torch.cat(spans)  # (M, d)
+    logs = v.norm(dim=-1).log()
+    about_mu = [span - mean for span in spans if len(span) > 1]
     return {
         "latents": len(v),
-        "mean_log": float(norms.mean()),
-        "std_log": float(norms.std(correction=0)),
+        "mean_log": float(logs.mean()),
+        "std_log": float(logs.std(correction=0)),
         "inside": float(inside(v, mean, basis).mean()) if basis.numel() else None,
-        "effective_rank": average([effective_rank(s) for s in many]),
-        "cosine": average([pairwise_cosine(s) for s in many]),
+        "effective_rank": average([effective_rank(span) for span in about_mu]),
+        "cosine": average([pairwise_cosine(span) for span in about_mu]),
     }
+
+
+def average(numbers):
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def agreement(predicted, real):
+    """How well latents (N, K, d) predict the real features of their own auxiliary images."""
+    at_1, chance = retrieval(predicted.flatten(1), real.flatten(1))
+    # the mean is that of all real latents: what a head would say that knows nothing of the image
+    error = (predicted - real).pow(2).sum()
+    total = (real - real.mean((0, 1))).pow(2).sum()
+    return {
+        "spans": len(real),
+        "retrieval_at_1": at_1,
+        "chance": chance,
+        "r2": float(1 - error / total),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# answering, and reading the states
 
 
 def spans_of(ids, latents, pad):
@@ -133,69 +182,155 @@ def spans_of(ids, latents, pad):
     runs, before = [], None
     for t in ids:
         if t == pad:
-            runs += [0] * (before != pad)
+            if before != pad:
+                runs.append(0)
             runs[-1] += 1
         before = t
     return list(latents.split(runs)) if runs else []
 
 
+def kinds_of(ids, image, pad):
+    """TEXT, IMAGE or LATENT for each of ids (T); `pad` is None for a model without latents."""
+    kinds = torch.full_like(ids, TEXT)
+    kinds[ids == image] = IMAGE
+    if pad is not None:
+        kinds[ids == pad] = LATENT
+    return kinds
+
+
+def norms_of_answer(vlm, prompt, answer, pad):
+    """Ids (T) of a prompt with its answer, and the log norms (L + 2, T) of their states.
+
+    The latents are fed as they were written: one forward gives the states of generation.
+    """
+    answered = torch.tensor(answer["ids"])
+    ids = torch.cat([prompt["ids"], answered])  # (T)
+    after = prompt["pos"].max() + 1 + torch.arange(len(answered))  # text goes on by one
+    pos = torch.cat([prompt["pos"], after.expand(3, -1)], 1)
+    latents = None
+    if len(answer["latents"]):
+        latents = answer["latents"].to(vlm.device)  # (m, d)
+    latent_id = -1 if pad is None else pad  # -1 is no token's id
+    x = embed(vlm, ids[None].to(vlm.device), prompt["vision"], latents, latent_id)  # (1, T, d)
+    return ids, layer_norms(vlm, x, pos.to(vlm.device))
+
+
+def moments_of(logs):
+    """Count, sum and sum of squares (L + 2, 3) of log norms (L + 2, positions)."""
+    return torch.stack([torch.ones_like(logs).sum(1), logs.sum(1), logs.pow(2).sum(1)], -1)
+
+
 @torch.inference_mode()
 def measure(rows, vlm, head, tokenizer, processor):
-    """Moments (L + 2, kinds, 3) of the log norms, the spans that were written, and pairs of predicted and real spans (K, d)."""
-    moments = torch.zeros(
-        len(vlm.model.language_model.layers) + 2, len(KINDS), 3, dtype=torch.float64
-    )
-    pad, image, written, pairs = latent_ids(tokenizer)[1], vlm.config.image_token_id, [], []
-    mode = (
-        read_safetensors(Path(model) / HEAD_FILE, ())[1].get("mode")
-        if (Path(model) / HEAD_FILE).exists()
-        else None
-    )
+    """Answer the questions and look at every answer.
+
+    Returns the moments (L + 2, kinds, 3) of the log norms, the spans (m, d) that were written, and
+    pairs of predicted and real spans (K, d).
+    """
+    n_states = len(vlm.model.language_model.layers) + 2
+    moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
+    written, pairs = [], []
+    _, pad, _ = latent_ids(tokenizer)
+    mode = mode_of_targets()
     bar = tqdm(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
-        prompts = make_prompts(vlm, tokenizer, processor, rows[i : i + batch])
+        part = rows[i : i + batch]
+        prompts = make_prompts(vlm, tokenizer, processor, part)
         answers = generate(
             vlm, head, tokenizer, prompts, max_new_tokens=max_new_tokens, ema_beta=ema_beta
         )
-        for row, p, (a,) in zip(rows[i : i + batch], prompts, answers):
-            ids = torch.cat([p["ids"], torch.tensor(a["ids"])])
-            pos = torch.cat(
-                [p["pos"], p["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1
-            )
-            fed = a["latents"].to(vlm.device) if len(a["latents"]) else None
-            x = embed(vlm, ids[None].to(vlm.device), p["vision"], fed, -1 if pad is None else pad)
-            logs = layer_norms(vlm, x, pos.to(vlm.device)).double().cpu()
-            kind = torch.where(
-                ids == image, 1, torch.where(ids == pad, 2, 0) if pad is not None else 0
-            )
-            for j in range(len(KINDS)):
-                mine = logs[:, kind == j]
-                moments[:, j] += torch.stack(
-                    [torch.ones_like(mine).sum(1), mine.sum(1), mine.pow(2).sum(1)], -1
-                )
-            spans = spans_of(a["ids"], a["latents"], pad)
+        for row, prompt, (answer,) in zip(part, prompts, answers):
+            ids, logs = norms_of_answer(vlm, prompt, answer, pad)
+            logs = logs.double().cpu()
+            kinds = kinds_of(ids, vlm.config.image_token_id, pad)
+            for kind in (TEXT, IMAGE, LATENT):
+                moments[:, kind] += moments_of(logs[:, kinds == kind])
+            spans = spans_of(answer["ids"], answer["latents"], pad)
             written += spans
+            # the k-th span is held against the k-th auxiliary image
             if mode and spans and row.get("aux_images"):
                 images = [open_image(path) for path in row["aux_images"][: len(spans)]]
                 real = grid_features(vlm, processor, images, head.K, mode).cpu()
-                pairs += [(s, v) for s, v in zip(spans, real) if len(s) == head.K]
+                # the token limit may cut a last span
+                pairs += [(span, v) for span, v in zip(spans, real) if len(span) == head.K]
             bar.update()
     bar.close()
     return moments, written, pairs
 
 
-def draw(path, found):
-    """The two figures: log norms by layer, and of what may be fed back."""
-    import matplotlib
+def mode_of_targets():
+    """How a checkpoint's targets were made of images: fit_pca.py's mode, None without a head."""
+    path = Path(model) / HEAD_FILE
+    if not path.exists():
+        return None
+    _, meta = read_safetensors(path, ())
+    return meta.get("mode")
 
-    matplotlib.use("Agg")
+
+# --------------------------------------------------------------------------------------------------
+# what is shown
+
+
+def norms_by_stage(moments):
+    """{kind: {stage: {n, mean_log, std_log}}}, from moments (L + 2, kinds, 3)."""
+    n_layers = len(moments) - 2
+    stages = ["input", *(f"layer {i + 1}" for i in range(n_layers)), "final norm"]
+    means, stds = mean_and_std(moments)
+    norms = {}
+    for j, kind in enumerate(KINDS):
+        if not moments[0, j, 0]:  # no position of this kind
+            continue
+        norms[kind] = {}
+        for i, stage in enumerate(stages):
+            norms[kind][stage] = {
+                "n": int(moments[i, j, 0]),
+                "mean_log": float(means[i, j]),
+                "std_log": float(stds[i, j]),
+            }
+    return norms
+
+
+def growth_of(stages):
+    """How many times its input's norm a state has before and after the final norm."""
+    first, *_, last, normed = (stage["mean_log"] for stage in stages.values())
+    return {"before": math.exp(last - first), "after": math.exp(normed - first)}
+
+
+def show(found):
+    """Print what was found."""
+    norms = found["norms"]
+    print(f"\n{model} on {data}: {found['questions']} questions; log L2 norms")
+    print(f"{'':10}" + "".join(f"{kind:>18}" for kind in norms))
+    for stage in norms["text"]:
+        line = f"{stage:10}"
+        for stages in norms.values():
+            mean, std = stages[stage]["mean_log"], stages[stage]["std_log"]
+            line += f"{f'{mean:.2f} +- {std:.2f}':>18}"
+        print(line)
+    for kind, g in found["growth"].items():
+        before, after = f"{g['before']:.1f}x", f"{g['after']:.1f}x"
+        print(f"{kind}: {before} its input before the final norm, {after} after it")
+    for name in ("predicted", "real", "agreement"):
+        if name not in found:
+            continue
+        numbers = []
+        for k, v in found[name].items():
+            numbers.append(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}")
+        print(f"{name}: {', '.join(numbers)}")
+
+
+def draw(folder, norms):
+    """The two figures: log norms by layer, and of what may be fed back."""
+    import matplotlib  # in requirements-dev.txt only: without it there are no figures
+
+    matplotlib.use("Agg")  # draws without a screen
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for kind, at in found["norms"].items():
-        mean, std = (
-            torch.tensor([s[field] for s in at.values()][:-1]) for field in ("mean_log", "std_log")
-        )
+    for kind, stages in norms.items():
+        *layers, _ = stages.values()  # without the state after the final norm
+        mean = torch.tensor([stage["mean_log"] for stage in layers])
+        std = torch.tensor([stage["std_log"] for stage in layers])
         ax.plot(range(len(mean)), mean, label=kind)
         ax.fill_between(range(len(mean)), mean - std, mean + std, alpha=0.2)
     ax.set(
@@ -204,111 +339,74 @@ def draw(path, found):
         ylabel="log L2 norm, before the final norm",
     )
     ax.legend()
-    write_then_rename(path / "norms.png", lambda p: fig.savefig(p, format="png", dpi=150))
+    write_then_rename(folder / "norms.png", lambda tmp: fig.savefig(tmp, format="png", dpi=150))
 
-    bars = {
-        f"{kind}, {name}": at[where]
-        for kind, at in found["norms"].items()
-        for name, where in (
-            ("input", "input"),
-            ("before final norm", list(at)[-2]),
-            ("after final norm", "final norm"),
-        )
-    }
+    bars = {}
+    for kind, stages in norms.items():
+        first, *_, last, normed = stages.values()
+        bars[f"{kind}, input"] = first
+        bars[f"{kind}, before final norm"] = last
+        bars[f"{kind}, after final norm"] = normed
+    means = [stage["mean_log"] for stage in bars.values()]
+    stds = [stage["std_log"] for stage in bars.values()]
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    ax.barh(
-        list(bars),
-        [b["mean_log"] for b in bars.values()],
-        xerr=[b["std_log"] for b in bars.values()],
-    )
+    ax.barh(list(bars), means, xerr=stds)
     ax.invert_yaxis()
     ax.set(xlabel="log L2 norm, mean and standard deviation")
-    write_then_rename(path / "latents.png", lambda p: fig.savefig(p, format="png", dpi=150))
+    write_then_rename(folder / "latents.png", lambda tmp: fig.savefig(tmp, format="png", dpi=150))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def subspace(head, d):
+    """mu (d) and P_k (d, k) by which latents are judged: those of `pca`, else the checkpoint's own.
+
+    k = 0 where there is neither. Raises SystemExit for a PCA of another width.
+    """
+    if pca:
+        space, _ = load_pca(pca)
+        mean, basis = space["mean"], space["basis"]
+    elif head:
+        mean, basis = head.mean, head.basis
+    else:
+        mean, basis = torch.zeros(d), torch.zeros(d, 0)
+    if len(mean) != d:
+        raise SystemExit(f"{pca}: made for d = {len(mean)}, but {model} has d = {d}")
+    return mean.cpu(), basis.cpu()
 
 
 def main():
     check_choices(globals(), dtype=("float32", "bfloat16"))
-    device = pick_device()
     rows = load_examples(data, training=False)
-    rows = rows[:limit] if limit else rows
-    vlm, tokenizer = load_vlm(model, getattr(torch, dtype), device)
-    processor, head = (
-        load_processor(model, min_pixels, max_pixels),
-        load_head(model, vlm, tokenizer, latent_size),
-    )
-    d = vlm.config.text_config.hidden_size
-    space = load_pca(pca)[0] if pca else {"mean": head.mean, "basis": head.basis} if head else {}
-    mean, basis = (space[name].cpu() if space else torch.zeros(d, 0) for name in ("mean", "basis"))
-    if space and len(mean) != d:
-        raise SystemExit(f"{pca}: made for d = {len(mean)}, but {model} has d = {d}")
+    if limit:
+        rows = rows[:limit]
+    vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
+    processor = load_processor(model, min_pixels, max_pixels)
+    head = load_head(model, vlm, tokenizer, latent_size)
+    mean, basis = subspace(head, vlm.config.text_config.hidden_size)
+
     moments, written, pairs = measure(rows, vlm, head, tokenizer, processor)
 
-    stages = ["input", *(f"layer {i + 1}" for i in range(len(moments) - 2)), "final norm"]
-    means, stds = mean_and_std(moments)
-    norms = {
-        kind: {
-            stage: {
-                "n": int(moments[i, j, 0]),
-                "mean_log": float(means[i, j]),
-                "std_log": float(stds[i, j]),
-            }
-            for i, stage in enumerate(stages)
-        }
-        for j, kind in enumerate(KINDS)
-        if moments[0, j, 0]
-    }
-    growth = {
-        kind: {
-            "before": math.exp(at[stages[-2]]["mean_log"] - at["input"]["mean_log"]),
-            "after": math.exp(at["final norm"]["mean_log"] - at["input"]["mean_log"]),
-        }
-        for kind, at in norms.items()
-    }
+    norms = norms_by_stage(moments)
     found = {
         "settings": settings_of(globals()),
         "questions": len(rows),
         "norms": norms,
-        "growth": growth,
+        "growth": {kind: growth_of(stages) for kind, stages in norms.items()},
     }
     if written:
         found["predicted"] = geometry(written, mean, basis)
     if pairs:
-        predicted, real = (torch.stack(x).double() for x in zip(*pairs))
-        at_1, chance = retrieval(predicted.flatten(1), real.flatten(1))
-        r2 = 1 - (predicted - real).pow(2).sum() / (real - real.mean((0, 1))).pow(2).sum()
-        found |= {
-            "real": geometry(list(real.float()), mean, basis),
-            "agreement": {
-                "spans": len(pairs),
-                "retrieval_at_1": at_1,
-                "chance": chance,
-                "r2": float(r2),
-            },
-        }
+        predicted, real = (torch.stack(spans).double() for spans in zip(*pairs))
+        found["real"] = geometry(list(real.float()), mean, basis)
+        found["agreement"] = agreement(predicted, real)
 
-    print(f"\n{model} on {data}: {len(rows)} questions; log L2 norms")
-    print(f"{'':10}" + "".join(f"{kind:>18}" for kind in norms))
-    for stage in stages:
-        cells = (
-            f"{at[stage]['mean_log']:.2f} +- {at[stage]['std_log']:.2f}" for at in norms.values()
-        )
-        print(f"{stage:10}" + "".join(f"{cell:>18}" for cell in cells))
-    for kind, g in growth.items():
-        print(
-            f"{kind}: {g['before']:.1f}x its input before the final norm, {g['after']:.1f}x after it"
-        )
-    for name in ("predicted", "real", "agreement"):
-        if name in found:
-            print(
-                f"{name}: "
-                + ", ".join(
-                    f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
-                    for k, v in found[name].items()
-                )
-            )
-    write_then_rename(Path(out) / "probe.json", lambda p: p.write_text(json.dumps(found, indent=1)))
+    show(found)
+    text = json.dumps(found, indent=1)
+    write_then_rename(Path(out) / "probe.json", lambda tmp: tmp.write_text(text))
     if importlib.util.find_spec("matplotlib"):
-        draw(Path(out), found)
+        draw(Path(out), norms)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Draw N answers a question from the base model and count the correct ones (section 4.3).
+r"""What can the base solve already?
 
-Reads the base model and a data file. Appends one line a question to <out>, `difficulty.jsonl`: id, n, correct,
-accuracy, answers, and whether the count is a lower bound because sampling stopped early. train.py strips the latents of
-what the base solves. The prompt and its image are run once a question; its samples share the cache.
+Draws N answers a question from the base model and counts the right ones (section 4.3). train.py
+strips the latents of what the base solves.
+
+Reads the base model and a data file. Writes <out>, `difficulty.jsonl`, one line a question: id, n,
+correct, accuracy, answers, and whether the count is a lower bound because sampling stopped early.
 
     python sample_difficulty.py
-    torchrun --nproc-per-node 8 sample_difficulty.py --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl
+    torchrun --nproc-per-node 8 sample_difficulty.py \
+        --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl
 
-A killed run goes on where it stopped: each rank appends to its own file, and the last to finish merges them.
+A killed run goes on where it stopped: each rank appends to a file of its own, and once all have
+finished, rank 0 merges them.
 """
 
-import math
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -34,51 +37,71 @@ from data import (
     weight_stamps,
     write_lines,
 )
+from gap import RULES, is_solved, needs_latents
 from generate import generate, make_prompts, to_text
 from model import load_processor, load_vlm
 
-# ---------------------------------------------------------------------------------------------------
-base = "toy/base"
-data = "out/toy/train.jsonl"
-out = "out/difficulty.jsonl"
-instruction = ""  # appended to every question; 7B: "\nPut your final answer in <answer> </answer>."
+# --------------------------------------------------------------------------------------------------
+base = "toy/base"  # a Qwen2.5-VL folder
+data = "out/toy/train.jsonl"  # the questions
+out = "out/difficulty.jsonl"  # one line a question
+instruction = ""  # ends every question; 7B: "\nPut your final answer in <answer> </answer>."
 n_samples = 8  # N [paper]
-temperature, top_p = 1.0, 1.0  # [ours]
+temperature = 1.0  # [ours]
+top_p = 1.0  # 1: draw from the whole distribution [ours]
 tau = 0.0  # solved if accuracy > tau [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
-early_stop = True  # skip a question's other samples once it is solved: the same assignment, a lower-bound count
+early_stop = True  # stop at a question once it is solved: the same assignment, a lower-bound count
 batch = 64  # questions a batch; 7B on 80 GB: 16
 max_new_tokens = 24  # 7B: 2048
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
+min_pixels = 56 * 56  # smaller images are scaled up
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # 7B: bfloat16
-seed = 12345
-# ---------------------------------------------------------------------------------------------------
+seed = 12345  # of the draws
+# --------------------------------------------------------------------------------------------------
 
 
-RULES = ("paper", "guess")
+class Tally:
+    """The answers to a batch of questions as they come in, and how many are right."""
+
+    def __init__(self, rows, tokenizer):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.answers = [{} for _ in rows]  # by number of the sample: they end in any order
+        self.correct = [0 for _ in rows]
+
+    def add(self, q, s, ids):
+        """Take sample s of question q. True where the question's other samples can be dropped."""
+        row = self.rows[q]
+        text = to_text(self.tokenizer, ids)
+        answer = extract_answer(text, row.get("options"))[0]
+        self.answers[q][s] = answer
+        self.correct[q] += is_correct(answer, row)
+        # further samples only raise the count, and so change no assignment
+        return early_stop and is_solved(self.correct[q], n_samples, n_options(row), tau, rule)
+
+    def line(self, q, key):
+        """The line of difficulty.jsonl for question q."""
+        answers = self.answers[q]
+        return {
+            "id": self.rows[q]["id"],
+            "key": key,
+            "n": n_samples,
+            "correct": self.correct[q],
+            "accuracy": self.correct[q] / n_samples,
+            "lower_bound": len(answers) < n_samples,
+            "n_options": n_options(self.rows[q]),
+            "answers": [answers[s] for s in sorted(answers)],
+        }
 
 
-def is_solved(correct, n, n_options, tau, rule):
-    """Does the rule call a question solved, and so train it without latents?
-
-    paper: accuracy above tau. guess: with options, a count that blind guessing reaches with probability below 5 %
-    (binomial tail); free-form questions as in the paper.
-    """
-    if rule == "guess" and n_options > 1:
-        p = 1 / n_options
-        tail = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(correct, n + 1))
-        return tail < 0.05
-    return correct / n > tau
-
-
-def needs_latents(row, tau, rule):
-    """The assignment of one line of difficulty.jsonl."""
-    return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
+def n_options(row):
+    return len(row.get("options") or [])
 
 
 def run_key():
     """The key of this run's counts: the settings that change them, the weights and the data."""
-    names = (
+    names = [
         "base",
         "instruction",
         "n_samples",
@@ -90,103 +113,108 @@ def run_key():
         "max_pixels",
         "dtype",
         "seed",
-    ) + ("tau", "rule") * early_stop
-    return key_of(
-        {name: globals()[name] for name in names} | {"weights": weight_stamps(base)}, data
-    )
+    ]
+    if early_stop:  # a full count fits every tau and rule
+        names += ["tau", "rule"]
+    settings = {name: globals()[name] for name in names}
+    settings["weights"] = weight_stamps(base)
+    return key_of(settings, data)
 
 
 def part_files():
+    """The files that ranks append to, until they are merged into `out`."""
     return sorted(Path(out).parent.glob(Path(out).name + ".rank*"))
+
+
+def finished_ids(key):
+    """The ids of the questions that a file has already. Raises SystemExit for another run's."""
+    done = set()
+    for path in [out, *part_files()]:
+        for n, row in enumerate(read_lines(path), 1):
+            if row.get("key") != key:
+                raise SystemExit(
+                    f"{path}:{n}: sampled with other settings or other data than this run's; "
+                    "choose another `out`, or delete it to start over"
+                )
+            done.add(row["id"])
+    return done
+
+
+def sample(rows, vlm, tokenizer, processor):
+    """Draw the answers to a batch of questions. Returns their Tally.
+
+    The prompt and its image are run once a question; its samples share the cache.
+    """
+    asked = [row | {"question": row["question"] + instruction} for row in rows]
+    # one a sample: its draws depend on no batch, no rank and no kill
+    seeds = [seed_of(seed, row["id"], s) for row in rows for s in range(n_samples)]
+    tally = Tally(rows, tokenizer)
+    generate(
+        vlm,
+        None,  # no latent head: the base writes text only
+        tokenizer,
+        make_prompts(vlm, tokenizer, processor, asked),
+        n_samples=n_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        on_finish=tally.add,
+        seeds=seeds,
+    )
+    return tally
 
 
 def sample_all(rows):
     """Sample this rank's share of the questions that no file has yet."""
     rank, world = rank_and_world()
-    device = pick_device()
-    key, done = run_key(), set()
-    for p in [out, *part_files()]:
-        for n, r in enumerate(read_lines(p), 1):
-            if r.get("key") != key:
-                raise SystemExit(
-                    f"{p}:{n}: sampled with other settings or other data than this run's; choose another `out`, "
-                    "or delete it to start over"
-                )
-            done.add(r["id"])
+    key = run_key()
+    done = finished_ids(key)
     if world > 1:
         dist.barrier()  # every rank has read the files before one appends
-    todo = [row for row in rows if row["id"] not in done][rank::world]
-    vlm, tokenizer = load_vlm(base, getattr(torch, dtype), device)
+    left = [row for row in rows if row["id"] not in done]
+    mine = left[rank::world]
+
+    vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
     processor = load_processor(base, min_pixels, max_pixels)
-    bar = tqdm(total=len(todo), unit="question", desc="difficulty", disable=rank > 0)
+    bar = tqdm(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
     with open_append(f"{out}.rank{rank:03}") as f:
-        for i in range(0, len(todo), batch):
-            part = todo[i : i + batch]
-            answers, correct = [{} for _ in part], Counter()
-
-            def on_finish(q, s, ids):
-                answers[q][s] = extract_answer(to_text(tokenizer, ids), part[q].get("options"))[0]
-                correct[q] += is_correct(answers[q][s], part[q])
-                return early_stop and is_solved(
-                    correct[q], n_samples, len(part[q].get("options") or []), tau, rule
-                )
-
-            asked = [row | {"question": row["question"] + instruction} for row in part]
-            generate(
-                vlm,
-                None,
-                tokenizer,
-                make_prompts(vlm, tokenizer, processor, asked),
-                n_samples=n_samples,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                on_finish=on_finish,
-                seeds=[seed_of(seed, row["id"], s) for row in part for s in range(n_samples)],
-            )
-            for q, row in enumerate(part):
-                append(
-                    f,
-                    {
-                        "id": row["id"],
-                        "key": key,
-                        "n": n_samples,
-                        "correct": correct[q],
-                        "accuracy": correct[q] / n_samples,
-                        "lower_bound": len(answers[q]) < n_samples,
-                        "n_options": len(row.get("options") or []),
-                        "answers": [answers[q][s] for s in sorted(answers[q])],
-                    },
-                )
+        for i in range(0, len(mine), batch):
+            part = mine[i : i + batch]
+            tally = sample(part, vlm, tokenizer, processor)
+            for q in range(len(part)):
+                append(f, tally.line(q, key))
             bar.update(len(part))
     bar.close()
 
 
 def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them."""
-    found = {r["id"]: r for p in [out, *part_files()] for r in read_lines(p)}
+    found = {}
+    for path in [out, *part_files()]:
+        for line in read_lines(path):
+            found[line["id"]] = line
     merged = [found[row["id"]] for row in rows]
     write_lines(out, merged)
-    for p in part_files():
-        p.unlink()
+    for path in part_files():
+        path.unlink()
     return merged
 
 
 def report(merged):
-    """The histogram of accuracies, and the share that gets latents by both rules."""
-    counts = Counter(r["correct"] for r in merged)
-    print(
-        f"\n{len(merged)} questions, {n_samples} samples each"
-        + (" (counts above tau are lower bounds)" if early_stop else "")
-    )
+    """Print the histogram of counts, and the share that gets latents by both rules."""
+    total = len(merged)
+    note = " (counts above tau are lower bounds)" if early_stop else ""
+    print(f"\n{total} questions, {n_samples} samples each{note}")
+
+    counts = Counter(line["correct"] for line in merged)
     for c in range(n_samples + 1):
-        print(f"  {c} of {n_samples} {counts[c]:7} {'#' * round(50 * counts[c] / len(merged))}")
-    for name in ("paper", "guess"):
-        n = sum(needs_latents(r, tau, name) for r in merged)
-        print(
-            f"  latents by the {name + (' rule' if name == 'paper' else '-aware rule'):17} {n:7} ({n / len(merged):.1%})"
-            + ("  <- used" if name == rule else "")
-        )
+        bar = "#" * round(50 * counts[c] / total)
+        print(f"  {c} of {n_samples} {counts[c]:7} {bar}")
+
+    for name, title in (("paper", "paper rule"), ("guess", "guess-aware rule")):
+        n = sum(needs_latents(line, tau, name) for line in merged)
+        used = "  <- used" if name == rule else ""
+        print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){used}")
 
 
 def main():
@@ -197,9 +225,10 @@ def main():
     rows = load_examples(data)
     sample_all(rows)
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # every rank's file is complete
     if rank == 0:
-        report(merge(rows))
+        merged = merge(rows)
+        report(merged)
     if world > 1:
         dist.destroy_process_group()
 

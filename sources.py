@@ -1,80 +1,170 @@
-"""What does each public training set look like? Its columns, marks and boxes, read into our format."""
+"""What does each public training set look like? Its files, columns, marks and boxes, in our format.
+
+One function a source. It takes an item as the source publishes it and returns a dict of `question`,
+`answer`, `response` (in our tags), `category`, perhaps `options`, and the pictures:
+
+    images    of the question: paths, or encoded bytes
+    aux       of the latent spans, in their order: paths, encoded bytes, or a box in the first image
+
+An item of another layout ends in a KeyError, TypeError, ValueError or the like, one that lacks what
+we need in a Reject. `build_data.py convert` makes a line of the rejects of either.
+"""
 
 import base64
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 from answers import boxed, extract_answer
 from data import LATENT_SPAN
+from resume import SURROGATE, Reject
 
-FIELDS = {  # for gap, teacher and qa: the columns that a field is looked for in, the first that is there counts.
-    # Of the release only `data_source` is known; put its real names here.
+# --------------------------------------------------------------------------------------------------
+# tables of facts
+
+# gap, teacher and qa: the columns that a field is looked for in; the first that is there counts.
+# Of the release (gap) only `data_source` is known: put its real names here.
+# fmt: off
+FIELDS = {
     "images": ("images", "image", "image_path", "query_image", "query_images"),
     "question": ("question", "query", "problem", "prompt"),
     "answer": ("answer", "gold_answer", "gold", "ground_truth"),
-    "response": (
-        "response",
-        "teacher_response",
-        "structured_response",
-        "raw",
-        "output",
-        "completion",
-    ),
-    "aux_images": (
-        "aux_images",
-        "auxiliary_images",
-        "aux_image",
-        "auxiliary_image",
-        "latent_images",
-        "latent_image",
-    ),
+    "response": ("response", "teacher_response", "structured_response", "raw", "output",
+                 "completion"),
+    "aux_images": ("aux_images", "auxiliary_images", "aux_image", "auxiliary_image",
+                   "latent_images", "latent_image"),
     "options": ("options", "choices"),
     "category": ("data_source", "category", "dataset", "source"),
 }
-NEEDED = {
+NEEDED = {  # without a column for each of these a file is not what its source says
     "gap": ("images", "question", "response", "category"),
     "teacher": ("images", "question", "response"),
     "qa": ("images", "question", "answer"),
 }
-COMPOSITION = [  # the paper's Fig. 5, in its order: candidates after filtering; the release's train, validation, with latents
-    ("Visual CoT", 20000, 16449, 1812, 13608),
-    ("chart", 7282, 6187, 671, 5831),
-    ("GEOQA", 7057, 3760, 401, 1174),
-    ("MM Math", 5345, 1988, 246, 730),
-    ("Zebra-CoT count", 2766, 832, 91, 134),
-    ("Zebra-CoT visual search", 2687, 2236, 280, 910),
-    ("MathVision", 2032, 393, 44, 233),
-    ("Geometry3K", 1082, 656, 79, 253),
-    ("CogCoM", 567, 401, 43, 376),
-    ("ReFocus", 426, 358, 38, 282),
-    ("Zebra-CoT geometry", 65, 19, 1, 17),
+
+# The paper's Fig. 5, in its order: candidates after filtering, then of the release: train,
+# validation, and how many of both have latents.
+COMPOSITION = [
+    ("Visual CoT",              20000, 16449, 1812, 13608),
+    ("chart",                    7282,  6187,  671,  5831),
+    ("GEOQA",                    7057,  3760,  401,  1174),
+    ("MM Math",                  5345,  1988,  246,   730),
+    ("Zebra-CoT count",          2766,   832,   91,   134),
+    ("Zebra-CoT visual search",  2687,  2236,  280,   910),
+    ("MathVision",               2032,   393,   44,   233),
+    ("Geometry3K",               1082,   656,   79,   253),
+    ("CogCoM",                    567,   401,   43,   376),
+    ("ReFocus",                   426,   358,   38,   282),
+    ("Zebra-CoT geometry",         65,    19,    1,    17),
 ]
-SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of bytes that are no UTF-8
+# fmt: on
 
 
-class Reject(Exception):
-    """Why an item is left out: (reason, number, detail). The number is what a threshold was held against."""
+def source_of(category):
+    """A category's row of COMPOSITION: monet_Visual_CoT, Visual_CoT and "Visual CoT" are one."""
+    for name, *_ in COMPOSITION:
+        if plain_name(name) == plain_name(category):
+            return name
+    return category
 
 
-class Unanswered(Reject):
-    """An endpoint failed: the item is left out of this run, and tried again by the next."""
+def plain_name(category):
+    """A category's name without what differs between the sources' spellings."""
+    # Monet has taken in other sets, and calls them monet_X
+    letters = re.sub(r"[^a-z0-9]", "", category.lower().removeprefix("monet_"))
+    return letters.replace("geo3k", "geometry3k")
 
 
-def clean(text):
-    """One line of text that any file can hold."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:500]
+# --------------------------------------------------------------------------------------------------
+# its files, whole or damaged
 
 
-MARKS = re.compile(
-    r"(?:<latent>\s*)?<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>(?:\s*</latent>)?"  # the teacher
-    r"|<abs_vis_token>\s*</abs_vis_token>|<lvr>|<latent>\s*</latent>"
-)  # Monet, LVR, ours
-ROI = re.compile(
-    r"\s*Please (?:think step by step and )?provide the bounding box coordinate of the region that can help you "
-    r"answer the question better\.\s*$"
+def read_items(path):
+    """Yield (line or position, item or None, error) of a JSON list or a JSONL file.
+
+    A list is read as far as it can be: past damage it is not known where the next item starts.
+    """
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    if text.lstrip().startswith("["):
+        yield from read_list(text)
+        return
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            item, _, error = parse(read_line, line)
+            yield n, item, error
+
+
+def read_list(text):
+    """read_items for the text of a JSON list."""
+    separator = re.compile(r"[\s,]*")  # lenient: what is between two items is not looked at
+    read_one = json.JSONDecoder().raw_decode  # (text, start) -> (item, end)
+    end, n = text.index("[") + 1, 0
+    while end:
+        start = separator.match(text, end).end()
+        if text.startswith("]", start):
+            return
+        n += 1
+        item, end, error = parse(read_one, text, start)
+        yield n, item, error
+
+
+def read_line(line):
+    """(the line's JSON, where it ends)."""
+    return json.loads(line), len(line)
+
+
+def parse(read, *place):
+    """(item, end, "") of read(*place), or (None, end, what is wrong); an end of 0 is not known."""
+    end, depth = 0, sys.getrecursionlimit()
+    # against a thousand brackets in each other; what passes half of the stack that there is can be
+    # written again from anywhere
+    sys.setrecursionlimit(depth // 2)
+    try:
+        item, end = read(*place)
+        if SURROGATE.search(json.dumps(item, ensure_ascii=False)):
+            return None, end, "not UTF-8"
+        return item, end, ""
+    except (ValueError, RecursionError) as e:
+        return None, end, f"not JSON: {e}"
+    finally:
+        sys.setrecursionlimit(depth)
+
+
+# --------------------------------------------------------------------------------------------------
+# how a source's text becomes a response in our tags
+
+MARKS = re.compile(  # where a source says "here is a picture"
+    r"(?:<latent>\s*)?<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>(?:\s*</latent>)?"
+    r"|<abs_vis_token>\s*</abs_vis_token>"  # Monet; the line above: the teacher
+    r"|<lvr>"
+    r"|<latent>\s*</latent>"  # ours
 )
-BOXED_SUFFIX = re.compile(r"\s*Put your final answer within \\boxed\{\}\.?\s*$")
+
+
+def in_our_tags(text):
+    """A tagged response with a span for each mark; what is around <think> ... </answer> goes."""
+    text = MARKS.sub(LATENT_SPAN, text)
+    text = text.replace("<observation>", "<parser>").replace("</observation>", "</parser>")
+    # code fences, an end-of-turn token, a greeting
+    whole = re.search(r"<think>.*</answer>", text, re.DOTALL)
+    return whole[0] if whole else text
+
+
+def wrapped(text, answer):
+    """A response from a source that has no tags of its own but an answer's."""
+    text = in_our_tags(text)
+    # an answer that is never closed goes, too
+    text = re.sub(r"</?think>|<answer>.*?(?:</answer>|$)", "", text, flags=re.DOTALL)
+    return f"<think> {text.strip()} </think> <answer> {answer} </answer>"
+
+
+def text_of(value):
+    """A field that must hold text; numbers are text too. Raises TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"expected text, found {type(value).__name__}")
+    return str(value).strip()
 
 
 def box_of(values):
@@ -85,107 +175,106 @@ def box_of(values):
     return x1, y1, x2, y2
 
 
-def text_of(value):
-    """A field that must hold text; numbers are text too."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"expected text, found {type(value).__name__}")
-    return str(value).strip()
-
-
-def in_our_tags(text):
-    """A tagged response with its source's marks as spans; what stands around <think> ... </answer> is cut off."""
-    text = (
-        MARKS.sub(LATENT_SPAN, text)
-        .replace("<observation>", "<parser>")
-        .replace("</observation>", "</parser>")
-    )
-    whole = re.search(r"<think>.*</answer>", text, re.DOTALL)
-    return whole[0] if whole else text
-
-
-def wrapped(text, answer):
-    """A response from a source that has no tags of its own but an answer's."""
-    text = re.sub(
-        r"</?think>|<answer>.*?(?:</answer>|$)", "", in_our_tags(text), flags=re.DOTALL
-    ).strip()
-    return f"<think> {text} </think> <answer> {answer} </answer>"
-
-
 def listed(value):
-    return [] if value is None or value == "" else value if isinstance(value, list) else [value]
+    """A column that holds one thing, a list of them, or nothing, as a list."""
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+# --------------------------------------------------------------------------------------------------
+# the sources
 
 
 def from_table(item):
-    """gap (the authors' release), teacher (raw responses) and qa (questions to synthesise for): columns found by FIELDS."""
-    row = {
-        field: next((item[c] for c in columns if item.get(c) is not None), None)
-        for field, columns in FIELDS.items()
-    }
-    answer = text_of(
-        row["answer"] if row["answer"] is not None else extract_answer(text_of(row["response"]))[0]
-    )
-    return {
+    """gap (the authors' release), teacher (raw responses), qa (questions alone): see FIELDS."""
+    row = {}
+    for field, columns in FIELDS.items():
+        filled = [item[c] for c in columns if item.get(c) is not None]
+        row[field] = filled[0] if filled else None
+
+    answer = row["answer"]
+    if answer is None:  # the gold answer is then the teacher's own
+        answer, _ = extract_answer(text_of(row["response"]))
+    answer = text_of(answer)
+    question = text_of(row["question"])
+    if row["response"] is None:  # questions alone: `synthesise` writes one
+        response = wrapped("", answer)
+    else:
+        response = in_our_tags(text_of(row["response"]))
+
+    example = {
         "images": listed(row["images"]),
-        "question": text_of(row["question"]),
+        "question": question,
         "answer": answer,
-        "response": wrapped("", answer)
-        if row["response"] is None
-        else in_our_tags(text_of(row["response"])),
+        "response": response,
         "aux": listed(row["aux_images"]),
         "category": text_of(row["category"] or ""),
-        **({"options": [text_of(o) for o in listed(row["options"])]} if row["options"] else {}),
     }
+    if row["options"]:
+        example["options"] = [text_of(option) for option in listed(row["options"])]
+    return example
+
+
+BOXED_SUFFIX = re.compile(r"\s*Put your final answer within \\boxed\{\}\.?\s*$")
 
 
 def from_monet(item):
-    """Monet-SFT-125K: chat turns in which <abs_vis_token></abs_vis_token> stands before each image of the assistant."""
-    turns = {
-        role: [part for turn in item["data"] if turn["role"] == role for part in turn["content"]]
-        for role in ("user", "assistant")
-    }
-    images = {
-        role: [
-            part["image"].replace("created_dataset/filtered_data/", "")
-            for part in parts
-            if part["type"] == "image"
-        ]
-        for role, parts in turns.items()
-    }
-    question, text = (
-        "\n".join(part["text"] for part in turns[role] if part["type"] == "text") for role in turns
-    )
-    if (answer := boxed(text)) is None:
+    """Monet-SFT-125K: chat turns; a mark stands before each image of the assistant."""
+
+    def parts_of(role):
+        return [part for turn in item["data"] if turn["role"] == role for part in turn["content"]]
+
+    def images_in(parts):
+        # the paths are those of the authors' disk, where this folder is the release's root
+        paths = [part["image"] for part in parts if part["type"] == "image"]
+        return [path.replace("created_dataset/filtered_data/", "") for path in paths]
+
+    def text_in(parts):
+        return "\n".join(part["text"] for part in parts if part["type"] == "text")
+
+    asked, replied = parts_of("user"), parts_of("assistant")
+    images, aux = images_in(asked), images_in(replied)
+    question, text = text_in(asked), text_in(replied)
+    answer = boxed(text)
+    if answer is None:
         raise Reject("no \\boxed answer", None, text[-200:])
+    answer = answer.strip()
     return {
-        "images": images["user"],
+        "images": images,
         "question": BOXED_SUFFIX.sub("", question),
-        "answer": answer.strip(),
-        "response": wrapped(text, answer.strip()),
-        "aux": images["assistant"],
+        "answer": answer,
+        "response": wrapped(text, answer),
+        "aux": aux,
         "category": f"monet_{item['metadata']['dataset_name']}",
     }
 
 
+ASKS_FOR_BOX = re.compile(
+    r"\s*Please (?:think step by step and )?provide the bounding box coordinate of the region "
+    r"that can help you answer the question better\.\s*$"
+)
+
+
 def from_viscot(item):
-    """Visual-CoT: viscot_363k.json (the box after ### in the second image path) or metadata/*_cot_train.jsonl (bboxs)."""
+    """Visual-CoT in its two layouts: viscot_363k.json, or metadata/*_cot_train.jsonl."""
     if "conversations" in item:
+        # question, box, "<image>", answer; the box, in pixels, stands in the second path after ###
         turns = [turn["value"] for turn in item["conversations"]]
         path, question, answer = item["image"][0], turns[0], turns[3]
         box = json.loads(item["image"][1].partition("###")[2])
     else:
-        folder = (
-            "textvqa" if item["dataset"] == "textcap" else item["dataset"]
-        )  # the two share their images
+        folder = item["dataset"]
+        if folder == "textcap":  # its images are those of textvqa
+            folder = "textvqa"
         path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
         width, height = item["width"], item["height"]
-        box = [
-            v / side
-            for v, side in zip(item["bboxs"][0], (width, height, width, height), strict=True)
-        ]
+        sides = (width, height, width, height)
+        box = [v / side for v, side in zip(item["bboxs"][0], sides, strict=True)]
     answer = text_of(answer)
     return {
         "images": [path],
-        "question": ROI.sub("", question),
+        "question": ASKS_FOR_BOX.sub("", question),
         "answer": answer,
         "response": wrapped(LATENT_SPAN, answer),
         "aux": [box_of(box)],
@@ -195,7 +284,8 @@ def from_viscot(item):
 
 def from_lvr(item):
     """LVR: LLaVA's conversations, <lvr> for each box in `bboxes` (shares of the image's sides)."""
-    question, text = (item["conversations"][i]["value"] for i in (0, 1))
+    question = item["conversations"][0]["value"]
+    text = item["conversations"][1]["value"]
     answer = extract_answer(text)[0] or ""
     return {
         "images": listed(item["image"]),
@@ -207,35 +297,35 @@ def from_lvr(item):
     }
 
 
+ZEBRA_MARK = re.compile(
+    r"(?:<image_start>\s*)?\[(problem|reasoning)_image_(\d+)\](?:\s*<image_end>)?"
+)
+
+
 def from_zebra(item):
-    """Zebra-CoT as JSONL: the trace names its images; image columns hold a path, or {"bytes": base64} as parquet exports do."""
+    """Zebra-CoT as JSONL: the trace names its images, and a column of that name holds each."""
 
     def picture(name):
         cell = item[name]
-        if isinstance(cell, dict):
-            return (
-                base64.b64decode(cell["bytes"], validate=True)
-                if cell.get("bytes")
-                else cell["path"]
-            )
-        return cell
+        if not isinstance(cell, dict):
+            return cell
+        if cell.get("bytes"):  # {"bytes": base64, "path": ...}, as parquet exports have it
+            return base64.b64decode(cell["bytes"], validate=True)
+        return cell["path"]
 
-    mark = re.compile(
-        r"(?:<image_start>\s*)?\[(problem|reasoning)_image_(\d+)\](?:\s*<image_end>)?"
-    )
+    def span_or_nothing(mark):
+        return LATENT_SPAN if mark[1] == "reasoning" else ""
+
     trace = re.sub(r"THOUGHT\s+\d+:\s*", "", item["Text Reasoning Trace"])
-    aux = [
-        picture(f"reasoning_image_{k}") for kind, k in mark.findall(trace) if kind == "reasoning"
-    ]
-    trace = mark.sub(lambda m: LATENT_SPAN if m[1] == "reasoning" else "", trace)
+    drawn = [k for kind, k in ZEBRA_MARK.findall(trace) if kind == "reasoning"]
+    aux = [picture(f"reasoning_image_{k}") for k in drawn]
+    trace = ZEBRA_MARK.sub(span_or_nothing, trace)
     answer = text_of(item["Final Answer"])
-    columns = sorted(
-        (c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]),
-        key=lambda c: int(c[14:]),
-    )
+    columns = [c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]]
+    columns.sort(key=lambda c: int(c.removeprefix("problem_image_")))
     return {
         "images": [picture(c) for c in columns],
-        "question": mark.sub("", item["Question"]),
+        "question": ZEBRA_MARK.sub("", item["Question"]),
         "answer": answer,
         "response": wrapped(trace, answer),
         "aux": aux,
@@ -252,11 +342,3 @@ SOURCES = {
     "lvr": from_lvr,
     "zebra": from_zebra,
 }
-
-
-def source_of(category):
-    """A category's row of COMPOSITION: monet_Visual_CoT, Visual_CoT and "Visual CoT" are one."""
-    plain = lambda text: re.sub(r"[^a-z0-9]", "", text.lower().removeprefix("monet_")).replace(
-        "geo3k", "geometry3k"
-    )  # noqa: E731
-    return next((name for name, *_ in COMPOSITION if plain(name) == plain(category)), category)

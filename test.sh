@@ -1,18 +1,15 @@
 #!/usr/bin/env bash
-# Make an environment in .venv-test, install what the tests need, and run them: all, in two halves side by side, or those named.
+# Make an environment in .venv-test, install what the tests need, check the layout, and run the tests:
+# all, in two processes, or those named.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv-test/bin/python ] || python3 -m venv .venv-test
 .venv-test/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-.venv-test/bin/ruff check --select F .
-tests() { OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -q --durations=5 "$@"; }
+.venv-test/bin/ruff format --check .
+.venv-test/bin/ruff check .
 
-if (($#)); then
-    tests "$@"
-    exit
-fi
-tests tests/test_[a-r]*.py > .venv-test/first-half.log 2>&1 & first=$!
-tests tests/test_[s-z]*.py && second=0 || second=$?
-wait $first && first=0 || first=$?
-cat .venv-test/first-half.log
-exit $((first | second))
+# one thread each: two processes of two threads on two cores wait for each other
+export OMP_NUM_THREADS=1
+processes=2
+if (($#)); then processes=0; fi
+.venv-test/bin/python -m pytest -q --durations=5 -n $processes --dist worksteal "$@"

@@ -1,120 +1,84 @@
-"""The embedded toy: a small world in which visual latents can matter, and a tiny Qwen2.5-VL that sees it.
+"""In which small world can visual latents matter? Its data, and a tiny Qwen2.5-VL that sees it.
 
-A 3 x 3 board of coloured shapes. "Start at nw. Moves: mirror, down, flip. Which two pieces does the dot reach last?"
-The auxiliary image is a 2 x 2 storyboard: four empty boards that show the dot after each move (the start stands in
-where there are fewer than four). A move is an easy function of the place before it; three in a row are not easy in
-one pass of a four-layer decoder. The answer names two of nine pieces, so a guess is right once in 72.
+A 3 x 3 board of coloured shapes. "Start at nw. Moves: mirror, down, flip. Which two pieces does
+the dot reach last?" The auxiliary image is a 2 x 2 storyboard: four empty boards that show the dot
+after each move (the start stands in where there are fewer than four). A move is an easy function of
+the place before it; three in a row are not easy in one pass of a four-layer decoder. The answer
+names two of nine pieces, so a guess is right once in 72.
 
     python toy.py data     write out/toy/{train,val,test}.jsonl and their images
-    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL
+    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
 """
 
-import json
 import math
 import random
+import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import start
+from data import start, write_lines
 from model import IGNORE, embed, load_vlm, positions
 
-# ---------------------------------------------------------------------------------------------------
-seed = 12345
-data_folder = "out/toy"
-n_train, n_val, n_test = 6000, 200, 1000
-base_folder = "toy/base"
+# --------------------------------------------------------------------------------------------------
+seed = 12345  # of the data and of the base
+data_folder = "out/toy"  # written by data
+n_train = 6000  # examples
+n_val = 200
+n_test = 1000
+base_folder = "toy/base"  # written by base
 base_scale = 1.0  # of the number of steps
-base_batch = 30
+base_batch = 30  # lessons a step
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
 first_phase = 0  # 1 to 3: go on from the base_folder that the phases before it left
-threads = 2
-# ---------------------------------------------------------------------------------------------------
+threads = 2  # of the CPU, for base
+# --------------------------------------------------------------------------------------------------
+
+# the world
 
 CELL = 28  # pixels: one merged vision token
+# fmt: off
 COLOURS = {
-    "red": "#d62728",
-    "green": "#1f9a2f",
-    "blue": "#1f4fd6",
-    "yellow": "#f0d000",
-    "purple": "#8a2be2",
-    "black": "#202020",
-    "orange": "#ff8c1a",
-    "pink": "#ff8fc8",
-    "cyan": "#20c8e0",
-    "brown": "#7a4a1e",
+    "red":    "#d62728", "green":  "#1f9a2f", "blue":   "#1f4fd6", "yellow": "#f0d000",
+    "purple": "#8a2be2", "black":  "#202020", "orange": "#ff8c1a", "pink":   "#ff8fc8",
+    "cyan":   "#20c8e0", "brown":  "#7a4a1e",
 }
 SHAPES = ["circle", "square", "triangle", "diamond", "cross", "ring"]
 PIECES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-GROUNDS = [(255, 225, 190), (225, 245, 225), (190, 220, 255)]  # by column
 PLACES = ["nw", "n", "ne", "w", "mid", "e", "sw", "s", "se"]  # reading order
+# The ground of a cell tells its place, as the squares of a chess board do: columns go from warm to
+# cold, and rows darken downwards.
+GROUNDS = [(255, 225, 190), (225, 245, 225), (190, 220, 255)]  # by column
+SHADES = (1, 0.8, 0.6)  # by row
 MOVES = {  # (row, column) -> (row, column)
-    "right": lambda r, c: (r, (c + 1) % 3),
-    "down": lambda r, c: ((r + 1) % 3, c),
-    "mirror": lambda r, c: (r, 2 - c),
-    "flip": lambda r, c: (2 - r, c),
+    "right":     lambda r, c: (r, (c + 1) % 3),
+    "down":      lambda r, c: ((r + 1) % 3, c),
+    "mirror":    lambda r, c: (r, 2 - c),
+    "flip":      lambda r, c: (2 - r, c),
     "clockwise": lambda r, c: (c, 2 - r),
-    "swap": lambda r, c: (c, r),
+    "swap":      lambda r, c: (c, r),
 }
+# fmt: on
 PARSER = "four small boards, each with the dot one move later"
 
 
 def move(place, name):
     """The place (0 to 8) that a move takes a place to."""
-    r, c = MOVES[name](*divmod(place, 3))
-    return 3 * r + c
-
-
-def draw_cell(piece, place):
-    """A 28 px cell with a piece. The ground tells the place, as the squares of a chess board do: rows darken
-    downwards, columns go from warm to cold."""
-    row, column = divmod(place, 3)
-    cell = Image.new(
-        "RGB", (CELL, CELL), tuple(int(v * (1, 0.8, 0.6)[row]) for v in GROUNDS[column])
-    )
-    draw = ImageDraw.Draw(cell)
-    colour, shape = COLOURS[piece[0]], piece[1]
-    x0, y0, x1, y1 = 5, 5, 22, 22
-    xm, ym = (x0 + x1) // 2, (y0 + y1) // 2
-    if shape == "circle":
-        draw.ellipse((x0, y0, x1, y1), fill=colour)
-    elif shape == "square":
-        draw.rectangle((x0, y0, x1, y1), fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(xm, y0), (x1, y1), (x0, y1)], fill=colour)
-    elif shape == "diamond":
-        draw.polygon([(xm, y0), (x1, ym), (xm, y1), (x0, ym)], fill=colour)
-    elif shape == "cross":
-        draw.rectangle((xm - 2, y0, xm + 2, y1), fill=colour)
-        draw.rectangle((x0, ym - 2, x1, ym + 2), fill=colour)
-    else:
-        draw.ellipse((x0, y0, x1, y1), outline=colour, width=4)
-    return cell
-
-
-def draw_panel(place):
-    """A 28 px empty board with the dot at one place."""
-    panel = Image.new("RGB", (CELL, CELL), "#ffffff")
-    draw = ImageDraw.Draw(panel)
-    for i in range(4):
-        draw.line((2 + 8 * i, 2, 2 + 8 * i, 26), fill="#999999")
-        draw.line((2, 2 + 8 * i, 26, 2 + 8 * i), fill="#999999")
-    r, c = divmod(place, 3)
-    draw.ellipse((3 + 8 * c, 3 + 8 * r, 9 + 8 * c, 9 + 8 * r), fill="#c00000")
-    return panel
-
-
-def tile(cells, columns):
-    """Paste 28 px cells in reading order."""
-    image = Image.new("RGB", (CELL * columns, CELL * (len(cells) // columns)))
-    for i, cell in enumerate(cells):
-        image.paste(cell, (CELL * (i % columns), CELL * (i // columns)))
-    return image
+    row, column = MOVES[name](*divmod(place, 3))
+    return 3 * row + column
 
 
 def new_board(rng):
@@ -123,25 +87,96 @@ def new_board(rng):
 
 
 def new_path(rng, n_moves):
-    """A start, moves that each change the place, and the places on the way (n_moves + 1)."""
+    """The names of moves that each change the place, and the places on the way (n_moves + 1)."""
     path, names = [rng.randrange(9)], []
     for _ in range(n_moves):
-        names.append(rng.choice([m for m in MOVES if move(path[-1], m) != path[-1]]))
-        path.append(move(path[-1], names[-1]))
+        here = path[-1]
+        name = rng.choice([name for name in MOVES if move(here, name) != here])
+        names.append(name)
+        path.append(move(here, name))
     return names, path
 
 
 def storyboard(path):
-    """The places of the four dots: after each of the last moves, the start standing in where there are fewer."""
-    return [path[max(0, len(path) - 4 + k)] for k in range(4)]
+    """The places of four dots: after each of the last moves; of fewer moves, the start first."""
+    first = len(path) - 4
+    return [path[max(0, first + i)] for i in range(4)]
 
 
 def question_of(names, path):
-    return f"Start at {PLACES[path[0]]}. Moves: {', '.join(names)}. Which two pieces does the dot reach last?"
+    moves = ", ".join(names)
+    return f"Start at {PLACES[path[0]]}. Moves: {moves}. Which two pieces does the dot reach last?"
 
 
 def answer_of(board, path):
-    return ", ".join(" ".join(board[p]) for p in path[-2:])
+    names = [" ".join(board[place]) for place in path[-2:]]
+    return ", ".join(names)
+
+
+# --------------------------------------------------------------------------------------------------
+# its pictures
+
+
+def draw_cell(piece, place):
+    """A 28 px cell: the ground of its place, and a piece on it."""
+    row, column = divmod(place, 3)
+    shade = SHADES[row]
+    ground = tuple(int(v * shade) for v in GROUNDS[column])
+    cell = Image.new("RGB", (CELL, CELL), ground)
+    draw = ImageDraw.Draw(cell)
+    colour, shape = COLOURS[piece[0]], piece[1]
+    a, b = 5, 22  # a piece's first and last pixel in the cell
+    middle = (a + b) // 2
+    if shape == "circle":
+        draw.ellipse((a, a, b, b), fill=colour)
+    elif shape == "square":
+        draw.rectangle((a, a, b, b), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(middle, a), (b, b), (a, b)], fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(middle, a), (b, middle), (middle, b), (a, middle)], fill=colour)
+    elif shape == "cross":
+        draw.rectangle((middle - 2, a, middle + 2, b), fill=colour)
+        draw.rectangle((a, middle - 2, b, middle + 2), fill=colour)
+    else:
+        draw.ellipse((a, a, b, b), outline=colour, width=4)
+    return cell
+
+
+def draw_panel(place):
+    """A 28 px empty board with the dot at one place."""
+    panel = Image.new("RGB", (CELL, CELL), "#ffffff")
+    draw = ImageDraw.Draw(panel)
+    first, last = 2, 26
+    for at in (2, 10, 18, 26):  # the lines between and around three cells of 8 px
+        draw.line((at, first, at, last), fill="#999999")
+        draw.line((first, at, last, at), fill="#999999")
+    row, column = divmod(place, 3)
+    x, y = 3 + 8 * column, 3 + 8 * row
+    draw.ellipse((x, y, x + 6, y + 6), fill="#c00000")
+    return panel
+
+
+def tile(cells, columns):
+    """Paste 28 px cells in reading order."""
+    rows = len(cells) // columns
+    image = Image.new("RGB", (CELL * columns, CELL * rows))
+    for i, cell in enumerate(cells):
+        row, column = divmod(i, columns)
+        image.paste(cell, (CELL * column, CELL * row))
+    return image
+
+
+def draw_board(board):
+    return tile([draw_cell(piece, place) for place, piece in enumerate(board)], 3)
+
+
+def draw_storyboard(path):
+    return tile([draw_panel(place) for place in storyboard(path)], 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# its data
 
 
 def write_split(folder, split, n):
@@ -149,204 +184,180 @@ def write_split(folder, split, n):
     rng = random.Random(f"{seed}/{split}")
     images = folder / split
     images.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{split}.jsonl", "w") as f:
-        for i in tqdm(range(n), desc=split, unit="example"):
-            board, n_moves = new_board(rng), (1, 2, 3, 4, 1)[i % 5]
-            names, path = new_path(rng, n_moves)
-            tile([draw_cell(board[p], p) for p in range(9)], 3).save(images / f"{i}.png")
-            tile([draw_panel(p) for p in storyboard(path)], 2).save(images / f"{i}-aux.png")
-            answer = answer_of(board, path)
-            think = (
-                f"<think> Follow the dot. <latent></latent> <parser> {PARSER} </parser> </think>"
-            )
-            f.write(
-                json.dumps(
-                    {
-                        "id": f"{split}-{i}",
-                        "images": [f"{split}/{i}.png"],
-                        "question": question_of(names, path),
-                        "answer": answer,
-                        "response": f"{think} <answer> {answer} </answer>",
-                        "aux_images": [f"{split}/{i}-aux.png"],
-                        "category": f"{n_moves} moves",
-                    }
-                )
-                + "\n"
-            )
-    (folder / f".{split}.jsonl").rename(folder / f"{split}.jsonl")
+    rows = []
+    for i in tqdm(range(n), desc=split, unit="example"):
+        board = new_board(rng)
+        n_moves = (1, 2, 3, 4, 1)[i % 5]  # two in five can be answered at once
+        names, path = new_path(rng, n_moves)
+        draw_board(board).save(images / f"{i}.png")
+        draw_storyboard(path).save(images / f"{i}-aux.png")
+        answer = answer_of(board, path)
+        think = f"<think> Follow the dot. <latent></latent> <parser> {PARSER} </parser> </think>"
+        row = {
+            "id": f"{split}-{i}",
+            "images": [f"{split}/{i}.png"],
+            "question": question_of(names, path),
+            "answer": answer,
+            "response": f"{think} <answer> {answer} </answer>",
+            "aux_images": [f"{split}/{i}-aux.png"],
+            "category": f"{n_moves} moves",
+        }
+        rows.append(row)
+    write_lines(folder / f"{split}.jsonl", rows)
 
 
-# ---------------------------------------------------------------------------------------------------
-# the base: a tiny Qwen2.5-VL, trained to see boards and storyboards and to make one move
+def write_data():
+    """Write the three splits."""
+    for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
+        write_split(Path(data_folder), split, n)
 
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+
+# --------------------------------------------------------------------------------------------------
+# what the base learns: to see boards and storyboards, and to make one move. Several are left to it
+
+
+class Lesson(NamedTuple):
+    """A text that the base is trained on."""
+
+    board: list | None  # its first image
+    dots: list | None  # the four places of its storyboard
+    question: str
+    parts: list  # (text, whether the loss falls on it), one after another
+
+
+# fmt: off
+# (steps, the lessons of a batch in turn)
+PHASES = [
+    # first to see, to name places and to move once
+    (5000, ["look", "look", "where", "steplook", "steplook",
+            "question", "question", "dots", "dotlook", "step"]),
+    # to read storyboards, and to try questions of any length, at which it stays at chance
+    (800,  ["look", "dotlook", "dotlook", "steplook", "question",
+            "think", "any", "dots", "think any", "step"]),
+    # to move once after any part of the think text: difficulty-aware data has what the base solves
+    # at once answered after it
+    (1300, ["look", "dotlook", "part think", "part think", "question",
+            "think", "dots", "part think", "part think", "think"]),
+    # to answer from a storyboard that it is shown: latents in the space of its vision embeddings
+    # rest on its reading those
+    (1500, ["dotlook", "shown", "part think", "shown", "question",
+            "think", "shown", "shown", "shown part think", "shown think"]),
 ]
-CHAT_TEMPLATE = (  # the ChatML prompt of Qwen2.5-VL, for text and images
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# fmt: on
 
 
 def lesson(kind, rng):
-    """One training text of the base: (board or None, dots or None, question, [(text, has_loss), ...])."""
-    board, steps = new_board(rng), [(rng.randrange(9), rng.choice(list(MOVES))) for _ in range(9)]
+    """A Lesson of a kind in PHASES."""
+    # drawn for every kind alike, needed or not
+    board = new_board(rng)
+    steps = [(rng.randrange(9), rng.choice(list(MOVES))) for _ in range(9)]
     dots = [rng.randrange(9) for _ in range(4)]
-    name = [" " + " ".join(piece) for piece in board]
+    names = [" ".join(piece) for piece in board]
+
     if kind == "look":  # relating a named place to a cell is the slow part: all nine in one text
-        order = rng.sample(range(9), 9)
-        return (
-            board,
-            None,
-            "List the pieces.",
-            [s for p in order for s in ((f" {PLACES[p]}", 0), (name[p] + ",", 1))],
-        )
+        pairs = [(PLACES[p], names[p]) for p in rng.sample(range(9), 9)]
+        return Lesson(board, None, "List the pieces.", fill_in(pairs))
     if kind == "where":  # the way back shows the tower that the ground matters
-        order = rng.sample(range(9), 9)
-        return (
-            board,
-            None,
-            "Find the pieces.",
-            [
-                s
-                for p in order
-                for s in ((f" {board[p][0]}", 0), (f" {board[p][1]} {PLACES[p]},", 1))
-            ],
-        )
+        pairs = []
+        for p in rng.sample(range(9), 9):
+            colour, shape = board[p]
+            pairs.append((colour, f"{shape} {PLACES[p]}"))
+        return Lesson(board, None, "Find the pieces.", fill_in(pairs))
     if kind == "step":
-        pairs = [((f" {PLACES[p]} {m}", 0), (f" {PLACES[move(p, m)]},", 1)) for p, m in steps]
-        return None, None, "Make single moves.", [s for pair in pairs for s in pair]
+        pairs = [(f"{PLACES[p]} {name}", PLACES[move(p, name)]) for p, name in steps]
+        return Lesson(None, None, "Make single moves.", fill_in(pairs))
     if kind == "steplook":
-        pairs = [((f" {PLACES[p]} {m}", 0), (name[move(p, m)] + ",", 1)) for p, m in steps]
-        return board, None, "Make single moves and look.", [s for pair in pairs for s in pair]
+        pairs = [(f"{PLACES[p]} {name}", names[move(p, name)]) for p, name in steps]
+        return Lesson(board, None, "Make single moves and look.", fill_in(pairs))
     if kind == "dots":
-        return None, dots, "Where are the dots?", [("".join(f" {PLACES[p]}," for p in dots), 1)]
+        places = "".join(f" {PLACES[p]}," for p in dots)
+        return Lesson(None, dots, "Where are the dots?", [(places, 1)])
     if kind == "dotlook":
-        return (
-            board,
-            dots,
-            "Which pieces are under the dots?",
-            [("".join(f"{name[p]}," for p in dots), 1)],
-        )
-    names, path = new_path(
-        rng, rng.randint(2, 4) if "any" in kind else rng.randint(1, 4) if "shown" in kind else 1
-    )
-    dots = storyboard(path) if "shown" in kind else None
+        pieces = "".join(f" {names[p]}," for p in dots)
+        return Lesson(board, dots, "Which pieces are under the dots?", [(pieces, 1)])
+    return question_lesson(kind.split(), board, rng)
+
+
+def fill_in(pairs):
+    """The parts of a text that gives the first of each pair and asks for the second."""
+    parts = []
+    for given, asked in pairs:
+        parts += [(f" {given}", 0), (f" {asked},", 1)]
+    return parts
+
+
+def question_lesson(words, board, rng):
+    """A question of the toy: of one move, or of `any` number; with its storyboard `shown`.
+
+    Answered at once, or after the `think` text, or after `part` of that.
+    """
+    n_moves = 1
+    if "any" in words:
+        n_moves = rng.randint(2, 4)
+    elif "shown" in words:
+        n_moves = rng.randint(1, 4)
+    names, path = new_path(rng, n_moves)
+    dots = storyboard(path) if "shown" in words else None
+    question = question_of(names, path)
     answer = f"<answer> {answer_of(board, path)} </answer>"
-    if "think" in kind:
-        words = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
-        words = words[: rng.randint(1, len(words))] if "part" in kind else words
-        return board, dots, question_of(names, path), [(" ".join(words), 0), (" " + answer, 1)]
-    return board, dots, question_of(names, path), [(answer, 1)]
+    if "think" not in words:
+        return Lesson(board, dots, question, [(answer, 1)])
+    think = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
+    if "part" in words:
+        think = think[: rng.randint(1, len(think))]
+    return Lesson(board, dots, question, [(" ".join(think), 0), (" " + answer, 1)])
 
 
-PHASES = [  # (steps, the lessons of a batch in turn). First to see, to name places and to move once
-    (
-        5000,
-        [
-            "look",
-            "look",
-            "where",
-            "steplook",
-            "steplook",
-            "question",
-            "question",
-            "dots",
-            "dotlook",
-            "step",
-        ],
-    ),
-    # to read storyboards, and to try questions of any length, at which it stays at chance
-    (
-        800,
-        [
-            "look",
-            "dotlook",
-            "dotlook",
-            "steplook",
-            "question",
-            "think",
-            "any",
-            "dots",
-            "think any",
-            "step",
-        ],
-    ),
-    # to move once after any part of the think text: difficulty-aware data has what the base solves at once answered after it
-    (
-        1300,
-        [
-            "look",
-            "dotlook",
-            "part think",
-            "part think",
-            "question",
-            "think",
-            "dots",
-            "part think",
-            "part think",
-            "think",
-        ],
-    ),
-    # to answer from a storyboard that it is shown: latents in the space of its vision embeddings rest on its reading those
-    (
-        1500,
-        [
-            "dotlook",
-            "shown",
-            "part think",
-            "shown",
-            "question",
-            "think",
-            "shown",
-            "shown",
-            "shown part think",
-            "shown think",
-        ],
-    ),
+# --------------------------------------------------------------------------------------------------
+# the base before it learns: tokenizer and random weights
+
+# fmt: off
+SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]
+CHAT_TEMPLATE = (  # the ChatML prompt of Qwen2.5-VL, for text and images
+    "{% if messages[0]['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "{% for m in messages %}"
+        "<|im_start|>{{ m['role'] }}\n"
+        "{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}"
+            "{% for part in m['content'] %}"
+                "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+                "{% else %}{{ part['text'] }}{% endif %}"
+            "{% endfor %}"
+        "{% endif %}"
+        "<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# fmt: on
 
 
 def make_tokenizer():
-    """A byte-level BPE with Qwen's special tokens and chat template, trained on the toy's own texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+    """A byte-level BPE with Qwen's special tokens and chat template, trained on the toy's texts."""
     rng = random.Random(seed)
-    texts = [
-        f"<think> Follow the dot. <parser> {PARSER} </parser> </think> You are a helpful assistant. system user"
-    ] * 50
+    think = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>"
+    texts = [f"{think} You are a helpful assistant. system user"] * 50
+    kinds = PHASES[0][1]
     for i in range(4000):
-        _, _, question, parts = lesson(PHASES[0][1][i % 10], rng)
-        texts.append("assistant\n" + question + "".join(text for text, _ in parts))
+        text = lesson(kinds[i % 10], rng)
+        answer = "".join(part for part, _ in text.parts)
+        texts.append(f"assistant\n{text.question}{answer}")
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=500,
-            special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
@@ -359,108 +370,125 @@ def make_tokenizer():
 
 
 def make_vlm(tokenizer):
-    """A Qwen2.5-VL of 1.3 M parameters with random weights and spare embedding rows, as the real one has."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
+    """A Qwen2.5-VL of 1.0 M random weights, with spare embedding rows, as the real one has."""
     at = tokenizer.convert_tokens_to_ids
-    torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=576,
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=32768,
-                rms_norm_eps=1e-6,
-                initializer_range=0.04,
-                bos_token_id=at("<|endoftext|>"),
-                eos_token_id=at("<|im_end|>"),
-                pad_token_id=at("<|endoftext|>"),
-                # mRoPE gives height and width the slower frequencies: a small theta lets them tell cells apart
-                rope_parameters=dict(rope_type="default", rope_theta=20.0, mrope_section=[4, 6, 6]),
-            ),
-            vision_config=dict(
-                depth=2,
-                hidden_size=64,
-                intermediate_size=192,
-                num_heads=4,
-                out_hidden_size=128,
-                patch_size=14,
-                window_size=112,
-                fullatt_block_indexes=[1],
-                initializer_range=0.04,
-            ),
-            image_token_id=at("<|image_pad|>"),
-            video_token_id=at("<|video_pad|>"),
-            vision_start_token_id=at("<|vision_start|>"),
-            vision_end_token_id=at("<|vision_end|>"),
-            tie_word_embeddings=False,
-        )
+    text = dict(
+        vocab_size=576,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        initializer_range=0.04,
+        bos_token_id=at("<|endoftext|>"),
+        eos_token_id=at("<|im_end|>"),
+        pad_token_id=at("<|endoftext|>"),
+        # mRoPE gives height and width the slower frequencies: a small theta tells cells apart
+        rope_parameters=dict(rope_type="default", rope_theta=20.0, mrope_section=[4, 6, 6]),
     )
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=192,
+        num_heads=4,
+        out_hidden_size=128,
+        patch_size=14,
+        window_size=112,
+        fullatt_block_indexes=[1],
+        initializer_range=0.04,
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=at("<|image_pad|>"),
+        video_token_id=at("<|video_pad|>"),
+        vision_start_token_id=at("<|vision_start|>"),
+        vision_end_token_id=at("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# its training
+
+BOARD_GRID, STORYBOARD_GRID = (1, 6, 6), (1, 4, 4)  # (t, h, w) in patches, four of them a cell
+MOST_TOKENS = 400  # of a text after its images
 
 
 class Lessons:
-    """Batches of lessons. A board is nine 28 px cells, each four patches, so its pixels are a look-up in an atlas."""
+    """Batches of lessons. A picture is made of few cells: its pixels are looked up in an atlas."""
 
     def __init__(self, vlm, tokenizer, processor):
         self.vlm, self.tokenizer = vlm, tokenizer
-        patches = lambda images: processor(images=images, return_tensors="pt")["pixel_values"]  # noqa: E731
-        boards = [tile([draw_cell(piece, p) for p in range(9)], 3) for piece in PIECES]
-        self.cells = torch.stack(
-            [patches([b]).view(9, 4, -1) for b in boards]
-        )  # (pieces, places, 4, 1176)
-        strips = [tile([draw_panel(p)] * 4, 2) for p in range(9)]
-        self.panels = torch.stack(
-            [patches([s]).view(4, 4, -1)[0] for s in strips]
-        )  # (places, 4, 1176)
         self.prompts = {}
 
+        def patches(image):
+            return processor(images=[image], return_tensors="pt")["pixel_values"]
+
+        # a cell is four patches of 3 x 2 x 14 x 14 = 1,176 numbers
+        boards = [patches(draw_board([piece] * 9)) for piece in PIECES]
+        self.cells = torch.stack(boards).view(-1, 9, 4, 1176)  # (pieces, places, 4, 1176)
+        # a path of one place stands on all four panels: the first will do
+        storyboards = [patches(draw_storyboard([place])) for place in range(9)]  # (16, 1176)
+        self.panels = torch.stack([x[:4] for x in storyboards])  # (places, 4, 1176)
+
     def prompt(self, grids):
-        """Ids before and after the question, and positions of any length, for images of these grids."""
-        if grids not in self.prompts:
-            content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": "\x00"}]
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            before, after = (self.tokenizer(t)["input_ids"] for t in text.split("\x00"))
-            pad, left = self.vlm.config.image_token_id, list(grids)
-            before = [
-                i
-                for t in before
-                for i in ([pad] * (math.prod(left.pop(0)) // 4) if t == pad else [t])
-            ]
-            ids = torch.tensor(before + [0] * 400)
-            self.prompts[grids] = before, after, positions(self.vlm, ids, grids)
+        """Ids before and after the question, and positions of any length, for images of `grids`."""
+        if grids in self.prompts:
+            return self.prompts[grids]
+        content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": "\x00"}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        one_pad_each, after = self.tokenizer(text.split("\x00"))["input_ids"]
+        before, images = [], iter(grids)
+        for t in one_pad_each:
+            n = 1
+            if t == self.vlm.config.image_token_id:
+                n = math.prod(next(images)) // 4  # merged tokens
+            before += [t] * n
+        ids = torch.tensor(before + [0] * MOST_TOKENS)
+        self.prompts[grids] = before, after, positions(self.vlm, ids, grids)
         return self.prompts[grids]
 
+    def encode(self, text):
+        """A Lesson's ids (T), labels (T) and positions (T, 3), pixels of each image, and grids."""
+        pixels, grids = [], ()
+        if text.board:
+            pieces = [PIECES.index(piece) for piece in text.board]
+            pixels.append(self.cells[pieces, range(9)].flatten(0, 1))  # (36, 1176)
+            grids += (BOARD_GRID,)
+        if text.dots:
+            pixels.append(self.panels[text.dots].flatten(0, 1))  # (16, 1176)
+            grids += (STORYBOARD_GRID,)
+        before, after, pos = self.prompt(grids)
+        ids = before + self.tokenizer(text.question)["input_ids"] + after
+        labels = [IGNORE] * len(ids)
+        for part, has_loss in [*text.parts, (self.tokenizer.eos_token, 1)]:
+            new = self.tokenizer(part)["input_ids"]
+            ids = ids + new
+            labels += new if has_loss else [IGNORE] * len(new)
+        pos = pos[:, : len(ids)].T
+        return torch.tensor(ids), torch.tensor(labels), pos, pixels, grids
+
     def batch(self, n, kinds, rng):
-        """ids (B, T), labels (B, T), pos (3, B, T), pixels, grids; right-padded."""
-        rows, pixels, all_grids = [], [], []
-        for i in range(n):
-            board, dots, question, parts = lesson(kinds[i % len(kinds)], rng)
-            grids = ()
-            if board:
-                pixels.append(self.cells[[PIECES.index(p) for p in board], range(9)].flatten(0, 1))
-                grids += ((1, 6, 6),)
-            if dots:
-                pixels.append(self.panels[dots].flatten(0, 1))
-                grids += ((1, 4, 4),)
-            before, after, pos = self.prompt(grids)
-            ids = before + self.tokenizer(question)["input_ids"] + after
-            labels = [IGNORE] * len(ids)
-            for text, has_loss in parts + [(self.tokenizer.eos_token, 1)]:
-                t = self.tokenizer(text)["input_ids"]
-                ids, labels = ids + t, labels + (t if has_loss else [IGNORE] * len(t))
-            rows.append((torch.tensor(ids), torch.tensor(labels), pos[:, : len(ids)].T))
-            all_grids += grids
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids, labels, pos = (
-            pad(x, batch_first=True, padding_value=v) for x, v in zip(zip(*rows), (0, IGNORE, 0))
-        )
-        return ids, labels, pos.permute(2, 0, 1), torch.cat(pixels), torch.tensor(all_grids)
+        """ids (B, T), labels (B, T), pos (3, B, T), pixels (patches, 1176), grids (images, 3).
+
+        Right-padded.
+        """
+        texts = [lesson(kinds[i % len(kinds)], rng) for i in range(n)]
+        rows = [self.encode(text) for text in texts]
+        all_ids, all_labels, all_pos, all_pixels, all_grids = zip(*rows)
+        ids = pad_sequence(all_ids, batch_first=True)
+        labels = pad_sequence(all_labels, batch_first=True, padding_value=IGNORE)
+        pos = pad_sequence(all_pos, batch_first=True).permute(2, 0, 1)
+        pixels = torch.cat([x for pixels in all_pixels for x in pixels])
+        grids = torch.tensor([grid for grids in all_grids for grid in grids])
+        return ids, labels, pos, pixels, grids
 
 
 def train_base():
@@ -475,66 +503,65 @@ def train_base():
         vlm = make_vlm(tokenizer)
     processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=1280 * 28 * 28)
     lessons = Lessons(vlm, tokenizer, processor)
-    print(f"{sum(p.numel() for p in vlm.parameters()):,} parameters, {len(tokenizer)} tokens")
+    n_parameters = sum(p.numel() for p in vlm.parameters())
+    print(f"{n_parameters:,} parameters, {len(tokenizer)} tokens")
     for phase in range(first_phase, len(PHASES)):
         train_phase(vlm, lessons, phase)
-        vlm.save_pretrained(base_folder)
-        tokenizer.save_pretrained(base_folder)
-        processor.save_pretrained(base_folder)
-    print(f"wrote {base_folder} in {(time.time() - began) / 60:.0f} minutes")
+        for part in (vlm, tokenizer, processor):
+            part.save_pretrained(base_folder)
+    minutes = (time.time() - began) / 60
+    print(f"wrote {base_folder} in {minutes:.0f} minutes")
 
 
 def train_phase(vlm, lessons, phase):
     """Plain supervised training on one phase's lessons, with its own cosine schedule."""
-    steps, kinds = round(PHASES[phase][0] * base_scale), PHASES[phase][1]
+    full_steps, kinds = PHASES[phase]
+    steps = round(full_steps * base_scale)
     rng = random.Random(seed + phase)
     optimizer = torch.optim.AdamW(
         vlm.parameters(), lr=base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     bar = tqdm(range(steps), unit="step", desc=f"base, phase {phase + 1}", mininterval=1)
     for step in bar:
-        lr = (
-            base_lr
-            * min(1, (step + 1) / 200)
-            * (0.5 * (1 + math.cos(math.pi * step / steps)) * 0.98 + 0.02)
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         ids, labels, pos, pixels, grids = lessons.batch(base_batch, kinds, rng)
-        vision = vlm.model.visual(pixels, grid_thw=grids).pooler_output
+        vision = vlm.model.visual(pixels, grid_thw=grids).pooler_output  # (N, d)
         h = vlm.model.language_model(
             inputs_embeds=embed(vlm, ids, vision), position_ids=pos, use_cache=False
-        ).last_hidden_state
-        on = labels[:, 1:] != IGNORE
+        ).last_hidden_state  # (B, T, d)
+        on = labels[:, 1:] != IGNORE  # the state at t predicts the token at t + 1
         logits = vlm.lm_head(h[:, :-1][on]).float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][on])
-        # nothing else holds the scale of the merger: keep the embeddings near one per dimension, as Qwen's are
-        (loss + 0.01 * (vision.pow(2).mean() - 1).relu()).backward()
+        wanted = labels[:, 1:][on]
+        loss = F.cross_entropy(logits, wanted)
+        # nothing else holds the scale of the merger: keep the embeddings near one per dimension,
+        # as Qwen's are
+        too_large = (vision.pow(2).mean() - 1).relu()
+        (loss + 0.01 * too_large).backward()
         torch.nn.utils.clip_grad_norm_(vlm.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 99:
-            right = (logits.argmax(-1) == labels[:, 1:][on]).split(on.sum(1).tolist())
-            by = {
-                k: np.mean(
-                    [
-                        float(r.float().mean())
-                        for i, r in enumerate(right)
-                        if kinds[i % len(kinds)] == k
-                    ]
-                )
-                for k in dict.fromkeys(kinds)
-            }
-            bar.write(
-                f"step {step + 1} loss {loss:.3f}, tokens right: "
-                + " ".join(f"{k} {v:.2f}" for k, v in by.items())
-            )
+        if (step + 1) % 100 == 0:
+            right = (logits.argmax(-1) == wanted).float()
+            rows = right.split(on.sum(1).tolist())
+            by_kind = tokens_right([float(row.mean()) for row in rows], kinds)
+            bar.write(f"step {step + 1} loss {loss:.3f}, tokens right: {by_kind}")
 
 
-def write_data():
-    """Write the three splits."""
-    for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
-        write_split(Path(data_folder), split, n)
+def learning_rate(step, steps):
+    """200 steps of warm-up, then a cosine that ends at a fiftieth of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return base_lr * min(1, (step + 1) / 200) * (cosine * 0.98 + 0.02)
+
+
+def tokens_right(shares, kinds):
+    """The mean share of right tokens by kind of lesson, of the shares of a batch's rows."""
+    by_kind = {}
+    for i, share in enumerate(shares):
+        kind = kinds[i % len(kinds)]
+        by_kind.setdefault(kind, []).append(share)
+    means = [f"{kind} {statistics.fmean(x):.2f}" for kind, x in by_kind.items()]
+    return " ".join(means)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Train GAP or a baseline: L = L_LM + lambda * L_latent, one teacher-forced forward a step (sections 4.1 to 4.3).
+"""How is it trained? A hand-written FSDP2 loop that knows no method by name.
 
-Reads the base model, the data, the targets and PCA of fit_pca.py, and difficulty.jsonl. Writes <out>/: a folder that
-plain `from_pretrained` loads, latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resume from.
+Reads the base model, a data file, and what the method asks for: GAP the targets and PCA of
+fit_pca.py, and difficulty.jsonl. Writes <out>/: a folder that plain `from_pretrained` loads,
+latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resume from.
 
-    python train.py                                                     # one CPU process or one GPU
+    python train.py                                              # one CPU process or one GPU
     torchrun --nproc-per-node 8 train.py --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 
-method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and regressed),
-text (dense-caption SFT: latents stripped everywhere, the parser text kept). Controls: frozen, matched, wide (model.HEADS).
+method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and
+regressed), text (dense-caption SFT: latents stripped everywhere, the parser text kept).
+Controls: frozen, matched, wide (model.HEADS).
 """
 
 import json
@@ -17,6 +19,7 @@ import re
 import resource
 import shutil
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -47,340 +49,263 @@ from data import (
     check_choices,
     clock,
     key_of,
-    load_examples,
     open_append,
-    open_image,
     pick_device,
     rank_and_world,
     read_lines,
     settings_of,
     start,
-    strip_latents,
     versions,
     weight_stamps,
     write_lines,
 )
-from model import (
-    HEAD_FILE,
-    HEADS,
-    IGNORE,
-    LATENT_PAD,
-    add_latent_tokens,
-    cross_entropy,
-    embed,
-    encode,
-    load_pca,
-    load_processor,
-    load_vlm,
-    save_head,
-    tower_fingerprint,
-)
-from sample_difficulty import RULES, needs_latents
+from gap import GAP
+from method import Method
+from model import HEAD_FILE, HEADS, load_processor, load_vlm
 
-# ---------------------------------------------------------------------------------------------------
-# The toy's values; the paper's 7B values stand in the comments.
-method = "gap"  # gap lh output text
-base = "toy/base"  # Qwen2.5-VL-7B-Instruct
-data = "out/toy/train.jsonl"
+METHODS = {
+    "text": Method,
+    **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide: a head each
+}
+
+# --------------------------------------------------------------------------------------------------
+# The toy's values. "7B:" is the paper's for Qwen2.5-VL-7B, where it differs.
+method = "gap"  # gap lh output text, or a control
+base = "toy/base"  # 7B: Qwen2.5-VL-7B-Instruct
+data = "out/toy/train.jsonl"  # what it trains on
 val_data = "out/toy/val.jsonl"  # "" for none
 pca = "out/pca"  # written by fit_pca.py
 difficulty = "out/difficulty.jsonl"  # "": every example keeps its latents (no DA)
-out = "out/gap"
+out = "out/gap"  # the model folder to write
 tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 keep_parser = True  # of a stripped example [ours]
 write_parser = True  # False, a control: no example has parser text
-lambda_latent = 1.0
-latent_loss = (
-    "relative"  # mean over d (7B), sum (the paper's equation literally), relative (1 - R^2) [ours]
-)
+lambda_latent = 1.0  # weight of the latent loss [paper]
+latent_loss = "relative"  # 1 - R^2; 7B: mean (over d); or sum: the equation literally [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
-epochs = 2  # 2
-global_batch = 16  # 128
-lr = 1e-3  # 1e-5
-lr_head = 3e-3  # 1e-5
-weight_decay = 0.01
-beta1, beta2 = 0.9, 0.95  # [ours]
-warmup_ratio = 0.03
-grad_clip = 1.0  # [ours]
+epochs = 2  # [paper]
+global_batch = 16  # examples a step; 7B: 128
+lr = 1e-3  # peak, of the decoder; 7B: 1e-5
+lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5
+weight_decay = 0.01  # of matrices [paper]
+beta1 = 0.9  # of AdamW [ours]
+beta2 = 0.95  # [ours]
+warmup_ratio = 0.03  # share of the steps [paper]
+grad_clip = 1.0  # largest norm of the gradient [ours]
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
-min_pixels, max_pixels = 56 * 56, 1280 * 28 * 28
-dtype = "float32"  # of the forward; bfloat16 (masters, optimizer and reductions stay float32)
-activation_checkpointing = False  # True
-cpu_offload = False
-eval_every, save_every = 500, 500  # steps
+min_pixels = 56 * 56  # smaller images are scaled up
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+dtype = "float32"  # of the forward; 7B: bfloat16 (masters, optimizer, reductions stay float32)
+activation_checkpointing = False  # 7B: True
+cpu_offload = False  # shards and optimizer on the host, where GPUs are small
+eval_every = 500  # steps between validations
+save_every = 500  # steps between checkpoints
 max_steps = 0  # > 0: stop (and let the schedule end) here
-seed = 12345
-# ---------------------------------------------------------------------------------------------------
+seed = 12345  # of the order of examples, and of the head's first weights
+# --------------------------------------------------------------------------------------------------
 
-FREE = (
-    "eval_every",
-    "save_every",
-    "token_budget",
-    "cpu_offload",
-    "activation_checkpointing",
-)  # may change on resume
+# settings that may change on resume
+FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
+
+# --------------------------------------------------------------------------------------------------
+# batches
 
 
-class Model(nn.Module):
-    """The decoder and the latent head under one forward, so that FSDP gathers the root's weights around the loss."""
+def batch_of(step, n):
+    """Indices of a step's examples among n.
 
-    def __init__(self, vlm, head, latent_id):
-        super().__init__()
-        self.vlm, self.head, self.latent_id = vlm, head, latent_id
-
-    def states(self, batch, latents):
-        x = embed(self.vlm, batch["ids"], batch["vision"], latents, self.latent_id)
-        return self.vlm.model.language_model(
-            inputs_embeds=x, position_ids=batch["pos"], use_cache=False
-        ).last_hidden_state[:, :-1]
-
-    def forward(self, batch):
-        """Sums over a micro-batch: cross-entropy, ||v_hat - v||^2, and the norms of v_hat and v.
-
-        The state at <|latent_start|> predicts latent 1, the state at latent i predicts latent i + 1: both losses
-        are read one position early.
-        """
-        on, at = batch["labels"][:, 1:] != IGNORE, batch["ids"][:, 1:] == self.latent_id
-        v = fed = batch["latents"]
-        if (
-            scheduled_sampling and self.head is not None
-        ):  # on every rank, with latents or not: FSDP gathers twice
-            with torch.no_grad():
-                fed = self.head(self.states(batch, v)[at])
-        h = self.states(batch, fed)
-        ce = cross_entropy(h[on], batch["labels"][:, 1:][on], self.vlm.lm_head)
-        if not len(v):
-            # keep the head in the graph: FSDP wants the same gradients on every rank
-            idle = sum(p.sum() for p in self.head.parameters()) * 0.0 if self.head else 0.0
-            return ce + idle, ce.new_zeros(()), ce.new_zeros(2)
-        with torch.no_grad():
-            norms = torch.stack(
-                [self.head(h[at]).float().norm(dim=-1).sum(), v.float().norm(dim=-1).sum()]
-            )
-        return ce, self.head.squared_error(h[at], v).sum(), norms
-
-
-def latent_weight(head):
-    """What multiplies the mean over latents of ||v_hat - v||^2: 1/d, 1, or 1/total variance of the targets."""
-    return {"mean": 1 / head.basis.shape[0], "sum": 1.0, "relative": 1 / head.total_variance}[
-        latent_loss
-    ]
+    `step` is the whole data state: a resumed run sees what it would have seen.
+    """
+    per_epoch = n // global_batch
+    epoch, at = step // per_epoch, step % per_epoch
+    # an epoch's order depends on nothing but the seed; its incomplete last batch is left out
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+    return order[at * global_batch : (at + 1) * global_batch].tolist()
 
 
 def micro_batches(lengths, world, budget):
-    """Split rows into micro-batches of at most `budget` padded tokens, a multiple of `world` of them.
+    """Split rows into micro-batches of at most `budget` padded tokens, a multiple of `world`.
 
-    Returns lists of row indices, the longest first; micro-batch i belongs to rank i % world. Rows of like length
-    share one, so little is padding. A list is empty only where there are fewer rows than ranks.
+    Returns lists of row indices, the longest first; micro-batch i belongs to rank i % world. Rows
+    of like length share one, so little is padding. A list is empty only where there are fewer rows
+    than ranks.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts = []
-    for i in order:
-        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= budget:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
+    for i in longest_first:
+        if parts:
+            padded_to = lengths[parts[-1][0]]
+            if padded_to * (len(parts[-1]) + 1) <= budget:
+                parts[-1].append(i)
+                continue
+        parts.append([i])
     while len(parts) % world:  # every rank runs the same number of forwards
-        big = max(range(len(parts)), key=lambda j: (len(parts[j]), -j))
-        half = (len(parts[big]) + 1) // 2
-        parts[big : big + 1] = [parts[big][:half], parts[big][half:]]
+        fullest = max(range(len(parts)), key=lambda j: (len(parts[j]), -j))
+        part = parts[fullest]
+        half = (len(part) + 1) // 2
+        parts[fullest : fullest + 1] = [part[:half], part[half:]]
     return parts
 
 
-class Data:
-    """Examples of one file, assigned to text or latent format, with their targets on disk."""
-
-    def __init__(self, path, vlm, tokenizer, processor, solved, index):
-        self.vlm, self.tokenizer, self.processor, self.index = vlm, tokenizer, processor, index
-        self.rows, self.n_latent, self.n_rejected, self.open = [], 0, 0, {}
-        for row in load_examples(path):
-            if not write_parser or (row["id"] in solved and not keep_parser):
-                row["response"] = re.sub(
-                    r" ?<parser>.*?</parser>", "", row["response"], flags=re.DOTALL
-                )
-            if method == "text" or row["id"] in solved or not row["aux_images"]:
-                row["response"] = strip_latents(row["response"])
-            elif row["id"] in index["rejected"]:
-                self.n_rejected += 1
-                continue
-            elif row["id"] not in index["files"]:
-                raise SystemExit(
-                    f"{path}: example {row['id']!r} needs latent targets, which {pca}/targets/index.json "
-                    "does not have; run fit_pca.py on this data file"
-                )
-            else:
-                self.n_latent += 1
-            self.rows.append(row)
-
-    def targets(self, row):
-        """The (m * K, d) targets of an example."""
-        name = self.index["files"][row["id"]]
-        if name not in self.open:
-            self.open[name] = safe_open(Path(pca) / "targets" / name, "pt")
-        v = self.open[name].get_tensor(row["id"])
-        if len(v) != row["response"].count(LATENT_SPAN):
-            raise SystemExit(
-                f"{pca}/targets/{name}: {len(v)} spans for example {row['id']!r}, whose response has "
-                f"{row['response'].count(LATENT_SPAN)}; run fit_pca.py again"
-            )
-        return v.flatten(0, 1)
-
-    def load(self, picked, rank, world):
-        """This rank's micro-batches of the global batch `picked`, and the label and latent counts of *all* of it."""
-        examples = [
-            encode(
-                self.vlm,
-                self.tokenizer,
-                self.processor,
-                self.rows[i],
-                self.index["K"],
-                self.rows[i]["response"],
-            )
-            for i in picked
-        ]
-        parts = micro_batches([len(e["ids"]) for e in examples], world, token_budget)
-        spans = [self.rows[i]["response"].count(LATENT_SPAN) for i in picked]
-        counts = {
-            "labels": sum(int((e["labels"] != IGNORE).sum()) for e in examples),
-            "latents": sum(spans) * self.index["K"],
-            "tokens": sum(len(e["ids"]) for e in examples),
-        }
-        mine = []
-        for part in parts[rank::world]:
-            rows = part or [0]  # more ranks than rows: this rank runs some row with weight 0
-            batch = collate([examples[i] for i in rows], self.processor) | {
-                "weight": float(bool(part))
-            }
-            v = [self.targets(self.rows[picked[i]]) for i in rows if spans[i]]
-            batch["latents"] = torch.cat(v) if v else torch.zeros(0, self.index["d"])
-            mine.append(batch)
-        return mine, counts
-
-
-def latent_token(tokenizer):
-    token = tokenizer.convert_tokens_to_ids(LATENT_PAD)
-    return -1 if token is None else token
-
-
-def collate(examples, processor):
-    """Right-padded ids (B, T), labels (B, T), pos (3, B, T), pixels and grids. Causal attention needs no mask."""
-    pad = lambda xs, value: nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=value)  # noqa: E731
-    images = [open_image(p) for e in examples for p in e["images"]]
-    out = processor(images=images, return_tensors="pt") if images else {}
-    return {
-        "ids": pad([e["ids"] for e in examples], 0),
-        "labels": pad([e["labels"] for e in examples], IGNORE),
-        "pos": pad([e["pos"].T for e in examples], 0).permute(2, 0, 1),
-        "pixels": out.get("pixel_values"),
-        "grids": out.get("image_grid_thw"),
-    }
+def load_batch(model, rows):
+    """Of a global batch of rows: this rank's micro-batches; the counts and the tokens of *all*."""
+    rank, world = rank_and_world()
+    # every rank encodes all rows (text only), so the counts need no communication;
+    # it opens the images and reads the targets of its own
+    examples = [model.encode(row) for row in rows]
+    lengths = [len(example["ids"]) for example in examples]
+    counts = Counter()
+    for example in examples:
+        counts.update(model.counts(example))
+    batches = []
+    for part in micro_batches(lengths, world, token_budget)[rank::world]:
+        # more ranks than rows: this rank runs some row with weight 0
+        batch = model.collate([examples[i] for i in part or [0]])
+        batches.append(batch | {"weight": 1.0 if part else 0.0})
+    return batches, dict(counts), sum(lengths)
 
 
 def to_device(batch, vlm, device):
-    """Move a micro-batch and run the frozen tower on its images."""
-    batch = {
-        k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-    }
+    """Move a micro-batch, and run the frozen tower on its images: "vision" (N, d) or None."""
+    for name, value in batch.items():
+        if torch.is_tensor(value):
+            batch[name] = value.to(device, non_blocking=True)
     batch["vision"] = None
     if batch["pixels"] is not None:
         tower = vlm.model.visual
         with torch.no_grad():
-            batch["vision"] = tower(
-                batch["pixels"].to(tower.dtype), grid_thw=batch["grids"]
-            ).pooler_output
+            out = tower(batch["pixels"].to(tower.dtype), grid_thw=batch["grids"])
+        batch["vision"] = out.pooler_output
     return batch
+
+
+def run_batch(model, batches, counts, device, weights=None):
+    """Run a global batch; returns the global mean of each sum that has a count.
+
+    With `weights` also backward through their losses.
+    """
+    world = rank_and_world()[1]
+    n = {name: max(count, 1) for name, count in counts.items()}
+    total = torch.zeros(len(n), device=device)
+    for batch in batches:
+        sums = model(to_device(batch, model.vlm, device))
+        sums = {name: sums[name] * batch["weight"] for name in n}
+        if weights is not None:
+            # FSDP averages over ranks: world / count over the whole global batch
+            loss = sum(weight * sums[name] / n[name] for name, weight in weights.items())
+            (world * loss).backward()
+        total += torch.stack([x.detach() for x in sums.values()])
+    dist.all_reduce(total)  # once a batch, for the log
+    means = (total / torch.tensor(list(n.values()), device=device)).tolist()
+    return {name: mean for name, mean in zip(n, means) if counts[name]}
+
+
+def validate(model, rows, device):
+    """What the method reports of a file's rows, each field as val_<field>."""
+    totals, counts = Counter(), Counter()
+    for i in range(0, len(rows), global_batch):
+        batches, count, _ = load_batch(model, rows[i : i + global_batch])
+        with torch.no_grad():
+            means = run_batch(model, batches, count, device)
+        counts.update(count)
+        totals.update({name: mean * count[name] for name, mean in means.items()})
+    # means over all rows, not means of the batches' means
+    means = {name: total / counts[name] for name, total in totals.items()}
+    return {f"val_{name}": value for name, value in model.report(means).items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizer and shards
 
 
 def lr_at(step, total, peak):
     """Linear warm-up over warmup_ratio of the steps, then cosine to 0."""
     warm = max(1, round(warmup_ratio * total))
-    return peak * min(
-        (step + 1) / warm,
-        0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm))),
-    )
+    done, left = max(0, step - warm), max(1, total - warm)
+    cosine = 0.5 * (1 + math.cos(math.pi * done / left))
+    return peak * min((step + 1) / warm, cosine)
 
 
-def batch_of(step, n):
-    """The examples of a step: `step` is the whole data state, so a resumed run sees what it would have seen."""
-    per_epoch = n // global_batch
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + step // per_epoch))
-    at = step % per_epoch * global_batch
-    return order[at : at + global_batch].tolist()
-
-
-def read_difficulty(path):
-    """Ids that the difficulty rule trains as text, and all ids in the file.
-
-    Raises SystemExit where early-stopped counts can not tell.
-    """
-    solved, known = set(), set()
-    for n, row in enumerate(read_lines(path), 1):
-        if missing := {"id", "n", "correct", "n_options", "lower_bound"} - row.keys():
-            raise SystemExit(
-                f"{path}:{n}: lacks {sorted(missing)}; expected a line written by sample_difficulty.py"
-            )
-        known.add(row["id"])
-        if not needs_latents(row, tau, rule):
-            solved.add(row["id"])
-        elif row["lower_bound"]:
-            raise SystemExit(
-                f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which does not "
-                f"decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or this tau and rule"
-            )
-    return solved, known
-
-
-def check_inputs(vlm, index, meta):
-    """Refuse a PCA, targets and base that do not belong together."""
-    ours = tower_fingerprint(vlm)
-    for name, there in ((f"{pca}/pca.safetensors", meta), (f"{pca}/targets/index.json", index)):
-        if there["tower"] != ours:
-            raise SystemExit(
-                f"{name} was made with vision tower {there['tower']}, but {base} has tower {ours}"
-            )
-    for field in ("K", "mode"):
-        if str(index[field]) != meta[field]:
-            raise SystemExit(
-                f"{pca}/targets/index.json has {field} = {index[field]}, "
-                f"but {pca}/pca.safetensors has {meta[field]}"
-            )
+def make_optimizer(model):
+    """AdamW with `lr` for the decoder, `lr_head` for what the method adds."""
+    body = [p for p in model.vlm.parameters() if p.requires_grad]
+    added = [p for name, p in model.named_parameters() if not name.startswith("vlm.")]
+    groups = [
+        {"params": [p for p in body if p.ndim > 1], "peak": lr},
+        {"params": [p for p in body if p.ndim == 1], "peak": lr, "weight_decay": 0.0},
+    ]
+    if added:
+        groups.append({"params": added, "peak": lr_head})
+    # vectors (norms, biases) are not decayed; the learning rates are set at each step
+    betas = beta1, beta2
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def shard(model, device):
-    """FSDP2: float32 shards of every decoder layer, then of the root; the frozen tower is replicated."""
+    """FSDP2: float32 shards of every decoder layer, then of the root; the tower is replicated."""
     tower = model.vlm.model.visual.requires_grad_(False).to(device)
-    policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    precision = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, dtype),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # latent targets stay float32
     )
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
-    kwargs = {"mp_policy": policy, "offload_policy": offload}
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    policies = {"mp_policy": precision, "offload_policy": offload}
+
     layers = model.vlm.model.language_model.layers
     for i, layer in enumerate(layers):
-        # one layer at a time: at no moment does a GPU hold more than its shards and one whole float32 layer
+        # one at a time: a GPU never holds more than its shards and one whole float32 layer
         layer = layer.to(device, torch.float32)
         layers[i] = checkpoint_wrapper(layer) if activation_checkpointing else layer
-        fully_shard(layers[i], **kwargs)
+        fully_shard(layers[i], **policies)
+    # what is left: embeddings, final norm, LM head, the method's own weights
+    placed = ("vlm.model.visual", "vlm.model.language_model.layers.")
     for name, module in model.named_modules():
-        if not name.startswith(("vlm.model.visual", "vlm.model.language_model.layers.")):
-            for p in list(module.parameters(recurse=False)):
-                p.data = p.data.to(device, torch.float32)
-            for b in list(module.buffers(recurse=False)):
-                b.data = b.data.to(device)
-    fully_shard(model, ignored_params=set(tower.parameters()), **kwargs)
+        if name.startswith(placed):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(device, torch.float32)
+        for buffer in module.buffers(recurse=False):
+            buffer.data = buffer.data.to(device)
+    # one group, gathered while the root's forward runs
+    fully_shard(model, ignored_params=set(tower.parameters()), **policies)
 
 
-def save_checkpoint(model, optimizer, step, settings, rank):
+def train_step(model, optimizer, batches, counts, step, total, device):
+    """One optimizer step. Returns the batch's means and its gradient's norm before the clip."""
+    means = run_batch(model, batches, counts, device, model.weights(step, total))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trained, grad_clip)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # a collective: on every rank
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, total, group["peak"])
+    optimizer.step()
+    optimizer.zero_grad()
+    return means, float(norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints and export
+
+
+def save_checkpoint(model, optimizer, step, settings):
     """Write ckpt/step-N under a temporary name, rename it, keep the last two."""
     folder = Path(out) / "ckpt"
     tmp, final = folder / ".tmp", folder / f"step-{step:07}"
+    rank, _ = rank_and_world()
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
+    # each rank writes its own shards; any number of ranks can read them
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp)
     if rank == 0:
+        # the rename makes it a checkpoint: a killed save leaves only .tmp
         (tmp / "settings.json").write_text(json.dumps(settings))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
@@ -390,190 +315,143 @@ def save_checkpoint(model, optimizer, step, settings, rank):
 
 
 def load_checkpoint(model, optimizer, settings):
-    """Load the newest checkpoint, if any, on any number of ranks. Returns the number of finished steps."""
+    """Load the newest checkpoint, if any, on any number of ranks; returns the finished steps."""
     found = sorted((Path(out) / "ckpt").glob("step-*"))
     if not found:
         return 0
-    saved = json.loads((found[-1] / "settings.json").read_text())
+    newest = found[-1]
+    saved = json.loads((newest / "settings.json").read_text())
     differ = {
-        k: (saved.get(k), v) for k, v in settings.items() if k not in FREE and saved.get(k) != v
+        name: (saved.get(name), value)
+        for name, value in settings.items()
+        if name not in FREE and saved.get(name) != value
     }
     if differ:
         raise SystemExit(
-            f"{found[-1]}/settings.json and this run disagree on (there, here): {differ}; "
+            f"{newest}/settings.json and this run disagree on (there, here): {differ}; "
             "choose another `out`, or delete it to start over"
         )
     weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return int(found[-1].name.removeprefix("step-"))
+    return int(newest.name.removeprefix("step-"))
 
 
-def export(model, tokenizer, processor, meta, rank):
-    """Write the folder that from_pretrained, infer.py and eval.py load: to a temporary name, then file by file."""
-    weights = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if rank:
+def export(model, tokenizer, processor):
+    """Write the folder that from_pretrained, infer.py and eval.py load, file by file."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)  # a collective: on every rank
+    if rank_and_world()[0] > 0:
         return
     tmp, kind = Path(out) / ".export", getattr(torch, dtype)
     shutil.rmtree(tmp, ignore_errors=True)
+
     vlm = model.vlm
-    vlm.config.dtype = vlm.config.text_config.dtype = vlm.config.vision_config.dtype = kind
-    weights_out = {k[4:]: v.to(kind) for k, v in weights.items() if k.startswith("vlm.")}
+    for config in (vlm.config, vlm.config.text_config, vlm.config.vision_config):
+        config.dtype = kind  # else bfloat16 weights load as float32
+    decoder = {}
+    for name, weight in weights.items():
+        if name.startswith("vlm."):
+            decoder[name.removeprefix("vlm.")] = weight.to(kind)
     if vlm.config.tie_word_embeddings:  # 3B: the LM head is the embedding table, stored once
-        weights_out.pop("lm_head.weight", None)
-    vlm.save_pretrained(tmp, state_dict=weights_out)
+        decoder.pop("lm_head.weight", None)
+    vlm.save_pretrained(tmp, state_dict=decoder)
     tokenizer.save_pretrained(tmp)
     processor.save_pretrained(tmp)
-    if model.head is None:
+    model.save(tmp, weights)
+
+    if not (tmp / HEAD_FILE).exists():  # no head of an earlier run beside these weights
         (Path(out) / HEAD_FILE).unlink(missing_ok=True)
-    else:
-        save_head(
-            tmp, model.head, {k[5:]: v for k, v in weights.items() if k.startswith("head.")}, meta
-        )
     for file in sorted(tmp.iterdir()):
         os.replace(file, Path(out) / file.name)
     tmp.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------
+# the log
+
+
+def open_log(first, settings):
+    """log.jsonl from step `first` on: line 1 is the configuration, then a line a step."""
+    path = Path(out) / "log.jsonl"
+    kept = []  # steps after the checkpoint are run again
+    if first:
+        kept = [row for row in read_lines(path) if row.get("step", 0) <= first]
+    if not kept:
+        kept = [settings | versions() | {"world": rank_and_world()[1]}]
+    write_lines(path, kept)
+    return open_append(path)
 
 
 def peak_memory(device):
     """Most bytes held so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if (
-        status := Path("/proc/self/status")
-    ).exists():  # not ru_maxrss, which begins at what the parent process held
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which begins at what the parent process held
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def main():
-    settings = settings_of(globals())
-    rank, world = rank_and_world()
-    check_choices(
-        globals(),
-        method=(*HEADS, "text"),
-        latent_loss=("mean", "sum", "relative"),
-        rule=RULES,
-        dtype=("float32", "bfloat16"),
-    )
+# --------------------------------------------------------------------------------------------------
+
+
+def start_ranks():
+    """Join the process group, of one process without torchrun; returns this rank's device."""
     device = pick_device()
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-        timeout=timedelta(hours=2),
-        **store,
-    )
+        backend = "cuda:nccl,cpu:gloo"
+    alone = {}  # torchrun says where the others are; one process needs no port
+    if rank_and_world()[1] == 1:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
+    return device
+
+
+def main():
+    settings = settings_of(globals())
+    check_choices(globals(), method=METHODS, dtype=("float32", "bfloat16"))
+    METHODS[method].check(settings)
+    rank, world = rank_and_world()
+    device = start_ranks()
     torch.manual_seed(seed)
 
-    # model
-    vlm, tokenizer = load_vlm(base, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    # the model
+    vlm, tokenizer = load_vlm(base, getattr(torch, dtype))
     processor = load_processor(base, min_pixels, max_pixels)
-    head, meta, index = None, {}, {"K": 0, "d": 1, "rejected": [], "files": {}}
-    if method != "text":
-        add_latent_tokens(vlm, tokenizer)
-        components, meta = load_pca(Path(pca) / "pca.safetensors")
-        path = Path(pca) / "targets" / "index.json"
-        if not path.is_file():
-            raise SystemExit(f"{path}: no such file; run fit_pca.py first")
-        index = json.loads(path.read_text())
-        check_inputs(vlm, index, meta)
-        head = HEADS[method](components, index["K"])
-    model = Model(vlm, head, latent_token(tokenizer))
+    model = METHODS[method](vlm, tokenizer, processor, settings)
     vlm.train()
     shard(model, device)
 
-    # data
-    assigned = bool(difficulty) and method != "text"
-    solved, known = read_difficulty(difficulty) if assigned else (set(), set())
-    train = Data(data, vlm, tokenizer, processor, solved, index)
-    if assigned:
-        if missing := [row["id"] for row in train.rows if row["id"] not in known]:
-            raise SystemExit(
-                f"{difficulty} lacks {len(missing)} examples of {data} (the first is {missing[0]!r}); "
-                "run sample_difficulty.py again, it goes on where it stopped"
-            )
-    val = Data(val_data, vlm, tokenizer, processor, set(), index) if val_data else None
-    if len(train.rows) < global_batch:
+    # the data
+    rows, left_out = model.rows(data, training=True)
+    val_rows = model.rows(val_data, training=False)[0] if val_data else []
+    if len(rows) < global_batch:
         raise SystemExit(
-            f"{data}: {len(train.rows)} usable examples are fewer than global_batch={global_batch}"
+            f"{data}: {len(rows)} usable examples are fewer than global_batch={global_batch}"
         )
-    total = max_steps or epochs * (len(train.rows) // global_batch)
+    total = max_steps or epochs * (len(rows) // global_batch)
 
-    # what a resumed run must have been fed
-    files = [data]
-    if method != "text":
-        files += [Path(pca) / "pca.safetensors", Path(pca) / "targets" / "index.json"] + [
-            difficulty
-        ] * bool(difficulty)
-    settings["inputs"] = key_of({"base": weight_stamps(base)}, *files)
-
-    # optimizer
-    body = [p for p in vlm.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in body if p.ndim > 1], "peak": lr},
-        {"params": [p for p in body if p.ndim == 1], "peak": lr, "weight_decay": 0.0},
-    ]
-    if head is not None and list(head.parameters()):
-        groups.append({"params": list(head.parameters()), "peak": lr_head})
-    optimizer = torch.optim.AdamW(
-        groups, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True
-    )
+    # the optimizer, and where an earlier run stopped that was fed the same
+    settings["inputs"] = key_of({"base": weight_stamps(base)}, data, *model.inputs())
+    optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
     if rank == 0:
+        n_latent = sum(LATENT_SPAN in row["response"] for row in rows)
         print(
-            f"{method}: {len(train.rows)} examples, {train.n_latent} with latents, {train.n_rejected} rejected; "
+            f"{method}: {len(rows)} examples, {n_latent} with latents, {len(left_out)} rejected; "
             f"{total} steps, from {first}; {world} rank(s) on {device}"
         )
-        log = Path(out) / "log.jsonl"
-        old = [row for row in read_lines(log) if row.get("step", 0) <= first] if first else []
-        write_lines(log, old or [settings | versions() | {"world": world}])
-        log = open_append(log)
+        log = open_log(first, settings)
 
-    def sums(batches, counts, backward):
-        """Run micro-batches; returns global means (loss, ce, latent loss, R^2, norm of v_hat, norm of v)."""
-        seen = torch.zeros(4, device=device)
-        n, m = max(counts["labels"], 1), max(counts["latents"], 1)
-        weight = latent_weight(head) if head is not None else 0.0
-        for batch in batches:
-            ce, squared, norms = (x * batch["weight"] for x in model(to_device(batch, vlm, device)))
-            if backward:  # FSDP averages over ranks: world / count over the whole global batch
-                (world * (ce / n + lambda_latent * weight * squared / m)).backward()
-            seen += torch.stack([ce.detach(), squared.detach(), *norms])
-        dist.all_reduce(seen)
-        ce, squared, predicted, target = (seen / torch.tensor([n, m, m, m], device=device)).tolist()
-        row = {"loss": ce + lambda_latent * weight * squared, "ce": ce}
-        if counts["latents"]:
-            row |= {
-                "latent": weight * squared,
-                "r2": 1 - squared / head.total_variance,
-                "norm_predicted": predicted,
-                "norm_target": target,
-            }
-        return row
-
-    def validate():
-        batches = [
-            list(range(i, min(i + global_batch, len(val.rows))))
-            for i in range(0, len(val.rows), global_batch)
-        ]
-        with torch.no_grad():
-            found = [
-                (sums(*(loaded := val.load(b, rank, world)), False), loaded[1]) for b in batches
-            ]
-
-        def mean(field, count):
-            pairs = [(row[field], c[count]) for row, c in found if field in row]
-            return sum(x * w for x, w in pairs) / max(1, sum(w for _, w in pairs))
-
-        fields = {"ce": "labels"} | ({"latent": "latents", "r2": "latents"} if val.n_latent else {})
-        return {f"val_{field}": mean(field, count) for field, count in fields.items()}
+    # the loop
+    def load(step):
+        return load_batch(model, [rows[i] for i in batch_of(step, len(rows))])
 
     loader = ThreadPoolExecutor(1)  # images of the next step are read while this one runs
-    ahead = loader.submit(train.load, batch_of(first, len(train.rows)), rank, world)
+    ahead = loader.submit(load, first)
     bar = tqdm(
         total=total,
         initial=first,
@@ -583,31 +461,26 @@ def main():
         mininterval=1,
     )
     for step in range(first, total):
-        start, began = time.time(), clock(device)
-        batches, counts = ahead.result()
+        started, began = time.time(), clock(device)
+        batches, counts, n_tokens = ahead.result()
         if step + 1 < total:
-            ahead = loader.submit(train.load, batch_of(step + 1, len(train.rows)), rank, world)
-        row = {"step": step + 1} | sums(batches, counts, True)
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.requires_grad], grad_clip
-        )
-        norm = float(
-            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        )  # a collective: on every rank
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, total, group["peak"])
-        optimizer.step()
-        optimizer.zero_grad()
-        row |= {
+            ahead = loader.submit(load, step + 1)
+        means, norm = train_step(model, optimizer, batches, counts, step, total, device)
+        weights = model.weights(step, total)
+        # a line of log.jsonl
+        row = {
+            "step": step + 1,
+            "loss": sum(weight * means.get(name, 0.0) for name, weight in weights.items()),
+            **model.report(means),
             "grad_norm": norm,
             "lr": lr_at(step, total, lr),
             "peak_gib": peak_memory(device) / 2**30,
-            "tokens_per_s": counts["tokens"] / (time.time() - start),
+            "tokens_per_s": n_tokens / (time.time() - started),
             "seconds": clock(device) - began,
         }
         last = step + 1 == total
-        if val and (last or (step + 1) % eval_every == 0):
-            row |= validate()
+        if val_rows and (last or (step + 1) % eval_every == 0):
+            row |= validate(model, val_rows, device)
         if rank == 0:
             append(log, row)
             bar.set_postfix_str(" ".join(f"{k} {row[k]:.3f}" for k in ("ce", "r2") if k in row))
@@ -615,9 +488,10 @@ def main():
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         bar.update()
         if last or (step + 1) % save_every == 0:
-            save_checkpoint(model, optimizer, step + 1, settings, rank)
+            save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
-    export(model, tokenizer, processor, meta, rank)
+
+    export(model, tokenizer, processor)
     if rank == 0:
         print(f"wrote {out}")
     dist.barrier()

@@ -1,21 +1,32 @@
-"""A tiny Qwen2.5-VL with random weights, a few examples of the toy world, and a way to run a script as a user does."""
+"""What tests share: a tiny Qwen2.5-VL of random weights, a few examples of the toy world, and ways
+to run a script as a user does."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-import toy  # noqa: E402
-from model import PCAHead, add_latent_tokens, load_processor, load_vlm  # noqa: E402
+import huggingface_hub.constants
+
+import build_data
+import toy
+from data import load_examples, open_image, read_lines, write_lines
+from generate import Decoder
+from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
 PIXELS = (56 * 56, 1280 * 28 * 28)
 
@@ -38,7 +49,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with train, val and test JSONL of the toy world; one training example has two images and two spans."""
+    """A folder of train, val and test JSONL of the toy world; one row has two images and spans."""
     folder = tmp_path_factory.mktemp("world")
     for split, n in (("train", 48), ("val", 8), ("test", 12)):
         toy.write_split(folder, split, n)
@@ -82,15 +93,21 @@ def head():
     return head.eval()
 
 
+def launcher(ranks):
+    """The command that starts a script on so many ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = "torch.distributed.run"
+    return [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={ranks}"]
+
+
 def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
-    """Run a script in a subprocess, under torchrun for several ranks. Returns its output; asserts how it ended."""
-    launch = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else [sys.executable]
-    )
+    """Run a script in a subprocess, under torchrun for several ranks.
+
+    Returns its output; asserts how it ended.
+    """
     done = subprocess.run(
-        [*launch, str(ROOT / script), *map(str, args)],
+        [*launcher(ranks), str(ROOT / script), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -102,3 +119,254 @@ def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
     if not ok:
         assert "Traceback" not in text, text[-4000:]
     return text
+
+
+def examples(world, n=6):
+    return load_examples(world / "train.jsonl")[:n]
+
+
+def hf_inputs(vlm, processor, ids, paths):
+    image = processor(images=[open_image(p) for p in paths], return_tensors="pt") if paths else {}
+    return {
+        "input_ids": ids[None],
+        "attention_mask": torch.ones_like(ids)[None],
+        "mm_token_type_ids": (ids == vlm.config.image_token_id).int()[None],
+        **image,
+    }
+
+
+def make_open(vlm, tokenizer, prompts, opens):
+    """Turn the LM head so that prompts[opens] begin with a latent span, and the others do not."""
+    with torch.no_grad():
+        h = torch.cat([Decoder(vlm, [p], 1, 0).h[:, 0] for p in prompts])
+        want = torch.tensor([60.0 if i in opens else -60.0 for i in range(len(prompts))])
+        vlm.lm_head.weight[latent_ids(tokenizer)[0]] = torch.linalg.lstsq(
+            h, want[:, None]
+        ).solution[:, 0]
+
+
+def record(calls):
+    def on_step(rows, tokens, x, h):
+        with torch.inference_mode(False):  # clones that autograd may touch
+            calls.extend(zip(rows.tolist(), tokens.tolist(), x.clone(), h.clone()))
+
+    return on_step
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, base, world):
+    """Targets and a difficulty file in which every third example is solved."""
+    folder = tmp_path_factory.mktemp("inputs")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={folder}/pca",
+    )
+    counts = []
+    for i, row in enumerate(load_examples(world / "train.jsonl")):
+        correct = int(i % 3 == 0)
+        line = {"id": row["id"], "n": 8, "correct": correct, "accuracy": correct / 8}
+        counts.append(line | {"lower_bound": False, "n_options": 0, "answers": []})
+    write_lines(folder / "difficulty.jsonl", counts)
+    return [
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--pca={folder}/pca",
+        f"--difficulty={folder}/difficulty.jsonl",
+        "--global_batch=4",
+        "--lr=1e-3",
+        "--eval_every=2",
+    ]
+
+
+def logged(folder):
+    """The lines of a training log: the configuration, then one a step."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------
+# what several files of tests share: a trained model, a run that is killed, a broken data file
+
+TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, sometimes
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory, base, world):
+    """fit_pca.py and a short training run: {base, world, pca, gap}."""
+    folder = tmp_path_factory.mktemp("stages")
+    run(
+        "fit_pca.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={folder}/pca",
+    )
+    run(
+        "train.py",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        "--val_data=",
+        f"--pca={folder}/pca",
+        "--difficulty=",
+        f"--out={folder}/gap",
+        "--max_steps=25",
+        "--global_batch=16",
+        "--lr=3e-3",
+    )
+    return {"base": base, "world": world, "pca": folder / "pca", "gap": folder / "gap"}
+
+
+def sampling(base, world, out, **change):
+    """The arguments of a run of sample_difficulty.py."""
+    settings = {
+        "base": base,
+        "data": world / "train.jsonl",
+        "out": out,
+        "batch": 5,
+        "max_new_tokens": 16,
+        "temperature": 2.0,
+    } | change
+    return [f"--{k}={v}" for k, v in settings.items()]
+
+
+def kill_when(args, path, lines):
+    """Start a script, and kill it once a file has this many lines."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / args[0]), *args[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, f"{args[0]} ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def broken(world, tmp_path, change):
+    """A copy of the training file whose second line is changed."""
+    for name in ("train", "val", "test"):
+        (tmp_path / name).symlink_to(world / name)
+    lines = (world / "train.jsonl").read_text().splitlines()[:4]
+    row = json.loads(lines[1])
+    lines[1] = change(row)
+    if not isinstance(lines[1], str):
+        lines[1] = json.dumps(lines[1])
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# what the tests of build_data.py's rooms share
+
+PARSER = "a red bar that reaches twice as high as the blue one"
+RESPONSE = (
+    f"<think> Compare the bars. <latent></latent> <parser> {PARSER} </parser> So red. </think> "
+    "<answer> red </answer>"
+)
+
+
+def noise(seed, size=(64, 48), smooth=4):
+    """An image of random blobs that stays itself under mild edits."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (size[1] // smooth, size[0] // smooth, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.BICUBIC)
+
+
+def photo(seed, size=(200, 150)):
+    """An image with the spectrum of a photograph."""
+    rng = np.random.default_rng(seed)
+    n = max(size)
+    f = np.fft.fftfreq(n)
+    radius = np.hypot(f[:, None], f[None])
+    radius[0, 0] = 1
+    grey = rng.normal(size=(n, n))
+    x = [
+        np.fft.ifft2(np.fft.fft2(grey + 0.3 * rng.normal(size=(n, n))) / radius).real
+        for _ in range(3)
+    ]
+    x = np.stack([c / c.std() * 50 + 128 for c in x], -1)[: size[1], : size[0]]
+    return Image.fromarray(x.clip(0, 255).astype(np.uint8))
+
+
+def saved(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image):
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Run a command in this process with settings; returns the rows of <out>/<name>.jsonl."""
+    monkeypatch.setattr(build_data, "out", str(tmp_path / "out"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+    def call(command, name="", **changes):
+        for key, value in changes.items():
+            assert type(getattr(build_data, key)) is type(value), key
+            monkeypatch.setattr(build_data, key, value)
+        build_data.COMMANDS[command]()
+        return read_lines(tmp_path / "out" / f"{name}.jsonl") if name else None
+
+    return call
+
+
+def convert(stage, tmp_path, source, items, name="items.json", **changes):
+    """Convert items written in the source's layout; returns kept rows and rejects."""
+    path = tmp_path / "src" / name
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps(items)
+    if name.endswith(".jsonl"):
+        text = "".join(json.dumps(item) + "\n" for item in items)
+    path.write_text(text)
+    changes |= {"source": source, "files": str(path), "root": str(tmp_path / "src")}
+    kept = stage("convert", source, **changes)
+    if kept:
+        load_examples(tmp_path / "out" / f"{source}.jsonl")  # what the other stages demand
+    return kept, read_lines(tmp_path / "out" / f"rejects.{source}.jsonl")
+
+
+def write_data(tmp_path, rows, name="rows"):
+    """Rows with PIL images as a data file of `out`; returns its path."""
+
+    def stored(image):
+        if isinstance(image, str):
+            return image
+        return build_data.store(encoded(image), image, ".png")
+
+    path = tmp_path / "out" / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as f:
+        for row in rows:
+            for field in ("images", "aux_images"):
+                row = row | {field: [stored(image) for image in row[field]]}
+            f.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def example(n=0, **change):
+    return {
+        "id": f"x{n}",
+        "images": [noise(n)],
+        "question": "Which bar is higher?",
+        "answer": "red",
+        "response": RESPONSE,
+        "aux_images": [noise(n + 1000)],
+    } | change

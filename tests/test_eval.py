@@ -14,11 +14,10 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, kill_when, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_scripts import kill_when
 
 import answers
 import benchmarks

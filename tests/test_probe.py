@@ -1,4 +1,4 @@
-"""The diagnosis on constructed data whose norms, ranks and retrieval are known, and on a model whose states are known."""
+"""The diagnosis on data of known norms, ranks and retrieval, and on a model of known states."""
 
 import json
 import math
@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_pca, run
-from test_model import make_open
+from conftest import make_open, random_pca, run
 
 import probe
 from data import load_examples
@@ -18,22 +17,22 @@ close = torch.testing.assert_close
 
 
 def test_norms_of_a_decoder_without_layers(loaded):
-    """With nothing added to the residual stream every state is the input, and the final norm brings all to sqrt(d) |w|."""
+    """With nothing added to the residual stream, every state is the input.
+
+    The final norm then brings all to sqrt(d) |w|.
+    """
     vlm, _, _ = loaded
     for layer in vlm.model.language_model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     vlm.model.language_model.norm.weight.data.fill_(3.0)
-    x = (
-        torch.nn.functional.normalize(torch.randn(1, 5, 128), dim=-1)
-        * torch.tensor([1.0, 2, 10, 100, 500])[None, :, None]
-    )
+    lengths = torch.tensor([1.0, 2, 10, 100, 500])
+    x = torch.nn.functional.normalize(torch.randn(1, 5, 128), dim=-1) * lengths[None, :, None]
     logs = probe.layer_norms(vlm, x, torch.arange(5).expand(3, -1))
     assert logs.shape == (4 + 2, 5)
-    close(logs[:-1].exp(), torch.tensor([1.0, 2, 10, 100, 500]).expand(5, -1))
-    close(
-        logs[-1].exp(), torch.full((5,), 3 * math.sqrt(128)), rtol=1e-3, atol=0.0
-    )  # the norm's epsilon
+    close(logs[:-1].exp(), lengths.expand(5, -1))
+    after_norm = torch.full((5,), 3 * math.sqrt(128))
+    close(logs[-1].exp(), after_norm, rtol=1e-3, atol=0.0)  # the norm's epsilon
 
 
 def test_norms_equal_the_states_that_hf_returns(loaded):
@@ -41,15 +40,13 @@ def test_norms_equal_the_states_that_hf_returns(loaded):
     x, pos = torch.randn(1, 6, 128), torch.arange(6).expand(3, -1)
     logs = probe.layer_norms(vlm, x, pos)
     lm = vlm.model.language_model
-    hf = lm(
-        inputs_embeds=x, position_ids=pos[:, None], use_cache=False, output_hidden_states=True
-    ).hidden_states
+    out = lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False, output_hidden_states=True)
+    hf = out.hidden_states
     for i in (0, 1, 2, 3):  # HF's last one is after the norm
         close(logs[i], hf[i][0].norm(dim=-1).log())
     close(logs[5], hf[-1][0].norm(dim=-1).log())
-    before = lm.layers[-1](
-        hf[3], position_embeddings=lm.rotary_emb(x, pos[:, None]), attention_mask=None
-    )
+    rotary = lm.rotary_emb(x, pos[:, None])
+    before = lm.layers[-1](hf[3], position_embeddings=rotary, attention_mask=None)
     close(logs[4], before[0].norm(dim=-1).log(), rtol=1e-4, atol=1e-4)
 
 
@@ -66,9 +63,9 @@ def test_energy_in_the_subspace():
     basis, mean = pca["basis"], pca["mean"]
     outside = torch.linalg.qr(torch.cat([basis, torch.randn(128, 1)], 1))[0][:, -1]
     shares = torch.tensor([0.0, 0.25, 0.9, 1.0])
-    v = torch.stack(
-        [mean + 7 * (s.sqrt() * basis @ torch.eye(6)[2] + (1 - s).sqrt() * outside) for s in shares]
-    )
+    within = basis[:, 2]
+    parts = [s.sqrt() * within + (1 - s).sqrt() * outside for s in shares]
+    v = torch.stack([mean + 7 * part for part in parts])
     close(probe.inside(v, mean, basis), shares, rtol=0.0, atol=1e-5)
     head = PCAHead(pca, 4)
     close(probe.inside(head(torch.randn(9, 128)), mean, basis), torch.ones(9), rtol=0.0, atol=1e-4)
@@ -85,16 +82,11 @@ def test_effective_rank():
 
 def test_pairwise_cosine():
     v = torch.randn(5, 8)
-    pairs = [
-        np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
-        for i, a in enumerate(v.numpy())
-        for j, b in enumerate(v.numpy())
-        if i != j
-    ]
-    assert probe.pairwise_cosine(v) == pytest.approx(np.mean(pairs), abs=1e-6)
-    assert probe.pairwise_cosine(
-        v[:1].expand(4, -1) * torch.tensor([[1.0], [2], [3], [4]])
-    ) == pytest.approx(1, abs=1e-6)
+    pairs = [(a, b) for i, a in enumerate(v.numpy()) for j, b in enumerate(v.numpy()) if i != j]
+    cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs]
+    assert probe.pairwise_cosine(v) == pytest.approx(np.mean(cosines), abs=1e-6)
+    one_line = v[:1].expand(4, -1) * torch.tensor([[1.0], [2], [3], [4]])
+    assert probe.pairwise_cosine(one_line) == pytest.approx(1, abs=1e-6)
     assert probe.pairwise_cosine(torch.eye(3)) == pytest.approx(0, abs=1e-6)
 
 
@@ -110,18 +102,14 @@ def test_retrieval():
 
 def test_spans_of():
     v = torch.arange(5.0)[:, None]
-    assert [s[:, 0].tolist() for s in probe.spans_of([1, 9, 9, 2, 9, 9, 9], v, 9)] == [
-        [0, 1],
-        [2, 3, 4],
-    ]
-    assert (
-        probe.spans_of([1, 2], torch.zeros(0), 9) == []
-        and probe.spans_of([1, 2], torch.zeros(0), None) == []
-    )
+    spans = probe.spans_of([1, 9, 9, 2, 9, 9, 9], v, 9)
+    assert [span[:, 0].tolist() for span in spans] == [[0, 1], [2, 3, 4]]
+    assert probe.spans_of([1, 2], torch.zeros(0), 9) == []
+    assert probe.spans_of([1, 2], torch.zeros(0), None) == []
 
 
 def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world):
-    """A folder whose head writes mu only: norms, energy, collapse and retrieval of that are known. And bad input."""
+    """A folder whose head writes mu only: its norms and retrieval are known. And bad input."""
     vlm, tokenizer, processor = loaded
     run(
         "fit_pca.py",
@@ -150,17 +138,11 @@ def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world)
     found = json.loads((tmp_path / "p" / "probe.json").read_text())
     n = found["agreement"]["spans"]
     assert n >= 6 and found["predicted"]["latents"] >= 4 * n  # the token limit may cut a last span
-    close(found["predicted"]["mean_log"], float(pca["mean"].norm().log()), rtol=1e-4, atol=1e-4)
-    close(
-        found["norms"]["latent"]["input"]["mean_log"],
-        found["predicted"]["mean_log"],
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    assert (
-        found["norms"]["latent"]["input"]["n"] == found["predicted"]["latents"]
-        and found["predicted"]["std_log"] < 1e-4
-    )
+    predicted, fed = found["predicted"], found["norms"]["latent"]["input"]
+    close(predicted["mean_log"], float(pca["mean"].norm().log()), rtol=1e-4, atol=1e-4)
+    close(fed["mean_log"], predicted["mean_log"], rtol=1e-4, atol=1e-4)
+    assert fed["n"] == predicted["latents"]
+    assert predicted["std_log"] < 1e-4
     assert found["agreement"]["retrieval_at_1"] <= 2 / n + 1e-6  # one guess for all
     final = math.log(vlm.model.language_model.norm.weight.abs().mean().item() * math.sqrt(128))
     assert abs(found["norms"]["text"]["final norm"]["mean_log"] - final) < 0.1

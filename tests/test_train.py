@@ -1,74 +1,33 @@
-"""The training loop: the global batch, not how it is split, decides a step; a resumed run is the uninterrupted one."""
+"""The training loop: the global batch, not how it is split, decides a step; a resumed run is the
+uninterrupted one."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, launcher, logged, run
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train
-from data import load_examples
 
 close = torch.testing.assert_close
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, base, world):
-    """Targets and a difficulty file in which every third example is solved."""
-    folder = tmp_path_factory.mktemp("inputs")
-    run(
-        "fit_pca.py",
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--out={folder}/pca",
-    )
-    rows = [
-        {
-            "id": r["id"],
-            "n": 8,
-            "correct": int(i % 3 == 0),
-            "accuracy": (i % 3 == 0) / 8,
-            "lower_bound": False,
-            "n_options": 0,
-            "answers": [],
-        }
-        for i, r in enumerate(load_examples(world / "train.jsonl"))
-    ]
-    (folder / "difficulty.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return [
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--pca={folder}/pca",
-        f"--difficulty={folder}/difficulty.jsonl",
-        "--global_batch=4",
-        "--lr=1e-3",
-        "--eval_every=2",
-    ]
-
-
 def state(folder, step):
-    """Weights and first Adam moments of a checkpoint (a tenth of the clipped gradient, after one step)."""
+    """Weights and first Adam moments of a checkpoint (of step 1: a tenth of its gradient)."""
     path = folder / f"state-{step}.pt"
     dcp_to_torch_save(folder / "ckpt" / f"step-{step:07}", path)
     return torch.load(path, weights_only=True)
 
 
-def logged(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("method", ["gap", "lh", "output", "text"])
 def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
-    """Batch 4 in one process, 2 ranks with batch 2, and one row a micro-batch: the same gradients and next weights."""
+    """Batch 4 in one process, 2 ranks with batch 2, one row a micro-batch: the same gradients and
+    next weights."""
     ways = {"one": (1, 100000), "accumulate": (1, 1)} | (
         {"ranks": (2, 170)} if method in ("gap", "text") else {}
     )
@@ -105,13 +64,8 @@ def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
 
 def start_and_kill(args, out, step, ranks=1):
     """Start a training run and kill the whole group as soon as a checkpoint stands."""
-    launch = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else [sys.executable]
-    )
     process = subprocess.Popen(
-        [*launch, str(ROOT / "train.py"), *args],
+        [*launcher(ranks), str(ROOT / "train.py"), *args],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -126,7 +80,7 @@ def start_and_kill(args, out, step, ranks=1):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_equals_an_uninterrupted_run(tmp_path, inputs, ranks):
-    """Killed at a checkpoint and started again: bit-equal on as many ranks, and equal from 2 ranks to 1."""
+    """Killed at a checkpoint and started again: bit-equal on as many ranks, equal from 2 to 1."""
     args = [*inputs, "--max_steps=12", "--save_every=3"]
     run("train.py", *args, f"--out={tmp_path}/whole")
     out = tmp_path / "killed"
@@ -159,7 +113,7 @@ def test_resume_refuses_other_settings(tmp_path, inputs):
 
 
 def test_folder_loads_with_plain_transformers(tmp_path, inputs):
-    """What train.py writes is a stock folder: same weights, no key missing, tower untouched, tokens added."""
+    """What train.py writes is a stock folder: same weights, no key missing, tower untouched."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     run(
@@ -203,22 +157,6 @@ def test_options_run(tmp_path, inputs):
         ranks=2,
     )
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in logged(tmp_path / "a")[1:])
-
-
-def test_who_keeps_the_parser_text(monkeypatch, loaded, world):
-    """keep_parser=0 drops it from stripped examples, write_parser=0 from all; latent spans stay where they belong."""
-    ids = [r["id"] for r in load_examples(world / "train.jsonl")]
-    solved, index = (
-        set(ids[::2]),
-        {"K": 4, "d": 128, "rejected": [], "files": dict.fromkeys(ids, "x")},
-    )
-    for keep, write in ((True, True), (False, True), (True, False)):
-        monkeypatch.setattr(train, "keep_parser", keep)
-        monkeypatch.setattr(train, "write_parser", write)
-        for row in train.Data(world / "train.jsonl", *loaded, solved, index).rows:
-            assert ("<parser>" in row["response"]) == (write and (keep or row["id"] not in solved))
-            assert ("<latent>" in row["response"]) == (row["id"] not in solved)
-            assert row["response"].endswith(f"</think> <answer> {row['answer']} </answer>")
 
 
 def test_micro_batches():

@@ -1,0 +1,158 @@
+"""What is wrong with an example? Its form, its parser texts, its auxiliary images.
+
+Each check raises Reject(reason, number, detail): the number is what a threshold was held against.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+
+import numpy as np
+
+from answers import extract_answer, is_correct, normalise
+from data import LATENT_SPAN, RESERVED, TAG_ORDER, TAGS
+from duplicates import largest_difference
+from resume import Reject
+
+WHOLE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
+PARSER = re.compile(r"<parser>(.*?)</parser>", re.DOTALL)
+
+
+def check_example(row):
+    """The form that data.load_examples demands, on one row, and that no field is empty."""
+    check_types(row)
+    for field in ("question", "answer", "images"):
+        if not row[field]:
+            raise Reject(f"{field} is empty")
+    for field in ("question", "response"):
+        if found := RESERVED.search(row[field]):
+            raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
+
+    response = row["response"]
+    tags = "".join(TAGS.findall(response))
+    if not TAG_ORDER.fullmatch(tags) or not WHOLE.fullmatch(response):
+        raise Reject("tags missing or out of order", None, tags)
+    spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
+    if spans != tags.count("<latent>"):
+        raise Reject("text inside a latent span", None, tags)
+    if spans != images:
+        detail = f"{spans} spans, {images} images"
+        raise Reject("spans and auxiliary images differ", spans - images, detail)
+
+
+def check_types(row):
+    """Texts are texts, and lists are lists of texts."""
+    for field in ("id", "question", "answer", "response"):
+        if not isinstance(row.get(field), str):
+            raise wrong_type(row, field, "str")
+    for field in ["images", "aux_images"] + ["options"] * ("options" in row):
+        value = row.get(field)
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            raise wrong_type(row, field, "list")
+
+
+def wrong_type(row, field, expected):
+    """The Reject of a field of another type."""
+    detail = f"{field}: {row.get(field)!r}, expected {expected}"
+    return Reject("field of another type", None, detail)
+
+
+def check_answer(row):
+    """The response's answer is the gold answer."""
+    answer, _ = extract_answer(row["response"])
+    if not is_correct(answer, row):
+        detail = f"{answer!r}, gold {row['answer']!r}"
+        raise Reject("answer differs from the gold answer", None, detail)
+
+
+def check_described(row):
+    """A parser text follows each latent span and says what it means."""
+    # the tags alone: other text may stand between the span and its parser text
+    tags = "".join(TAGS.findall(row["response"]))
+    undescribed = len(row["aux_images"]) - tags.count("<latent></latent><parser>")
+    if undescribed > 0:
+        raise Reject("span without a parser text after it", undescribed)
+
+
+def parser_texts(row):
+    """What stands inside each <parser> ... </parser> of a response."""
+    return PARSER.findall(row["response"])
+
+
+def check_parser(text, row, words_min, words_max, repeats):
+    """Length and coherence of one parser text.
+
+    words_min, words_max: how many words it may have; repeats: the Jaccard overlap of its words with
+    the question's from which it only repeats the question.
+    """
+    check_length(text, words_min, words_max)
+    check_lines(text)
+    question = row["question"]
+    if script(question) and script(text) != script(question):
+        scripts = f"{script(text)}, {script(question)}"
+        raise Reject("parser in another script than the question", None, scripts)
+    said, asked = words(text), words(question)
+    overlap = len(said & asked) / max(1, len(said | asked))
+    if overlap >= repeats:
+        raise Reject("parser repeats the question", round(overlap, 3), text)
+
+    # the answer's word alone is no fault, since a picture that helps often shows it; a text that is
+    # the answer, or declares it as one, is
+    answer, method = extract_answer(text)
+    is_all = normalise(text) == normalise(row["answer"])
+    if is_all or (method in ("declared", "boxed") and is_correct(answer, row)):
+        raise Reject("parser states the answer", None, text)
+
+
+def check_length(text, words_min, words_max):
+    """A parser text has at least and at most so many words."""
+    count = len(text.split())
+    if script(text) == "CJK":  # written without spaces; about two signs a word
+        count = len(re.findall(r"\w", text)) // 2
+    if count < words_min:
+        raise Reject("parser too short", count, text)
+    if count > words_max:
+        raise Reject("parser too long", count)
+
+
+def check_lines(text):
+    """No line or sentence of a parser text is empty or comes again."""
+    # a model that runs in circles repeats a line, or a sentence within one
+    lines = [line.strip() for line in re.split(r"\n|(?<=[.!?])\s+", text.strip())]
+    empty = lines.count("")
+    if empty:
+        raise Reject("parser has empty lines", empty)
+    again = len(lines) - len(set(lines))
+    if again:
+        raise Reject("parser repeats lines", again)
+
+
+def words(text):
+    """The set of a text's words in lower case."""
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def script(text):
+    """The script of most letters of a text: LATIN, CJK, CYRILLIC ...; "" without letters."""
+    # a letter's Unicode name begins with its script
+    counts = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
+    if not counts:
+        return ""
+    name, _ = counts.most_common(1)[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA") else name  # Japanese mixes all three
+
+
+def check_auxiliary(image, queries, blank, same_as_query):
+    """An auxiliary image (RGB) shows something, and something else than the question's images.
+
+    blank, same_as_query: grey levels of the standard deviation, and of the largest difference on a
+    coarse grid, below which it does not.
+    """
+    pixels = np.asarray(image, dtype=float)  # (height, width, 3)
+    deviation = float(pixels.std(axis=(0, 1)).max())  # of the liveliest channel
+    if deviation < blank:
+        raise Reject("auxiliary image is blank", round(deviation, 3))
+    for query in queries:
+        difference = largest_difference(image, query)
+        if difference < same_as_query:
+            raise Reject("auxiliary image is the query image", round(difference, 3))

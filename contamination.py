@@ -1,0 +1,117 @@
+"""What of the test sets is in the training data? Questions, images, and what looks like these.
+
+A copy of a question or of all pixels is a fact, and its example can be left out. A near copy, by
+the perceptual hash, is for a person to judge, on a page that shows both images.
+"""
+
+import unicodedata
+from pathlib import Path
+
+from answers import normalise
+from benchmarks import BENCHMARKS, images_of, load_benchmark
+from data import load_examples
+from duplicates import nearest
+from pages import figure, write_page
+
+KINDS = ("pixels", "question", "near")  # of findings
+
+
+def load_tests(names, data_root):
+    """{(benchmark, id): row} of test sets: public ones by their names, or JSONL files."""
+    tests = {}
+    for name in names:
+        if name in BENCHMARKS:
+            rows, _ = load_benchmark(name, data_root)
+        else:
+            rows = load_examples(name, training=False)
+        tests |= {(name, row["id"]): row for row in rows}
+    return tests
+
+
+def images_of_tests(tests):
+    """Yield ((benchmark, id, which image), path or encoded bytes), read as they are needed."""
+    for (benchmark, id), row in tests.items():
+        for i, image in enumerate(images_of(row)):
+            yield (benchmark, id, i), image
+
+
+def find_copies(rows, tests, ours, theirs, near):
+    """The findings, a dict each, in the order of `rows`.
+
+    ours, theirs: fingerprints by our image's name, and by (benchmark, id, which image).
+    near: two images are near each other if at most so many bits of their hashes differ.
+    """
+    # where two test rows share a question or an image, the last stands for both
+    by_question = {asked_in(row): key for key, row in tests.items()}
+    by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
+    by_hash = near_copies(ours, theirs, near)
+    findings = []
+    for row in rows:
+        key = by_question.get(asked_in(row))
+        if key:
+            findings.append(finding("question", row, None, (*key, None), None))
+        for name in row["images"] + row["aux_images"]:
+            # an image that could not be read has no fingerprint
+            same = by_pixels.get(ours[name][0]) if name in ours else None
+            if same:  # and near as well, which says nothing more
+                findings.append(finding("pixels", row, name, same, 0))
+            elif name in by_hash:
+                where, distance = by_hash[name]
+                findings.append(finding("near", row, name, where, distance))
+    return findings
+
+
+def asked_in(row):
+    """A row's question without a benchmark's prompt around it, in one spelling."""
+    question = row.get("asked", row["question"])
+    # NFKC: full-width letters, ligatures and the like are one with the plain ones
+    return normalise(unicodedata.normalize("NFKC", question))
+
+
+def near_copies(ours, theirs, near):
+    """{our image: (where in theirs, bits that differ)} of those with a copy at most `near` away."""
+    if not ours or not theirs:
+        return {}
+    distances, indices = nearest(ours.values(), theirs.values())  # (n,), (n,)
+    places = list(theirs)
+    found = {}
+    for name, distance, index in zip(ours, distances, indices):
+        if distance <= near:
+            found[name] = places[index], int(distance)
+    return found
+
+
+def finding(kind, row, image, where, distance):
+    """A line of audit.jsonl."""
+    benchmark, benchmark_id, benchmark_image = where
+    return {
+        "kind": kind,
+        "id": row["id"],
+        "image": image,
+        "benchmark": benchmark,
+        "benchmark_id": benchmark_id,
+        "benchmark_image": benchmark_image,
+        "distance": distance,
+    }
+
+
+def write_pairs(path, findings, tests, folder, most, decode):
+    """The page on which a person judges the near pairs, the `most` nearest, the nearest first.
+
+    Our images lie in `folder`; decode(content) gives the RGB image of encoded bytes.
+    """
+    pairs = [f for f in findings if f["kind"] == "near"]
+    pairs = sorted(pairs, key=lambda f: f["distance"])[:most]
+    cards = []
+    for pair in pairs:
+        ours = (Path(folder) / pair["image"]).read_bytes()
+        test = tests[pair["benchmark"], pair["benchmark_id"]]
+        theirs = images_of(test)[pair["benchmark_image"]]
+        if not isinstance(theirs, bytes):
+            theirs = Path(theirs).read_bytes()
+        cards.append(
+            f"<p>{pair['distance']} of 255 bits differ</p>"
+            + figure(decode(ours), pair["id"])
+            + figure(decode(theirs), f"{pair['benchmark']} {pair['benchmark_id']}")
+        )
+    write_page(path, f"{len(pairs)} near pairs: ours, theirs", cards)

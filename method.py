@@ -1,0 +1,157 @@
+"""What may a paper add to the decoder? The seam between a method and the training loop.
+
+train.py's loop sees a method only as a `Method`. The class below adds nothing: it is dense-caption
+SFT (`method=text`), cross-entropy on responses without their latent spans. A paper is a subclass in
+a file of its own (gap.py) that overrides what it changes, and a line of METHODS in train.py.
+
+Shape letters: B rows, T positions, N labels, V vocabulary rows, d model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from data import load_examples, open_image, strip_latents, strip_parser
+from model import IGNORE, embed, encode
+
+
+class Method(nn.Module):
+    """The decoder, what a method adds to it, and its losses: the module that FSDP shards.
+
+    What a step minimises is, over the names of `weights`,
+
+        sum of weights[name] * (sum of forward(batch)[name]) / (sum of counts(example)[name])
+
+    both sums over the whole global batch: all micro-batches of all ranks. A method's own weights
+    are submodules beside `vlm`; train.py trains them with `lr_head`. On every rank a forward must
+    call the decoder equally often and reach all trained weights: FSDP waits for each of them.
+    """
+
+    def __init__(self, vlm, tokenizer, processor, settings):
+        """settings: those of train.py by name, with --key=value applied."""
+        super().__init__()
+        self.vlm = vlm
+        self.tokenizer, self.processor, self.settings = tokenizer, processor, settings
+
+    @classmethod
+    def check(cls, settings):
+        """Raise SystemExit for settings that this method can not have, before weights are read."""
+
+    def inputs(self):
+        """Files beside data and base that training depends on: a resumed run needs the same."""
+        return []
+
+    # --- which rows, and how a row becomes numbers
+
+    def rows(self, path, training):
+        """(rows of a data file, their responses as this method trains on them; ids left out)."""
+        rows, left_out = [], []
+        for row in load_examples(path):
+            if not self.keeps_parser(row, training):
+                row["response"] = strip_parser(row["response"])
+            # a row that trains as text needs nothing else: it is never left out
+            if not row["aux_images"] or not self.keeps_latents(row, training):
+                row["response"] = strip_latents(row["response"])
+            elif not self.can_use(row, path):
+                left_out.append(row["id"])
+                continue
+            rows.append(row)
+        return rows, left_out
+
+    def keeps_latents(self, row, training):
+        """Does a row keep its latent spans? `training` is False for validation rows."""
+        return False
+
+    def keeps_parser(self, row, training):
+        """Does a row keep its `<parser>` texts?"""
+        return self.settings["write_parser"]
+
+    def can_use(self, row, path):
+        """Is there all that a row with latents needs? False leaves it out."""
+        return True
+
+    def encode(self, row):
+        """An example: {"ids" (T), "labels" (T), "pos" (3, T), "images", ...} of a row."""
+        return encode(self.vlm, self.tokenizer, self.processor, row, response=row["response"])
+
+    def counts(self, example):
+        """What each sum of `forward` is divided by, in its order, for one example."""
+        return {"ce": int((example["labels"] != IGNORE).sum())}
+
+    def collate(self, examples):
+        """A micro-batch on the CPU: ids (B, T), labels (B, T), pos (3, B, T), pixels, grids.
+
+        Padded on the right, so that causal attention needs no mask.
+        """
+        # (3, B, T) is built from (T, 3) rows: pad_sequence pads the first axis
+        ids = [example["ids"] for example in examples]
+        labels = [example["labels"] for example in examples]
+        pos = [example["pos"].T for example in examples]  # (T, 3)
+        batch = {
+            "ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+            "pos": pad_sequence(pos, batch_first=True).permute(2, 0, 1),
+            "pixels": None,
+            "grids": None,
+        }
+        images = [open_image(path) for example in examples for path in example["images"]]
+        if images:
+            inputs = self.processor(images=images, return_tensors="pt")
+            batch["pixels"], batch["grids"] = inputs["pixel_values"], inputs["image_grid_thw"]
+        return batch
+
+    # --- losses
+
+    def forward(self, batch):
+        """Named sums over a micro-batch, of which `weights` says what is minimised.
+
+        train.py has put "vision" (N, d) beside what `collate` made.
+        """
+        return {"ce": self.cross_entropy(self.states(batch), batch)}
+
+    def states(self, batch, latents=None, latent_id=-1):
+        """h_bar (B, T - 1, d) of a micro-batch: each position predicts the next, the last none."""
+        x = embed(self.vlm, batch["ids"], batch["vision"], latents, latent_id)
+        decoder = self.vlm.model.language_model
+        # no cache: with activation checkpointing it gives wrong gradients, in silence
+        out = decoder(inputs_embeds=x, position_ids=batch["pos"], use_cache=False)
+        return out.last_hidden_state[:, :-1]
+
+    def cross_entropy(self, h, batch):
+        """Summed cross-entropy of states h (B, T - 1, d) against the labels one position on."""
+        labels = batch["labels"][:, 1:]
+        on = labels != IGNORE  # only these get logits
+        return cross_entropy(h[on], labels[on], self.vlm.lm_head)
+
+    def weights(self, step, total):
+        """{name: weight} of the losses at a step of `total`."""
+        return {"ce": 1.0}
+
+    def report(self, means):
+        """What log.jsonl says of a batch, from the means of `forward` that have a count."""
+        return means
+
+    # --- what it leaves
+
+    def save(self, folder, weights):
+        """Write the method's own files beside the exported model; weights are by full name."""
+
+
+def cross_entropy(h, labels, lm_head, chunk=512):
+    """Summed cross-entropy of states h (N, d) against labels (N), in checkpointed chunks.
+
+    Logits exist for `chunk` rows at a time: at V = 152,064 the full (T, V) float32 matrix is what
+    runs out of memory.
+    """
+
+    def of_chunk(h, labels):
+        logits = lm_head(h).float()  # (chunk, V)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    total = h.new_zeros((), dtype=torch.float32)
+    # backward computes a chunk's logits again instead of keeping them
+    for h_chunk, labels_chunk in zip(h.split(chunk), labels.split(chunk)):
+        total = total + checkpoint(of_chunk, h_chunk, labels_chunk, use_reentrant=False)
+    return total

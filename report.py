@@ -1,0 +1,633 @@
+"""What do the numbers of the ablations carry? Statistics over seeds, tables, verdicts on claims.
+
+ablate.py hands over the lines of its runs as a `Study`; `write_tables` makes <results>.md of them,
+from these lines alone. Nothing is run here, and nothing is random.
+
+Two runs a and b are compared in two ways, which stand beside each other in every table:
+- the difference of their accuracies, paired by seed, with a t-interval: would other seeds agree?
+- McNemar's test on their answers to the same questions: would other questions agree?
+
+`what` names a run ("GAP") or one of its evaluations ("GAP/noise"). A star in it stands for the size
+that the study looks at closely: "GAP*" is the run "GAP n=1000".
+"""
+
+import math
+import statistics
+from typing import NamedTuple
+
+from data import write_then_rename
+from eval import mcnemar
+
+# --------------------------------------------------------------------------------------------------
+# the tables: what is compared with what, what the paper has for it, and what one expects
+
+
+class Table(NamedTuple):
+    """A table of accuracies. Those whose column begins with "7B" test the paper's own findings."""
+
+    title: str
+    column: str  # heading of the last column
+    rows: dict  # {what: its cell in the last column}, where the paper has a number that number
+    reference: str  # the run that all rows are held against
+    claims: list  # (text, more, less, measure = "hard"): `more` beats `less` on these questions
+
+
+# fmt: off
+SCORES = [
+    Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
+        "base":       "57.66, 52.62",
+        "text":       "59.40, 47.24",
+        "output":     "Monet 59.58, 47.99; LVR 60.75, 47.66",
+        "output/EMA": "",
+        "LH":         "59.03, 49.15",
+        "LH+DA":      "59.68, 50.05",
+        "LH+PCA":     "60.40, 52.48",
+        "GAP":        "61.32, 53.97",
+    }, claims=[
+        ("GAP beats the base",                         "GAP",        "base"),
+        ("GAP beats dense-caption SFT",                "GAP",        "text"),
+        ("GAP beats output-as-input",                  "GAP",        "output"),
+        ("GAP beats LH",                               "GAP",        "LH"),
+        ("difficulty-aware data helps the full head",  "LH+DA",      "LH"),
+        ("the PCA head helps without it",              "LH+PCA",     "LH"),
+        ("the PCA head helps with it",                 "GAP",        "LH+DA"),
+        ("difficulty-aware data helps the PCA head",   "GAP",        "LH+PCA"),
+        ("EMA calibration helps output-as-input",      "output/EMA", "output"),
+        ("difficulty-aware data helps the full head, all questions", "LH+DA", "LH", "all"),
+        ("difficulty-aware data helps the PCA head, all questions", "GAP", "LH+PCA", "all"),
+    ]),
+    Table("Retained variance (here without difficulty-aware data)",
+          column="7B: Avg-3", reference="LH+PCA", rows={
+        "LH":            "67.40",
+        "retained 85%":  "67.63",
+        "retained 90%":  "67.69",
+        "LH+PCA":        "69.22",
+        "retained 99%":  "",
+        "wide head":     "",
+        "wide head 99%": "",
+    }, claims=[
+        ("95 % beats 85 %",          "LH+PCA",       "retained 85%"),
+        ("95 % beats 90 %",          "LH+PCA",       "retained 90%"),
+        ("85 % beats the full head", "retained 85%", "LH"),
+    ]),
+    Table("Interventions on GAP's latents", column="7B: mean of two", reference="GAP*", rows={
+        "base":            "68.31",
+        "text*":           "68.79",
+        "GAP*/zero":       "70.33",
+        "GAP*/noise":      "69.69",
+        "GAP*":            "72.13",
+        "GAP*/mean":       "",
+        "GAP*/shuffle":    "",
+        "GAP*/oracle":     "",
+        "GAP*/oracle_pca": "",
+    }, claims=[
+        ("clean beats noise",            "GAP*",      "GAP*/noise"),
+        ("clean beats zero",             "GAP*",      "GAP*/zero"),
+        ("zero beats noise",             "GAP*/zero", "GAP*/noise"),
+        ("zero beats dense-caption SFT", "GAP*/zero", "text*"),
+    ]),
+    Table("The real auxiliary features in place of the latents",
+          column="", reference="GAP", rows={
+        "output/oracle": "",
+        "LH/oracle":     "",
+        "LH+DA/oracle":  "",
+        "LH+PCA/oracle": "",
+        "GAP":           "",
+        "GAP/oracle":    "",
+    }, claims=[
+        ("better latents would help GAP",             "GAP/oracle",    "GAP"),
+        ("better latents would help LH+PCA",          "LH+PCA/oracle", "LH+PCA"),
+        ("GAP reads real features as well as LH+PCA", "GAP/oracle",    "LH+PCA/oracle"),
+    ]),
+    Table("Latent budget (the toy's picture has four cells: 36 is too many; "
+          "here without difficulty-aware data)",
+          column="7B: Avg-3 at 0, 4, 16, 36, 64, 144", reference="LH+PCA", rows={
+        "text":        "66.03",
+        "K=1":         "",
+        "LH+PCA":      "67.56",
+        "K=9":         "",
+        "K=16":        "69.11",
+        "resize K=16": "",
+        "K=36":        "69.22; 64: 68.68; 144: 67.91",
+        "LH":          "",
+        "LH K=16":     "",
+        "LH K=36":     "",
+    }, claims=[
+        ("four latents beat none", "LH+PCA", "text"),
+        ("four beat one",          "LH+PCA", "K=1"),
+        ("too many cost",          "LH+PCA", "K=36"),
+    ]),
+    Table("Controls that the paper lacks (without difficulty-aware data)",
+          column="what differs from LH+PCA", reference="LH+PCA", rows={
+        "LH+PCA":             "",
+        "random basis":       "a random orthonormal basis of the same k",
+        "no mean":            "mu = 0",
+        "matched full head":  "d -> m -> d with as many weights as the PCA head",
+        "LH":                 "d -> d -> d",
+        "wide head":          "c = P_k^T h + an MLP d -> d -> k",
+        "frozen linear head": "c = P_k^T h, nothing trained in it",
+    }, claims=[
+        ("the PCA basis beats a random one",                  "LH+PCA", "random basis"),
+        ("the mean helps",                                    "LH+PCA", "no mean"),
+        ("the PCA head beats a full head of as many weights", "LH+PCA", "matched full head"),
+        ("training the head helps",                           "LH+PCA", "frozen linear head"),
+        ("at the full head's capacity, the subspace helps",   "wide head", "LH"),
+        ("the same with 99 % of the variance",                "wide head 99%", "LH"),
+        ("a full head beats output-as-input",                 "LH",     "output"),
+        ("with 500 examples a full head beats output-as-input", "LH n=500", "output n=500"),
+        ("with 16 latents the PCA head beats the full one",   "K=16",   "LH K=16"),
+        ("with 36 latents the PCA head beats the full one",   "K=36",   "LH K=36"),
+        ("16 latents of a larger picture beat four cells repeated", "resize K=16", "K=16"),
+    ]),
+    Table("Which questions get latents", column="", reference="GAP", rows={
+        "GAP":            "tau = 0",
+        "guess-aware":    "tau = 1/8 here",
+        "tau=0.25":       "",
+        "tau=0.5":        "",
+        "LH+PCA":         "tau = 1: all",
+        "parser dropped": "of the stripped examples",
+        "GAP n=500":      "tau = 0, about as many latent spans as LH+PCA",
+    }, claims=[
+        ("the guess-aware rule beats tau = 0", "guess-aware", "GAP"),
+        ("the guess-aware rule beats tau = 0 on the easy questions", "guess-aware", "GAP", "easy"),
+        ("keeping the parser text helps",      "GAP",         "parser dropped"),
+        ("with as many latent spans, GAP is ahead of latents everywhere", "GAP n=500", "LH+PCA"),
+    ]),
+    Table("Training choices (without difficulty-aware data)",
+          column="", reference="LH+PCA", rows={
+        "LH+PCA":              "lambda = 1, pool, teacher forcing",
+        "lambda=0.1":          "",
+        "lambda=10":           "",
+        "scheduled sampling":  "",
+        "no parser text":      "neither in training nor after",
+        "GAP*":                "",
+        "GAP*/parser skipped": "at inference only",
+    }, claims=[
+        ("lambda = 1 beats 0.1",     "LH+PCA",             "lambda=0.1"),
+        ("lambda = 1 beats 10",      "LH+PCA",             "lambda=10"),
+        ("scheduled sampling helps", "scheduled sampling", "LH+PCA"),
+        ("the parser text helps",    "LH+PCA",             "no parser text"),
+        ("a model trained with the parser text needs it at inference",
+                                     "GAP*",               "GAP*/parser skipped"),
+    ]),
+]
+# fmt: on
+
+# --------------------------------------------------------------------------------------------------
+# what a table reads of the lines
+
+
+class Study(NamedTuple):
+    """The runs that are reported, and what the tables must know of how they were made."""
+
+    lines: dict  # {run: {seed: its line in <results>.jsonl}}
+    methods: tuple  # the main runs, trained on `examples` examples
+    sizes: tuple  # further numbers of examples that they are trained on; such a run is "GAP n=500"
+    examples: int  # 0: all
+    star: str  # what a star in a run's name stands for: " n=1000", or "" for the main size
+    easy: str  # the category that needs no latents, reported apart; "" for none
+    train_args: str
+
+    def named(self, what):
+        """A run or evaluation with its star filled in."""
+        return what.replace("*", self.star)
+
+
+def run_and_evaluation(what):
+    """("GAP", "noise") of "GAP/noise"; an evaluation that is not named is the clean one."""
+    name, _, kind = what.partition("/")
+    return name, kind or "clean"
+
+
+def right(line, kind, measure, easy):
+    """Right (1) and wrong (0) answers of an evaluation, in the test set's order within a category.
+
+    `measure` picks the questions: hard, easy, all, or a category by its name.
+    """
+    answers = []
+    for category, (n, digits) in line["evals"][kind]["right"].items():
+        group = "easy" if category == easy else "hard"
+        if measure in (category, group, "all"):
+            bits = f"{int(digits, 16):0{n}b}"  # a bit a question, leading zeros kept
+            answers += [int(bit) for bit in bits]
+    return answers
+
+
+def value(line, kind, measure, easy):
+    """One number of a line, or None where it has no such number.
+
+    `measure` is a mean cost of the evaluation (tokens, latents), an accuracy (hard, easy, all, or a
+    category), or a path into the line (val_r2, probe.real.cosine).
+    """
+    evaluation = line["evals"].get(kind)
+    if evaluation:
+        if measure in evaluation:  # a mean cost
+            return evaluation[measure]
+        answers = right(line, kind, measure, easy)
+        if answers:
+            return sum(answers) / len(answers)
+    found = line  # what is left is a path from the top of the line
+    for field in measure.split("."):
+        found = found.get(field) if found else None
+    return found
+
+
+def values(study, what, measure="hard"):
+    """{seed: number} of a run or of one of its evaluations, without seeds that lack the number."""
+    name, kind = run_and_evaluation(what)
+    numbers = {}
+    for seed, line in study.lines.get(name, {}).items():
+        number = value(line, kind, measure, study.easy)
+        if number is not None:
+            numbers[seed] = number
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics over seeds
+
+# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; the last one serves for more, too
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Difference(NamedTuple):
+    """Of two runs, paired by seed: the mean of a - b and its 95 % t-interval over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def mean_interval(x):
+    """The mean of a few numbers, one a seed, and its 95 % t-interval; infinitely wide for one."""
+    mean = sum(x) / len(x)
+    if len(x) == 1:
+        return mean, -math.inf, math.inf
+    freedom = len(x) - 1
+    t = T975[min(freedom, len(T975)) - 1]
+    half = t * statistics.stdev(x) / math.sqrt(len(x))
+    return mean, mean - half, mean + half
+
+
+def difference(study, a, b, measure="hard"):
+    """The Difference a - b, over the seeds that both have; None where there is no such seed."""
+    of_a, of_b = values(study, a, measure), values(study, b, measure)
+    seeds = sorted(of_a.keys() & of_b.keys())
+    if not seeds:
+        return None
+    gaps = [of_a[seed] - of_b[seed] for seed in seeds]
+    return Difference(*mean_interval(gaps), len(gaps))
+
+
+def paired_p(study, a, b):
+    """McNemar's p of the answers to the hard questions, those of all common seeds together."""
+    (name_a, kind_a), (name_b, kind_b) = run_and_evaluation(a), run_and_evaluation(b)
+    lines_a, lines_b = study.lines[name_a], study.lines[name_b]
+    answers_a, answers_b = [], []
+    for seed in sorted(lines_a.keys() & lines_b.keys()):
+        answers_a += right(lines_a[seed], kind_a, "hard", study.easy)
+        answers_b += right(lines_b[seed], kind_b, "hard", study.easy)
+    return mcnemar(answers_a, answers_b)
+
+
+def verdict(d):
+    """Does a claim that a - b > 0 hold here, as far as the interval of the Difference d tells?"""
+    if d is None:
+        return "not run yet"
+    if d.low > 0:  # the whole interval is above zero
+        return "yes"
+    if d.high < 0:
+        return "no"
+    return "undecided"
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers as text
+
+
+def shown(d):
+    """A Difference with its interval; nothing for None."""
+    if d is None:
+        return ""
+    if d.seeds == 1:
+        return f"{d.mean:+.3f} (one seed)"
+    return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+
+
+def mean_sd(numbers, digits=3):
+    """{seed: number} as mean ± standard deviation: the mean alone where all are equal."""
+    x = list(numbers.values())
+    if not x:
+        return ""
+    text = f"{sum(x) / len(x):.{digits}f}"
+    if len(set(x)) > 1:
+        text += f" ± {statistics.stdev(x):.{digits}f}"
+    return text
+
+
+def markdown(head, rows):
+    """A table as lines, a blank one before and after it."""
+    rule = ["---"] * len(head)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows]]
+    return ["", *lines, ""]
+
+
+def not_run(names):
+    """The line that names what a table lacks, and a blank one; nothing if it lacks nothing."""
+    return [f"Not run yet: {', '.join(names)}.", ""] if names else []
+
+
+def sentences(study, claims, paper):
+    """One sentence over claims (text, more, less, measure), then a line for each that was run.
+
+    `paper` tells the paper's findings from our own expectations.
+    """
+    found = [(text, difference(study, more, less, measure)) for text, more, less, measure in claims]
+    verdicts = [verdict(d) for _, d in found]
+    yes, no, undecided, absent = map(verdicts.count, ("yes", "no", "undecided", "not run yet"))
+    if paper:
+        whole = (
+            f"The toy agrees with the paper on {yes} of {len(claims)} findings, disagrees on {no}"
+        )
+    else:
+        whole = f"Of {len(claims)} expectations {yes} hold here, {no} do not"
+    whole += f"; {undecided} undecided"
+    if absent:
+        whole += f", {absent} not run yet"
+    each = [f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d.seeds}" for text, d in found if d]
+    return [whole + ".", "", *each]
+
+
+# --------------------------------------------------------------------------------------------------
+# the sections of the report, each a list of lines
+
+PCA_AGAINST_FULL = (("GAP", "LH+DA"), ("LH+PCA", "LH"))  # with difficulty-aware data, and without
+
+
+def scores(study, table):
+    """A section of SCORES: accuracies, differences to the reference, verdicts on its claims."""
+    reference = study.named(table.reference)
+    cells, absent = [], []
+    for starred, last in table.rows.items():
+        what = study.named(starred)
+        name, _ = run_and_evaluation(what)
+        if name not in study.lines:
+            absent.append(what)
+            continue
+        # R2 is the run's, from its training log: an evaluation shows that of its run
+        accuracies = [mean_sd(values(study, what, m)) for m in ("hard", "easy", "val_r2")]
+        d = difference(study, what, reference) if what != reference else None
+        p = p_shown(paired_p(study, what, reference)) if d else ""
+        cells.append([what, len(study.lines[name]), *accuracies, shown(d), p, last])
+    easy = study.easy or "easy"
+    head = ["run", "seeds", "hard", easy, "R2", f"hard, minus {reference}", "p", table.column]
+
+    claims = []  # with the star filled in, and the questions
+    for text, more, less, *measure in table.claims:
+        claims.append((text, study.named(more), study.named(less), *(measure or ["hard"])))
+    return [
+        "",
+        f"## {table.title}",
+        *markdown(head, cells),
+        *not_run(absent),
+        *sentences(study, claims, table.column.startswith("7B")),
+    ]
+
+
+def p_shown(p):
+    """A p-value to two digits."""
+    return f"{p:.2g}" if p > 1e-99 else "< 1e-99"
+
+
+# fmt: off
+DIAGNOSED = ("base", "text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
+DIAGNOSIS_HEAD = [
+    "run", "text state / input", "image state / input", "log norm of latents", "of real features",
+    "in the subspace", "effective rank", "pairwise cosine", "R2", "retrieval at 1 (chance)",
+]
+DIAGNOSIS_OF_PAPER = ["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""]
+DIAGNOSIS_CLAIMS = [
+    ("GAP's latents lie deeper in the subspace than the full head's",
+        "GAP", "LH+DA", "probe.predicted.inside"),
+    ("GAP's latents find their own picture more often",
+        "GAP", "LH+DA", "probe.agreement.retrieval_at_1"),
+    ("output-as-input latents are longer than GAP's",
+        "output", "GAP", "probe.predicted.mean_log"),
+]
+# fmt: on
+
+
+def diagnosis(study):
+    """The paper's Fig. 2 in numbers, from probe.py."""
+    rows = [diagnosis_row(study, name) for name in DIAGNOSED]
+    return [
+        "## Diagnosis",
+        "",
+        "Norms as multiples of the input embeddings' before and after the final norm; natural "
+        "logarithms of L2 norms; the share of the latents' energy in the PCA subspace; rank and "
+        "cosine of an example's latents about mu (in brackets: of the real features).",
+        *markdown(DIAGNOSIS_HEAD, [*rows, DIAGNOSIS_OF_PAPER]),
+        *sentences(study, DIAGNOSIS_CLAIMS, paper=True),
+        "",
+    ]
+
+
+def diagnosis_row(study, name):
+    """The cells of one run under DIAGNOSIS_HEAD; empty where the run writes no latents."""
+
+    # a path is that of a number in probe.json
+    def cell(path, digits):
+        return mean_sd(values(study, name, f"probe.{path}"), digits)
+
+    def growth(kind):
+        before, after = cell(f"growth.{kind}.before", 1), cell(f"growth.{kind}.after", 1)
+        return f"{before}; {after}"
+
+    def beside(path, other, digits):
+        text = cell(path, digits)
+        return f"{text} ({cell(other, digits)})" if text else ""
+
+    return [
+        name,
+        growth("text"),
+        growth("image"),
+        cell("predicted.mean_log", 2),
+        cell("real.mean_log", 2),
+        cell("predicted.inside", 3),
+        beside("predicted.effective_rank", "real.effective_rank", 2),
+        beside("predicted.cosine", "real.cosine", 2),
+        cell("agreement.r2", 3),
+        beside("agreement.retrieval_at_1", "agreement.chance", 3),
+    ]
+
+
+CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
+
+
+def by_category(study):
+    """Longer chains feed back more of their own latents: does the subspace stop the drift?"""
+    found = set()
+    for name in CHAINS:
+        for line in study.lines.get(name, {}).values():
+            found |= line["evals"]["clean"]["right"].keys()
+    categories = sorted(found)  # on the toy: the number of moves
+    rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in CHAINS]
+    claims = [
+        (f"{pca} beats {full} on {category}", pca, full, category)
+        for pca, full in PCA_AGAINST_FULL
+        for category in categories
+    ]
+    return [
+        "## Longer chains",
+        *markdown(["run", *categories], rows),
+        *sentences(study, claims, paper=False),
+    ]
+
+
+# fmt: off
+COSTS = (
+    "text", "output", "LH", "LH+PCA", "GAP",
+    "K=1", "K=9", "K=16", "K=36", "GAP*/parser skipped", "no parser text",
+)
+COSTS_HEAD = [
+    "run", "steps a second, ratio", "time an answer, ratio", "positions an answer",
+    "of them latents",
+]
+# fmt: on
+
+
+def costs(study):
+    """Speed against the text run of the same seed; tokens and latents an answer."""
+    rows = []
+    for starred in COSTS:
+        what = study.named(starred)
+        name, kind = run_and_evaluation(what)
+        if name not in study.lines:
+            continue
+        speed = time = ""
+        if kind == "clean":  # of a run's evaluations only this one is timed
+            speed = mean_sd(ratio_to_text(study, name, "steps_per_s"), 2)
+            time = mean_sd(ratio_to_text(study, name, "ms_per_answer"), 2)
+        tokens, latents = (mean_sd(values(study, what, m), 1) for m in ("tokens", "latents"))
+        rows.append([what, speed, time, tokens, latents])
+    return [
+        "## Cost",
+        "",
+        "Ratios to dense-caption SFT of the same seed, one question at a time, in seconds on a "
+        "shared machine: the counts are exact, the ratios are not. "
+        "Paper: 36 latents take 1.61 times as long.",
+        *markdown(COSTS_HEAD, rows),
+    ]
+
+
+def ratio_to_text(study, name, field):
+    """{seed: a number of a run, divided by that of the text run of the same seed}."""
+    text = study.lines.get("text", {})
+    return {
+        seed: line[field] / text[seed][field]
+        for seed, line in study.lines[name].items()
+        if seed in text
+    }
+
+
+def scarcity(study):
+    """Accuracy by number of training examples, and where the PCA head pays."""
+
+    def at(name, n):  # a main run of the default size has no suffix
+        return name if n == study.examples else f"{name} n={n}"
+
+    def was_run(n):
+        return any(at(name, n) in study.lines for name in study.methods)
+
+    sizes = [n for n in sorted({*study.sizes, study.examples}) if was_run(n)]
+    rows = [[name, *(mean_sd(values(study, at(name, n))) for n in sizes)] for name in study.methods]
+    conclusions = []
+    for pca, full in PCA_AGAINST_FULL:
+        gaps = {n: difference(study, at(pca, n), at(full, n)) for n in sizes}
+        rows.append([f"{pca} minus {full}", *map(shown, gaps.values())])
+        pays = where_it_pays(gaps)
+        conclusions.append(
+            f"- The PCA head in place of the full one ({pca} against {full}) {pays}."
+        )
+    named = [at(name, n) for n in study.sizes for name in study.methods]
+    return [
+        "## Scarce data",
+        "",
+        "Hard questions by the number of training examples, at the same number of steps.",
+        *markdown(["run", *(f"{n:,}" if n else "all" for n in sizes)], rows),
+        *not_run([name for name in named if name not in study.lines]),
+        *conclusions,
+    ]
+
+
+def where_it_pays(gaps):
+    """In words, of {number of examples: Difference or None}: where a head pays, and where not."""
+    if not any(gaps.values()):
+        return "has not been run"
+    parts = []
+    for words, wanted in (("pays", "yes"), ("costs", "no"), ("is undecided", "undecided")):
+        sizes = [f"{n:,}" for n, d in gaps.items() if verdict(d) == wanted]
+        parts.append(f"{words} at {', '.join(sizes) or 'no size'}")
+    return "; ".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------
+# the report
+
+
+def preamble(study, lines):
+    """How many runs there are, how they were made, and how to read the tables."""
+    hard = len(right(lines[0], "clean", "hard", study.easy))
+    easy = len(right(lines[0], "clean", "easy", study.easy))
+    text = (
+        f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
+        f"`{study.train_args}`, {hard} hard and {easy} easy test questions, greedy. "
+        "Accuracies are means over seeds ± their standard deviation. "
+        "R2 is that of the latents on validation data, teacher-forced. "
+        "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
+        "p is McNemar's, exact, over the questions of all seeds, "
+        "not corrected for the number of tests. "
+        '"Yes" and "no" mean that the interval excludes zero, "undecided" that it does not. '
+    )
+    revisions = sorted({line["git"][:7] for line in lines if "git" in line})
+    if revisions:
+        text += f"Revisions: {', '.join(revisions)}."
+    return [
+        "# The toy's tables",
+        "",
+        "Written by `ablate.py` from the lines beside it; do not edit.",
+        "",
+        text,
+        "",
+    ]
+
+
+def write_tables(path, study):
+    """Write the report on a study of at least one run. Returns the number of its runs."""
+    distinct = {}  # the untrained base stands under every seed and is one run
+    for by_seed in study.lines.values():
+        for line in by_seed.values():
+            distinct[line["key"], line["seed"]] = line
+    lines = list(distinct.values())
+
+    # the sections of SCORES, which the others stand between
+    main, variance, interventions, oracle, *beyond = (scores(study, table) for table in SCORES)
+    text = [
+        *preamble(study, lines),
+        *diagnosis(study),
+        *main,
+        "",
+        *by_category(study),
+        *variance,
+        *interventions,
+        *oracle,
+        "",
+        *costs(study),
+        *(line for section in beyond for line in section),
+        "",
+        *scarcity(study),
+        "",
+    ]
+    write_then_rename(path, lambda tmp: tmp.write_text("\n".join(text)))
+    return len(lines)

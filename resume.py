@@ -1,0 +1,135 @@
+"""What becomes of each item of a long run, and of the run after a kill?
+
+An item is kept, or left out for a reason (Reject), or had no answer and is tried again by the next
+run (Unanswered). Each finished item is a line of <folder>/work/<name>.jsonl at once, under a key
+that is a hash of the item and of the settings that matter; a later run uses the lines whose keys
+still occur.
+"""
+
+import re
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import append, key_of, open_append, read_lines, write_lines
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of bytes that are no UTF-8
+
+
+class Reject(Exception):
+    """Why an item is left out. The number is what a threshold was held against."""
+
+    def __init__(self, reason, number=None, detail=""):
+        super().__init__(reason, number, detail)
+        self.reason, self.number, self.detail = reason, number, detail
+
+
+class Unanswered(Reject):
+    """An endpoint failed: the item is left out of this run, and tried again by the next."""
+
+
+def clean(text):
+    """One line of text that any file can hold, of at most 500 characters."""
+    return " ".join(str(text).encode("utf-8", "replace").decode().split())[:500]
+
+
+def each(work, items, workers):
+    """Yield work(item) as they end, `workers` at a time.
+
+    Few items are held at a time, so `items` may be a generator that reads them as they are needed.
+    """
+    pool = ThreadPoolExecutor(workers)
+    running = set()
+    try:
+        for item in items:
+            running.add(pool.submit(work, item))
+            # as many wait as run, so that no worker does
+            if len(running) >= 2 * workers:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in ended)
+        yield from (future.result() for future in as_completed(running))
+    finally:  # also where the caller stops early: what has not begun never does
+        pool.shutdown(cancel_futures=True)
+
+
+def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
+    """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
+
+    settings: {name: value} of what makes older results useless when it changes.
+    give_up: so many rows in a row without an answer end the run (SystemExit).
+    Returns the rows that were kept, in the order of `rows`.
+    """
+    folder = Path(folder)
+    path = folder / "work" / f"{name}.jsonl"
+    keys = [key_of(settings | {"row": row}) for row in rows]
+    # the file also holds what other rows and other settings gave: a change that is taken back costs
+    # nothing
+    wanted = set(keys)
+    done = {line["key"]: line for line in read_lines(path) if line["key"] in wanted}
+    todo = [(key, row) for key, row in zip(keys, rows) if key not in done]
+    unanswered, in_a_row = {}, 0
+
+    def outcome(item):
+        return outcome_of(work, *item)
+
+    bar = tqdm(desc=name, unit="item", total=len(rows), initial=len(rows) - len(todo))
+    with open_append(path) as f, bar:
+        for line in each(outcome, todo, workers):
+            bar.update()
+            if "again" in line:  # not written down, so the next run asks again
+                unanswered[line["key"]] = line
+                in_a_row += 1
+                if in_a_row == give_up:
+                    raise SystemExit(endpoint_is_down(give_up, line["reject"]))
+            else:
+                append(f, line)
+                done[line["key"]] = line
+                in_a_row = 0
+
+    # they ended in any order
+    lines = [done.get(key) or unanswered[key] for key in keys]
+    kept = [line["row"] for line in lines if "row" in line]
+    rejected = [line["reject"] for line in lines if "reject" in line]
+    write_lines(folder / rejects, rejected)
+    write_lines(folder / f"{name}.jsonl", kept)
+    print_outcome(name, kept, rejected, unanswered)
+    return kept
+
+
+def outcome_of(work, key, row):
+    """The line that says what became of a row."""
+    try:
+        return {"key": key, "row": work(row)}
+    except Reject as e:
+        reject = {
+            "id": clean(row["id"]),
+            "reason": e.reason,
+            "number": e.number,
+            "detail": clean(e.detail),
+        }
+        line = {"key": key, "reject": reject}
+        if isinstance(e, Unanswered):
+            line["again"] = True  # a mark for run_stage; such a line is never written
+        return line
+
+
+def endpoint_is_down(give_up, reject):
+    """What a run says that ends because nobody answers."""
+    return (
+        f"{give_up} items in a row had no answer ({reject['reason']}: {reject['detail']}); what is "
+        "finished is kept: mend the endpoint and run the same command again"
+    )
+
+
+def print_outcome(name, kept, rejected, unanswered):
+    """How many rows were kept, and for each reason how many were not and the first of them."""
+    total = len(kept) + len(rejected)
+    print(f"{name}: kept {len(kept)} of {total}, rejected {len(rejected)}")
+    for reason, n in Counter(r["reason"] for r in rejected).most_common():
+        first = next(r["id"] for r in rejected if r["reason"] == reason)
+        print(f"  {n:7} {reason:34} e.g. {first}")
+    if unanswered:
+        n = len(unanswered)
+        print(f"  run the same command again to ask once more for the {n} without an answer")

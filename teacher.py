@@ -1,0 +1,120 @@
+"""How does a teacher write an example? And an image model draw its picture, and what did both cost?
+
+They are asked over OpenAI's HTTP protocol: /chat/completions, with images in the message, and
+/images/edits. endpoint.py tries a request that fails again; here, an answer that comes but can not
+be used is asked for anew, too.
+"""
+
+import base64
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session, hf_raise_for_status
+
+from data import append
+from endpoint import answered, is_refusal
+from resume import SURROGATE, Reject, Unanswered
+
+LOCK = threading.Lock()
+
+
+class Served(NamedTuple):
+    """A model behind an endpoint, and how patiently it is asked."""
+
+    url: str  # up to and with /v1
+    model: str
+    key: str  # never empty: the client would send the user's own hub token instead
+    tries: int  # of a request
+    first_pause: float  # seconds, then twice as long each time
+    timeout: float  # seconds
+    costs: Path  # a JSONL file: a line for each request
+
+
+def usable(served, call):
+    """call() until it gives something usable.
+
+    Raises Reject when only unusable answers come, Unanswered when none does, SystemExit where no
+    try can help (a wrong key or address).
+    """
+    for n in range(served.tries):
+        try:
+            return answered(call, served.url, served.tries - n, served.first_pause)
+        except Reject as e:  # the server is well, its answer is not: draw another
+            last = e
+        except HTTPError as e:
+            raise failed(e) from None
+        except (ValueError, TypeError, LookupError, AttributeError) as e:
+            # no JSON, or JSON of another protocol
+            detail = f"{type(e).__name__}: {e}"
+            raise Unanswered("answer of another protocol", None, detail) from None
+    raise last
+
+
+def failed(error):
+    """The Reject of a refused request; the Unanswered of one that may be answered another day."""
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else 0
+    if is_refusal(status):
+        return Reject("refused by the endpoint", status, str(error))
+    detail = f"{type(error).__name__}: {error}"
+    return Unanswered("no answer from the endpoint", status or None, detail)
+
+
+def edit_image(served, prompt, png):
+    """The encoded image that an image model makes of a PNG by a prompt. One request."""
+    start = time.monotonic()
+    try:
+        response = get_session().post(
+            f"{served.url.rstrip('/')}/images/edits",
+            timeout=served.timeout,
+            headers={"Authorization": f"Bearer {served.key}"},
+            data={"model": served.model, "prompt": prompt, "n": "1"},
+            files={"image": ("query.png", png, "image/png")},
+        )
+    finally:  # a request that fails has cost time, too
+        log_cost(served, start)
+    hf_raise_for_status(response)
+    return base64.b64decode(response.json()["data"][0]["b64_json"], validate=True)
+
+
+def write_text(served, prompt, pngs, max_tokens, temperature):
+    """What a teacher writes who sees images (PNGs), then a prompt. One request; raises Reject."""
+    content = [{"type": "image_url", "image_url": {"url": data_url(png)}} for png in pngs]
+    content.append({"type": "text", "text": prompt})
+    client = InferenceClient(base_url=served.url, api_key=served.key, timeout=served.timeout)
+    start, usage = time.monotonic(), None
+    try:
+        reply = client.chat_completion(
+            [{"role": "user", "content": content}],
+            model=served.model,
+            max_tokens=max_tokens,
+            temperature=temperature,
+        )
+        usage = reply.usage
+    finally:
+        log_cost(served, start, usage)
+    choice = reply.choices[0]
+    if choice.finish_reason == "length":
+        raise Reject("teacher was cut off", max_tokens)
+    text = choice.message.content
+    if not isinstance(text, str) or SURROGATE.search(text):
+        raise Reject("teacher wrote no text")
+    return text
+
+
+def data_url(png):
+    """A PNG as the text that stands for it in a message."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def log_cost(served, start, usage=None):
+    """A line a request in `costs`: what was paid is known after a kill, too."""
+    line = {"model": served.model, "seconds": round(time.monotonic() - start, 3)}
+    for name in ("prompt_tokens", "completion_tokens"):
+        line[name] = getattr(usage, name, None) or 0
+    with LOCK, open(served.costs, "ab") as f:
+        append(f, line)

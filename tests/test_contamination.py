@@ -1,0 +1,136 @@
+"""Planted copies of test images and questions are found, also in public files; nothing else is."""
+
+import base64
+import io
+import json
+import random
+
+import pytest
+from conftest import encoded, example, photo, saved, write_data
+from PIL import Image, ImageDraw
+
+import duplicates
+from data import read_lines
+
+
+def bars(seed, size=(240, 180)):
+    """A bar chart."""
+    rng, image = random.Random(seed), Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for x in range(20, 200, 25):
+        top = rng.randint(10, 160)
+        colour = tuple(rng.randrange(256) for _ in range(3))
+        draw.rectangle((x, top, x + 18, 165), fill=colour)
+    draw.line((15, 5, 15, 166, 230, 166), fill="black", width=2)
+    return image
+
+
+def cropped(image, left, top, right, bottom):
+    """An image without these shares of its sides."""
+    w, h = image.size
+    box = (round(left * w), round(top * h), w - round(right * w), h - round(bottom * h))
+    return image.crop(box)
+
+
+def as_jpeg(image, quality):
+    return Image.open(io.BytesIO(encoded(image, "JPEG", quality=quality)))
+
+
+EDITS = {
+    "recompressed": lambda i: as_jpeg(i, 30),
+    "halved": lambda i: i.resize((i.width // 2, i.height // 2)),
+    "doubled": lambda i: i.resize((2 * i.width, 2 * i.height)),
+    "cropped": lambda i: cropped(i, 0.01, 0.01, 0.01, 0.01),
+    "cropped left": lambda i: cropped(i, 0.02, 0, 0, 0),
+    "cropped below": lambda i: cropped(i, 0, 0, 0, 0.02),
+    "all": lambda i: as_jpeg(cropped(i.resize((160, 120)), 0.01, 0, 0.01, 0), 50),
+}
+
+
+def plant(tmp_path, make, n=10):
+    """The path and images of a test set, and training rows with each edit of each image."""
+    tests = [make(seed) for seed in range(n)]
+    folder = tmp_path / "bench"
+    lines = []
+    for n, image in enumerate(tests):
+        saved(folder / f"{n}.png", image)
+        row = {"id": f"t{n}", "images": [f"{n}.png"]}
+        row |= {"question": f"How many in {n}?", "answer": "5"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "test.jsonl").write_text("".join(lines))
+    rows = [
+        example(id=f"x-{name}-{n}", images=[edit(image)], aux_images=[make(5000 + 100 * n + k)])
+        for n, image in enumerate(tests)
+        for k, (name, edit) in enumerate(EDITS.items())
+    ]
+    return str(folder / "test.jsonl"), tests, rows
+
+
+@pytest.mark.parametrize("make", [photo, bars])
+def test_audit_finds_planted_duplicates(stage, tmp_path, make):
+    bench, tests, rows = plant(tmp_path, make)
+    webp = Image.open(io.BytesIO(encoded(tests[3], "WEBP", lossless=True)))
+    exact = [
+        example(id="x-webp", images=[webp], aux_images=[make(900)]),
+        example(id="x-aux", images=[make(901)], aux_images=[tests[4]]),
+        example(id="x-asked", images=[make(902)], aux_images=[make(903)]),
+    ]
+    exact[2]["question"] = " how many in 7 ?"
+    clean = [
+        example(id=f"x-clean-{n}", images=[make(1000 + n)], aux_images=[make(2000 + n)])
+        for n in range(30)
+    ]
+    data = write_data(tmp_path, rows + exact + clean)
+    kept = stage("audit", "audited", data=data, benchmarks=bench)
+    found = {
+        (f["kind"], f["id"], f["benchmark_id"]) for f in read_lines(tmp_path / "out/audit.jsonl")
+    }
+    near = {(id, test) for kind, id, test in found if kind == "near"}
+    assert {finding for finding in found if finding[0] != "near"} == {
+        ("pixels", "x-webp", "t3"),
+        ("pixels", "x-aux", "t4"),
+        ("question", "x-asked", "t7"),
+    }
+    # near pairs are for a person to judge
+    assert {row["id"] for row in kept} == {row["id"] for row in rows + clean}
+    wanted = {(row["id"], f"t{row['id'].rsplit('-', 1)[1]}") for row in rows}
+    assert near == wanted, (near - wanted, wanted - near)
+    page = (tmp_path / "out/audit.html").read_text()
+    assert page.count("<article>") == len(near)
+    assert page.count('src="data:image/jpeg;base64,') == 2 * len(near)
+    kept = stage("audit", "audited", drop="near")
+    assert {row["id"] for row in kept} == {row["id"] for row in exact + clean}
+
+
+def test_audit_reads_official_files(stage, tmp_path):
+    """A benchmark's own table: images are embedded, and a question has no prompt around it."""
+    cells = [base64.b64encode(encoded(photo(n), "JPEG")).decode() for n in range(3)]
+    lines = [f"{n}\t{cell}\tIs there a dog in {n}?\tYes\trandom\n" for n, cell in enumerate(cells)]
+    header = "index\timage\tquestion\tanswer\tcategory\n"
+    (tmp_path / "POPE.tsv").write_text(header + "".join(lines))
+    decoded = Image.open(io.BytesIO(encoded(photo(1), "JPEG")))
+    rows = [
+        example(0, images=[decoded], aux_images=[photo(10)]),
+        example(1, images=[photo(11)], aux_images=[photo(12)]),
+        example(2, images=[photo(13)], aux_images=[photo(14)], question="Is there a dog in 2?"),
+    ]
+    data = write_data(tmp_path, rows)
+    kept = stage("audit", "audited", data=data, benchmarks="POPE", data_root=str(tmp_path))
+    found = {
+        (f["kind"], f["id"], f["benchmark_id"]) for f in read_lines(tmp_path / "out/audit.jsonl")
+    }
+    assert found == {("pixels", "x0", "1"), ("question", "x2", "2")}
+    assert [row["id"] for row in kept] == ["x1"]
+
+
+def test_audit_reads_an_image_once(stage, tmp_path, monkeypatch):
+    """A second audit decodes nothing again but for the page, and refuses what it can not do."""
+    bench, _, rows = plant(tmp_path, bars, 2)
+    data = write_data(tmp_path, rows)
+    stage("audit", "audited", data=data, benchmarks=bench)
+    monkeypatch.setattr(duplicates, "fingerprint", None)
+    stage("audit", "audited", data=data, benchmarks=bench)
+    with pytest.raises(SystemExit, match="drop='pixel'"):
+        stage("audit", drop="pixel")
+    with pytest.raises(SystemExit, match="benchmarks=''"):
+        stage("audit", drop="near", benchmarks="")

@@ -1,0 +1,121 @@
+"""Where do real vision embeddings live? The PCA against an SVD, and the files of targets."""
+
+import json
+
+import torch
+from conftest import PIXELS, broken, run
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fit_pca
+from model import load_pca
+
+close = torch.testing.assert_close
+
+
+def fitting(base, world, out, *args):
+    """The arguments of a run of fit_pca.py."""
+    return [
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={out}",
+        *args,
+    ]
+
+
+def test_pca_equals_svd(tmp_path):
+    """Mean, basis, k and RelMSE, streamed from shards, against one float64 SVD of all vectors."""
+    torch.manual_seed(0)
+    v = torch.randn(600, 16) * torch.logspace(1, -1, 16) + torch.randn(16) * 5
+    v = v.bfloat16()
+    for i, part in enumerate(v.split(200)):
+        targets = {f"{i}-{j}": x for j, x in enumerate(part.view(-1, 1, 4, 16))}
+        save_file(targets, tmp_path / f"{i}", {"rejected": "[]"})
+    total, outer, n = fit_pca.moments(sorted(tmp_path.iterdir()), 16, "cpu")
+    mean, covariance = fit_pca.mean_and_covariance(total, outer, n)
+    eigenvalues, vectors, k = fit_pca.fit(covariance, 0.95)
+
+    x = v.double() - v.double().mean(0)
+    _, s, basis = torch.linalg.svd(x, full_matrices=False)
+    explained = (s**2).cumsum(0) / (s**2).sum()
+    assert n == 600 and k == int((explained < 0.95).sum()) + 1
+    close(mean, v.double().mean(0))
+    close(eigenvalues, s**2 / n)
+    close((vectors[:, :k] * basis.T[:, :k]).sum(0).abs(), torch.ones(k, dtype=torch.float64))
+    for j in range(1, 16):  # RelMSE(j) is the share that a rank-j reconstruction loses
+        lost = (x - x @ basis.T[:, :j] @ basis[:j]).pow(2).sum() / x.pow(2).sum()
+        close(fit_pca.rel_mse(eigenvalues, j), float(lost))
+
+
+def test_random_basis():
+    """Orthonormal, not the PCA's; its variances are the data's along it and sum to the total."""
+    x = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(1, -1, 12, dtype=torch.float64)
+    x = x - x.mean(0)
+    variances, vectors = fit_pca.random_basis(x.T @ x / 500)
+    close(vectors.T @ vectors, torch.eye(12, dtype=torch.float64))
+    close(variances, (x @ vectors).var(0, correction=0))
+    close(variances.sum(), x.var(0, correction=0).sum())
+    assert vectors.abs().max(0).values.max() < 0.99  # the PCA's vectors are near the axes
+
+
+def test_targets_are_safetensors_only(tmp_path, base, world):
+    run("fit_pca.py", *fitting(base, world, tmp_path, "--shard=20"))
+    index = json.loads((tmp_path / "targets" / "index.json").read_text())
+    assert len(index["files"]) == 56 and index["K"] == 4
+    with safe_open(tmp_path / "targets" / index["files"]["train-3"], "pt") as f:
+        two_spans = f.get_tensor("train-3")
+    assert two_spans.shape == (2, 4, 128) and two_spans.dtype == torch.bfloat16
+    assert PIXELS == (index["min_pixels"], index["max_pixels"])
+
+    # the controls on the same targets: a random basis of the same k, and no mean
+    before = load_pca(tmp_path / "pca.safetensors")[0]
+    args = fitting(base, world, tmp_path, "--shard=20", "--basis=random", "--centre=0")
+    run("fit_pca.py", *args)
+    after, meta = load_pca(tmp_path / "pca.safetensors")
+    assert meta["basis"] == "random" and after["basis"].shape == before["basis"].shape
+    assert not after["mean"].any()
+    close(after["basis"].T @ after["basis"], torch.eye(after["basis"].shape[1]))
+    close(after["total_variance"], before["total_variance"], rtol=1e-5, atol=0.0)
+    assert after["eigenvalues"].sum() < before["eigenvalues"].sum()
+
+
+def test_fit_pca_ranks_and_resume(tmp_path, base, world):
+    """Two ranks, and a run that finds half of its shards, give the PCA of one process."""
+    args = fitting(base, world, tmp_path / "one", "--shard=10")
+    run("fit_pca.py", *args)
+    run("fit_pca.py", *fitting(base, world, tmp_path / "two", "--shard=10"), ranks=2)
+    one = load_file(tmp_path / "one" / "pca.safetensors")
+    two = load_file(tmp_path / "two" / "pca.safetensors")
+    for name in ("mean", "eigenvalues"):
+        assert (one[name] - two[name]).abs().max() < 1e-4 * one[name].abs().max()
+
+    shard = tmp_path / "one" / "targets" / "train-00001.safetensors"
+    stamp = shard.stat().st_mtime_ns
+    (tmp_path / "one" / "targets" / "train-00002.safetensors").unlink()
+    (tmp_path / "one" / "pca.safetensors").unlink()
+    run("fit_pca.py", *args)
+    assert shard.stat().st_mtime_ns == stamp
+    assert (load_file(tmp_path / "one" / "pca.safetensors")["mean"] == one["mean"]).all()
+
+
+def test_degenerate_images_are_rejected(tmp_path, base, world):
+    """A blank auxiliary image is named and left out of the PCA and of training."""
+    Image.new("RGB", (56, 56), "white").save(tmp_path / "blank.png")
+    path = broken(world, tmp_path, lambda r: r | {"aux_images": [str(tmp_path / "blank.png")]})
+    args = [f"--base={base}", f"--data={path}", "--val_data=", f"--out={tmp_path}/pca"]
+    text = run("fit_pca.py", *args, "--degenerate=0.02")
+    assert "rejected as degenerate: 1" in text and "train-1" in text
+    text = run(
+        "train.py",
+        f"--base={base}",
+        f"--data={path}",
+        "--val_data=",
+        f"--pca={tmp_path}/pca",
+        "--difficulty=",
+        f"--out={tmp_path}/gap",
+        "--max_steps=1",
+        "--global_batch=2",
+    )
+    assert "3 examples, 3 with latents, 1 rejected" in text

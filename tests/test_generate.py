@@ -1,0 +1,385 @@
+"""How text and latents are written: each against an independent computation."""
+
+import json
+
+import pytest
+import torch
+from conftest import PIXELS, examples, hf_inputs, make_open, record, run
+from safetensors.torch import load_file
+
+from data import LATENT_SPAN, load_examples, open_image, read_lines
+from eval import latents_name
+from generate import ema_norm, generate, intervene, make_prompts, pick, to_text
+from model import (
+    LATENT_END,
+    LATENT_PAD,
+    LATENT_START,
+    MONET_TOKENS,
+    MonetHead,
+    embed,
+    encode,
+    grid_features,
+    latent_ids,
+    load_head,
+    load_processor,
+    load_vlm,
+)
+
+close = torch.testing.assert_close
+
+
+def test_greedy_equals_hf_generate(loaded, world):
+    """A left-padded batch: text only, one image, two images of different sizes."""
+    vlm, tokenizer, processor = loaded
+    rows = examples(world, 4)
+    rows[0]["images"] = []
+    ours = generate(
+        vlm, None, tokenizer, make_prompts(vlm, tokenizer, processor, rows), max_new_tokens=40
+    )
+    for row, (a,) in zip(rows, ours):
+        ids = encode(vlm, tokenizer, processor, row)["ids"]
+        vlm.model.rope_deltas = None
+        no_token = [
+            *range(len(tokenizer) - 3, vlm.config.text_config.vocab_size)
+        ]  # latent tokens and spare rows
+        hf = vlm.generate(
+            **hf_inputs(vlm, processor, ids, row["images"]),
+            max_new_tokens=40,
+            do_sample=False,
+            suppress_tokens=no_token,
+        )
+        assert a["ids"] == hf[0, len(ids) :].tolist()
+
+
+def test_latents_equal_a_full_forward(loaded, head, world):
+    """Every latent of the cached, step-by-step loop is the head's output in one whole forward."""
+    vlm, tokenizer, processor = loaded
+    row = examples(world, 1)[0]
+    (prompt,) = make_prompts(vlm, tokenizer, processor, [row])
+    make_open(vlm, tokenizer, [prompt], {0})
+    ((a,),) = generate(vlm, head, tokenizer, [prompt], max_new_tokens=20)
+    pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+    assert a["ids"][:6] == [
+        *map(tokenizer.convert_tokens_to_ids, (LATENT_START, *[LATENT_PAD] * 4, LATENT_END))
+    ]
+    ids = torch.cat([prompt["ids"], torch.tensor(a["ids"])])
+    pos = torch.cat(
+        [prompt["pos"], prompt["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)], 1
+    )
+    x = embed(vlm, ids[None], prompt["vision"], a["latents"], pad)
+    h = vlm.model.language_model(
+        inputs_embeds=x, position_ids=pos[:, None], use_cache=False
+    ).last_hidden_state[0]
+    before = (ids[1:] == pad).nonzero()[:, 0]
+    assert len(before) == len(a["latents"]) >= 4
+    close(head(h[before]), a["latents"], rtol=1e-4, atol=1e-4)
+    for t in range(
+        len(prompt["ids"]) - 1, len(ids) - 1
+    ):  # and the text between the spans is greedy
+        if ids[t + 1] not in (pad, tokenizer.convert_tokens_to_ids(LATENT_END)):
+            logits = vlm.lm_head(h[t])
+            logits[[pad, tokenizer.convert_tokens_to_ids(LATENT_END)]] = -torch.inf
+            assert logits[: len(tokenizer)].argmax() == ids[t + 1]
+
+
+def test_mixed_batch_equals_one_by_one(loaded, head, world):
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 5))
+    make_open(vlm, tokenizer, prompts, {1, 3})
+    kwargs = dict(max_new_tokens=24, n_samples=2, temperature=0.7)
+    together = generate(vlm, head, tokenizer, prompts, seeds=list(range(10)), **kwargs)
+    start = tokenizer.convert_tokens_to_ids(LATENT_START)
+    assert [a["ids"][0] == start for a, _ in together] == [False, True, False, True, False]
+    for i, p in enumerate(prompts):
+        (alone,) = generate(vlm, head, tokenizer, [p], seeds=[2 * i, 2 * i + 1], **kwargs)
+        for a, b in zip(alone, together[i]):
+            assert a["ids"] == b["ids"]
+            close(a["latents"], b["latents"], rtol=1e-4, atol=1e-4)
+
+
+def test_start_token_keeps_its_embedding(loaded, head, world):
+    vlm, tokenizer, processor = loaded
+    prompts, calls = make_prompts(vlm, tokenizer, processor, examples(world, 1)), []
+    make_open(vlm, tokenizer, prompts, {0})
+    generate(vlm, head, tokenizer, prompts, max_new_tokens=8, on_step=record(calls))
+    table = vlm.get_input_embeddings().weight.detach()
+    pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+    assert calls[0][1] == tokenizer.convert_tokens_to_ids(LATENT_START)
+    for (_, token, x, _), (_, _, _, h) in zip(calls, calls):
+        close(x, head(h).detach() if token == pad else table[token])
+
+
+def test_shared_prefill_equals_separate_prefills(loaded, world):
+    """8 samples from one prefill have the logits of 8 prefills, at every step, in any batch."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 3))
+    shared, kwargs = [], dict(max_new_tokens=16, temperature=1.0)
+    generate(
+        vlm,
+        None,
+        tokenizer,
+        prompts,
+        n_samples=8,
+        seeds=list(range(24)),
+        on_step=record(shared),
+        **kwargs,
+    )
+    for row in range(24):
+        calls = []
+        generate(
+            vlm, None, tokenizer, [prompts[row // 8]], seeds=[row], on_step=record(calls), **kwargs
+        )
+        mine = [c for c in shared if c[0] == row]
+        assert [c[1] for c in mine] == [c[1] for c in calls]
+        close(
+            vlm.lm_head(torch.stack([c[3] for c in mine])),
+            vlm.lm_head(torch.stack([c[3] for c in calls])),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_finished_rows_are_dropped_without_a_trace(loaded, world):
+    """Dropping a question when it is decided changes no other question's answers."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 4))
+    vlm.lm_head.weight.data[tokenizer.eos_token_id] *= 4  # rows end at various lengths
+    kwargs = dict(max_new_tokens=40, n_samples=4, temperature=1.0, seeds=list(range(16)))
+    full = generate(vlm, None, tokenizer, prompts, **kwargs)
+    ended = []
+    part = generate(
+        vlm,
+        None,
+        tokenizer,
+        prompts,
+        on_finish=lambda q, s, ids: ended.append((q, s)) or q == 1,
+        **kwargs,
+    )
+    assert len({len(a["ids"]) for q in full for a in q}) > 3
+    assert [[a["ids"] for a in q] for i, q in enumerate(full) if i != 1] == [
+        [a["ids"] for a in q] for i, q in enumerate(part) if i != 1
+    ]
+    assert sum(q == 1 for q, _ in ended) < 4 or len({len(a["ids"]) for a in full[1]}) == 1
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[1.0, 0.0, -torch.inf, 2.0]]).expand(20000, -1)
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.7)):
+        p = torch.softmax(logits[0] / temperature, -1)
+        if top_p < 1:  # the smallest set that reaches top_p: tokens 3 and 0
+            p = p * torch.tensor([1.0, 0, 0, 1.0])
+        drawn = torch.bincount(pick(logits, temperature, top_p, u), minlength=4) / 20000
+        close(drawn, p / p.sum(), rtol=0.0, atol=0.012)
+    assert pick(logits[:2], 1.0, 1.0, torch.tensor([0.0, 1 - 1e-7])).tolist() == [0, 3]
+
+
+def test_ema_is_the_loop():
+    v = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]])
+    close(ema_norm(v, 0.9), 0.9 * (0.9 * 5 + 0.1 * 1) + 0.1 * 10)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+def test_ema_is_the_weighted_sum(beta):
+    """Unrolled: the first norm weighs beta^(N-1), norm i (1 - beta) beta^(N-1-i)."""
+    v = torch.randn(30, 7, generator=torch.Generator().manual_seed(0)).double()
+    norms = [sum(x * x for x in row) ** 0.5 for row in v.tolist()]
+    slow = beta**29 * norms[0] + sum((1 - beta) * beta ** (29 - i) * norms[i] for i in range(1, 30))
+    assert ema_norm(v, beta) == pytest.approx(slow, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.9])
+def test_ema_calibration_sets_the_norm(loaded, head, world, beta):
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 1))
+    make_open(vlm, tokenizer, prompts, {0})
+    ((a,),) = generate(vlm, head, tokenizer, prompts, max_new_tokens=6, ema_beta=beta)
+    close(a["latents"].norm(dim=-1), torch.full((4,), ema_norm(prompts[0]["vision"], beta)))
+
+
+def test_interventions_change_what_is_fed(loaded, head, world):
+    vlm, tokenizer, processor = loaded
+    rows = examples(world, 2)
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    make_open(vlm, tokenizer, prompts, {0, 1})
+    fed = list(
+        grid_features(vlm, processor, [open_image(r["aux_images"][0]) for r in rows], 4, "pool")
+        .detach()
+        .split(1)
+    )
+    pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+
+    def latents(kind, seeds=(0, 1)):
+        calls = []
+        generate(
+            vlm,
+            head,
+            tokenizer,
+            prompts,
+            max_new_tokens=6,
+            intervention=kind,
+            fed=fed,
+            seeds=list(seeds),
+            on_step=record(calls),
+        )
+        return torch.stack(
+            [x for row, token, x, _ in calls if token == pad and row == 0] or [torch.zeros(0)]
+        ), calls
+
+    clean, _ = latents("clean")
+    assert clean.shape == (4, 128)
+    assert latents("zero")[0].numel() == 0 and all(t != pad for _, t, _, _ in latents("zero")[1])
+    close(latents("mean")[0], head.mean.expand(4, -1))
+    close(latents("oracle")[0], fed[0][0])
+    close(latents("shuffle")[0], fed[0][0])
+    close(latents("oracle_pca")[0], head.mean + (fed[0][0] - head.mean) @ head.basis @ head.basis.T)
+    noise, calls = latents("noise")
+    predicted = head(torch.stack([h for row, token, _, h in calls if token == pad and row == 0]))
+    close(noise.norm(dim=-1), predicted.norm(dim=-1), rtol=1e-3, atol=1e-3)
+    assert (noise - clean).norm() > 0.1 * clean.norm()
+    close(noise, latents("noise")[0])
+    assert not torch.allclose(noise, latents("noise", (5, 6))[0])
+
+
+def test_noise_has_the_training_spread(head):
+    draws = torch.randn(20000, 6, generator=torch.Generator().manual_seed(0))
+    w = head.reconstruct(draws * head.eigenvalues.sqrt())
+    fed = intervene("noise", head, w, draws)  # rescaled to its own norm: unchanged
+    close(fed, w)
+    close(((fed - head.mean) @ head.basis).std(0), head.eigenvalues.sqrt(), rtol=0.03, atol=0.0)
+
+
+def test_forced_text_after_a_span(loaded, head, world):
+    """`after` follows each span at once; the text then goes on as if the model had written it."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    make_open(vlm, tokenizer, prompts, {0})
+    after = tokenizer(" </think> <answer>")["input_ids"]
+    (a,), (b,) = generate(
+        vlm, head, tokenizer, prompts, max_new_tokens=24, after=" </think> <answer>"
+    )
+    start, pad, end = latent_ids(tokenizer)
+    assert a["ids"][: 6 + len(after)] == [start, *[pad] * 4, end, *after]
+    assert b["ids"][:1] != [start] and len(after) > 1
+    ids = torch.cat([prompts[0]["ids"], torch.tensor(a["ids"])])
+    pos = torch.cat(
+        [
+            prompts[0]["pos"],
+            prompts[0]["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1),
+        ],
+        1,
+    )
+    x = embed(vlm, ids[None], prompts[0]["vision"], a["latents"], pad)
+    h = vlm.model.language_model(
+        inputs_embeds=x, position_ids=pos[:, None], use_cache=False
+    ).last_hidden_state[0]
+    logits = vlm.lm_head(h[len(prompts[0]["ids"]) + 5 + len(after)])
+    logits[[pad, end]] = -torch.inf
+    assert logits[: len(tokenizer)].argmax() == a["ids"][6 + len(after)]
+
+
+def test_text_of_spans(loaded):
+    _, tokenizer, _ = loaded
+    text = "<think> Follow the dot. <latent></latent> <parser> four </parser> </think>"
+    span = LATENT_START + LATENT_PAD * 4 + LATENT_END
+    assert (
+        to_text(
+            tokenizer,
+            tokenizer(text.replace("<latent></latent>", span) + "<|im_end|>")["input_ids"],
+        )
+        == text
+    )
+
+
+@pytest.fixture
+def monet(tmp_path, base):
+    """(folder, vlm, tokenizer, processor): a tiny Qwen2.5-VL that knows Monet's three tokens."""
+    vlm, tokenizer = load_vlm(base)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(MONET_TOKENS)}, replace_extra_special_tokens=False
+    )
+    return tmp_path / "monet", vlm, tokenizer, load_processor(base, *PIXELS)
+
+
+def save(folder, vlm, tokenizer, processor):
+    for part in (vlm, tokenizer, processor):
+        part.save_pretrained(folder)
+
+
+def test_states_are_fed_back_until_the_end(monet, world):
+    folder, vlm, tokenizer, processor = monet
+    head = load_head(folder, vlm, tokenizer, 6)
+    assert isinstance(head, MonetHead) and head.K == 6
+    prompts, calls = make_prompts(vlm, tokenizer, processor, examples(world, 2)), []
+    make_open(vlm, tokenizer, prompts, {0})
+    start, pad, end = latent_ids(tokenizer)
+    assert [start, pad, end] == [tokenizer.convert_tokens_to_ids(t) for t in MONET_TOKENS]
+    (a,), (b,) = generate(vlm, head, tokenizer, prompts, max_new_tokens=12, on_step=record(calls))
+    assert a["ids"][:8] == [start, *[pad] * 6, end] and b["ids"][0] != start
+    for _, token, x, h in calls:
+        if token == pad:
+            close(x, h)  # the state after the final norm, as it is
+    assert to_text(tokenizer, a["ids"]).startswith(LATENT_SPAN)
+
+    # the LM head's row of the end token: high at the third latent's state, low at those before it
+    states = torch.stack(
+        [h for row, _, _, h in calls if row == 0][1:5]
+    )  # from the start token to the third latent
+    with torch.no_grad():
+        vlm.lm_head.weight[end] = torch.linalg.lstsq(
+            states, torch.tensor([[-60.0], [-60], [-60], [60]])
+        ).solution[:, 0]
+    for kwargs in ({}, {"temperature": 0.7, "seeds": [1, 2]}):
+        (a,), (b,) = generate(vlm, head, tokenizer, prompts, max_new_tokens=8, **kwargs)
+        assert a["ids"][:5] == [start, pad, pad, pad, end] and end not in b["ids"][:1]
+    with pytest.raises(SystemExit, match="PCA"):
+        generate(vlm, head, tokenizer, prompts, max_new_tokens=8, intervention="noise")
+
+
+def test_no_span_without_the_tokens(loaded, base, world):
+    vlm, tokenizer = load_vlm(base)
+    assert load_head(base, vlm, tokenizer, 6) is None and latent_ids(tokenizer) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
+    folder, vlm, tokenizer, processor = monet
+    rows = load_examples(world / "test.jsonl", training=False)
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    make_open(vlm, tokenizer, prompts, set(range(len(rows))))
+    save(folder, vlm, tokenizer, processor)
+    args = [f"--model={folder}", "--latent_size=6", "--ema_beta=0.9", "--max_new_tokens=9"]
+    run(
+        "eval.py", *args, f"--data={world}/test.jsonl", f"--out={tmp_path}/eval", "--save_latents=1"
+    )
+    answers = {p["id"]: p for p in read_lines(tmp_path / "eval" / "predictions.rank0.jsonl")}
+    assert len(answers) == 12 and all(1 <= p["latents"] <= 7 for p in answers.values())
+    for row, p in zip(rows, prompts):  # every latent has the running norm of its own query image
+        n_bar = p["vision"][0].norm()
+        for v in p["vision"][1:]:
+            n_bar = 0.9 * n_bar + 0.1 * v.norm()
+        latents = load_file(tmp_path / "eval" / "latents" / latents_name(row["id"]))["latents"]
+        assert len(latents) == answers[row["id"]]["latents"]
+        close(latents.norm(dim=-1), n_bar.expand(len(latents)), rtol=1e-4, atol=1e-4)
+
+    text = run(
+        "infer.py", *args, f"--images={world}/test/2.png", f"--latents={tmp_path}/a.safetensors"
+    )
+    assert f"⟨latent x{answers['test-2']['latents']}⟩" in text or "⟨latent x6⟩" in text
+    assert len(load_file(tmp_path / "a.safetensors")["latents"]) == answers["test-2"]["latents"]
+
+    run("probe.py", *args, f"--data={world}/test.jsonl", f"--out={tmp_path}/probe", "--limit=0")
+    found = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert found["predicted"]["latents"] == sum(p["latents"] for p in answers.values())
+    assert found["predicted"]["inside"] is None and "agreement" not in found
+    assert "noise" in run(
+        "eval.py",
+        *args,
+        f"--data={world}/test.jsonl",
+        f"--out={tmp_path}/x",
+        "--intervention=noise",
+        ok=False,
+    )

@@ -1,0 +1,121 @@
+"""The seam: a method of one's own trains as GAP does, with nothing patched."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PIXELS, logged, run
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+import train
+from data import load_examples, override, strip_latents, write_then_rename
+from method import Method, cross_entropy
+from model import IGNORE, encode, load_processor, load_vlm
+
+close = torch.testing.assert_close
+
+
+def test_chunked_cross_entropy():
+    torch.manual_seed(0)
+    h = torch.randn(50, 8, requires_grad=True)
+    labels, lm_head = torch.randint(30, (50,)), nn.Linear(8, 30)
+    plain = nn.functional.cross_entropy(lm_head(h), labels, reduction="sum")
+    ours = cross_entropy(h, labels, lm_head, chunk=7)
+    close(ours, plain)
+    leaves = [h, lm_head.weight]
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves)):
+        close(a, b)
+
+
+# --- a made-up method: a linear map of each state says how many label tokens are still to come
+
+
+class Countdown(Method):
+    """L = L_CE + w(step) * mean over words of (psi(h) - tokens left)^2, every second position."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.psi = nn.Linear(self.vlm.config.text_config.hidden_size, 1)
+        nn.init.zeros_(self.psi.weight)
+        nn.init.ones_(self.psi.bias)  # at the start it says 1 everywhere
+
+    def encode(self, row):
+        example = super().encode(row)
+        on = example["labels"] != IGNORE
+        left = on.flip(0).cumsum(0).flip(0)  # labels from here on
+        left[~on | (left % 2 == 1)] = -1  # only even numbers are asked for
+        return example | {"left": left}
+
+    def counts(self, example):
+        return super().counts(example) | {"countdown": int((example["left"] >= 0).sum())}
+
+    def collate(self, examples):
+        left = [example["left"] for example in examples]
+        left = pad_sequence(left, batch_first=True, padding_value=-1)
+        return super().collate(examples) | {"left": left}
+
+    def forward(self, batch):
+        h, left = self.states(batch), batch["left"][:, 1:]
+        said = self.psi(h)[..., 0].float()
+        error = ((said - left) ** 2 * (left >= 0)).sum()
+        return {"ce": self.cross_entropy(h, batch), "countdown": error}
+
+    def weights(self, step, total):
+        return {"ce": 1.0, "countdown": 0.01 * (step + 1) / total}
+
+    def save(self, folder, weights):
+        psi = {k: v.contiguous() for k, v in weights.items() if k.startswith("psi.")}
+        write_then_rename(Path(folder) / "psi.safetensors", lambda tmp: save_file(psi, tmp))
+
+
+def test_a_made_up_method_trains(tmp_path, base, inputs, world):
+    """Its losses by its own counts over the global batch; 2 ranks, one process and one row a
+    micro-batch agree; its weights are trained and saved."""
+    ways = {"one": (1, 100000), "rows": (1, 1), "ranks": (2, 170)}
+    for name, (ranks, budget) in ways.items():
+        args = [*inputs, "--method=countdown", "--max_steps=2", f"--token_budget={budget}"]
+        run("tests/test_method.py", *args, f"--out={tmp_path}/{name}", ranks=ranks)
+    one = logged(tmp_path / "one")[1:]
+    assert [row["step"] for row in one] == [1, 2]
+    for step, row in enumerate(one):
+        weight = 0.01 * (step + 1) / 2
+        assert row["loss"] == pytest.approx(row["ce"] + weight * row["countdown"])
+    assert one[1]["val_countdown"] > 0
+
+    # the first step, by hand: psi says 1, and the rows of the batch are known
+    vlm, tokenizer = load_vlm(base)
+    processor = load_processor(base, *PIXELS)
+    rows = load_examples(world / "train.jsonl")
+    errors = []
+    train.global_batch, before = 4, train.global_batch
+    try:
+        picked = train.batch_of(0, len(rows))
+    finally:
+        train.global_batch = before
+    for i in picked:
+        response = strip_latents(rows[i]["response"])
+        labels = encode(vlm, tokenizer, processor, rows[i], 0, response)["labels"]
+        n = int((labels != IGNORE).sum())
+        errors += [(1 - left) ** 2 for left in range(n, 0, -1) if left % 2 == 0]
+    assert one[0]["countdown"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    psi = load_file(tmp_path / "one" / "psi.safetensors")
+    assert psi["psi.weight"].abs().max() > 0
+    for name in ("rows", "ranks"):
+        for a, b in zip(one, logged(tmp_path / name)[1:]):
+            for field in ("loss", "ce", "countdown", "grad_norm"):
+                assert b[field] == pytest.approx(a[field], rel=1e-3), field
+        close(load_file(tmp_path / name / "psi.safetensors"), psi, rtol=0.0, atol=1e-3)
+        others = load_file(tmp_path / name / "model.safetensors")
+        for k in weights:
+            close(others[k], weights[k], rtol=0.0, atol=2e-3)
+
+
+if __name__ == "__main__":  # train.py, with one more line in its table
+    train.METHODS["countdown"] = Countdown
+    override(vars(train), sys.argv[1:])
+    train.main()

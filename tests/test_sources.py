@@ -1,0 +1,291 @@
+"""Converters on each source's real layout, and files that are damaged or hostile."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from conftest import RESPONSE, convert, encoded, noise, pixels, saved
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import build_data as b
+import sources
+from data import read_lines
+
+
+def test_monet(stage, tmp_path):
+    query = saved(tmp_path / "src/images/q.jpg", noise(1))
+    aux = saved(tmp_path / "src/images/a.png", noise(2))
+
+    def item(n, spans=1, final="So \\boxed{\\text{B}}."):
+        return {
+            "metadata": {"dataset_name": "Zebra_CoT_count", "sample_id": n},
+            "data": [
+                {"role": "system", "content": [{"type": "text", "text": "You are helpful."}]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "created_dataset/filtered_data/images/q.jpg"},
+                        {
+                            "type": "text",
+                            "text": "How many?\nPut your final answer within \\boxed{}.",
+                        },
+                    ],
+                },
+                {
+                    "role": "assistant",
+                    "content": [
+                        {
+                            "type": "text",
+                            "text": "Look closer. " + "<abs_vis_token></abs_vis_token>" * spans,
+                        },
+                        {"type": "image", "image": "images/a.png"},
+                        {"type": "text", "text": f"<observation>two of them</observation> {final}"},
+                    ],
+                },
+            ],
+        }
+
+    kept, rejects = convert(
+        stage,
+        tmp_path,
+        "monet",
+        [item(0), item(1, spans=2), item(2, final="no box"), {"data": 5}],
+        name="train.json",
+    )
+    assert len(kept) == 1 and kept[0]["question"] == "How many?" and kept[0]["answer"] == "B"
+    assert kept[0]["category"] == "monet_Zebra_CoT_count"
+    assert sources.source_of(kept[0]["category"]) == "Zebra-CoT count"
+    assert kept[0]["response"] == (
+        "<think> Look closer. <latent></latent>\n<parser>two of them</parser> "
+        "So \\boxed{\\text{B}}. </think> <answer> B </answer>"
+    )
+    assert (tmp_path / "out" / kept[0]["images"][0]).read_bytes() == query.read_bytes()
+    assert (tmp_path / "out" / kept[0]["aux_images"][0]).read_bytes() == aux.read_bytes()
+    assert [(r["reason"], r["number"]) for r in rejects] == [
+        ("spans and auxiliary images differ", 1),
+        ("no \\boxed answer", None),
+        ("another layout than the source's", None),
+    ]
+
+
+def test_boxes(stage, tmp_path, monkeypatch):
+    """Visual-CoT in both of its layouts, and LVR, give the crop that the box says."""
+    image = noise(3, (200, 100))
+    saved(tmp_path / "src/cot/flickr30k/1.png", image)
+    monkeypatch.setattr(b, "crop_side", 1)  # nothing is enlarged
+    ask = (
+        " Please provide the bounding box coordinate of the region that can help you answer "
+        "the question better."
+    )
+    box = [40, 20, 120, 80]  # with a fifth of 80 x 60 around it: 24, 8, 136, 92
+    path = "cot/flickr30k/1.png"
+    talk = [
+        {"from": "human", "value": "<image>\nWhich colour?" + ask},
+        {"from": "gpt", "value": "[0.200, 0.200, 0.600, 0.800]"},
+        {"from": "human", "value": "<image>"},
+        {"from": "gpt", "value": "It is red."},
+    ]
+    llava = {
+        "dataset": "flickr30k",
+        "split": "train",
+        "question_id": 5,
+        "image": [path, f"{path}###{box}"],
+        "conversations": talk,
+    }
+    meta = {
+        "question": "Which colour?",
+        "answer": "It is red.",
+        "image": "1.png",
+        "width": 400,
+        "height": 200,
+        "bboxs": [[80, 40, 240, 160], [0, 0, 1, 1]],
+        "dataset": "flickr30k",
+        "split": "train",
+    }
+    for items, name in (([llava], "viscot_363k.json"), ([meta], "flickr30k_cot_train.jsonl")):
+        (row,), rejects = convert(stage, tmp_path, "viscot", items, name)
+        assert not rejects
+        assert row["question"] == "Which colour?" and row["category"] == "Visual_CoT"
+        assert row["response"] == "<think> <latent></latent> </think> <answer> It is red. </answer>"
+        crop = pixels(tmp_path / "out" / row["aux_images"][0])
+        assert (crop == pixels(image)[8:92, 24:136]).all()
+    monkeypatch.setattr(b, "crop_side", 224)
+    (row,), _ = convert(stage, tmp_path, "viscot", [llava])
+    assert Image.open(tmp_path / "out" / row["aux_images"][0]).size == (224, 168)
+    (row,), _ = convert(stage, tmp_path, "viscot", [llava], draw="outline")
+    drawn = pixels(tmp_path / "out" / row["aux_images"][0])
+    outline = np.zeros((100, 200), bool)
+    outline[20:80, 40:120] = True
+    outline[22:78, 42:118] = False
+    assert (drawn[outline] == (255, 0, 0)).all()
+    assert (drawn[~outline] == pixels(image)[~outline]).all()
+
+    lvr = {
+        "dataset": "gqa",
+        "image": [path],
+        "bboxes": [[0.2, 0.2, 0.6, 0.8]],
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhich colour?\nShort."},
+            {"from": "gpt", "value": "<lvr>\n<answer> red </answer>"},
+        ],
+    }
+    bad_boxes = [
+        [[0.2, 0.2, 0.6]],
+        [[0.5, 0.5, 0.5, 0.5]],
+        [[float("nan")] * 4],
+        [["a"] * 4],
+        [5],
+        5,
+        [],
+        [[0, 0, 0.5, 0.5]] * 2,
+        [[1e300, 5, 1e301, 9]],
+        [[True, None, 1, 1]],
+    ]
+    bad = [lvr | {"bboxes": boxes} for boxes in bad_boxes]
+    kept, rejects = convert(stage, tmp_path, "lvr", [lvr, *bad], draw="crop", crop_side=1)
+    assert len(kept) == 1 and len(rejects) == len(bad) and kept[0]["answer"] == "red"
+    assert kept[0]["response"] == "<think> <latent></latent> </think> <answer> red </answer>"
+    crop = pixels(tmp_path / "out" / kept[0]["aux_images"][0])
+    assert (crop == pixels(image)[8:92, 24:136]).all()
+
+
+def test_zebra(stage, tmp_path):
+    saved(tmp_path / "src/p1.png", noise(1))
+    bytes_cell = {"bytes": base64.b64encode(encoded(noise(2))).decode(), "path": "elsewhere.png"}
+    item = {
+        "Question": "Where? <image_start>[problem_image_1]<image_end>",
+        "Final Answer": "C",
+        "Text Reasoning Trace": "THOUGHT 0: Draw it.\n"
+        "<image_start>[reasoning_image_1]<image_end>\n"
+        "THOUGHT 1: And again <image_start>[reasoning_image_2]<image_end> so C.",
+        "problem_image_1": "p1.png",
+        "problem_image_2": bytes_cell,
+        "problem_image_3": None,
+        "reasoning_image_1": bytes_cell,
+        "reasoning_image_2": "p1.png",
+    }
+    items = [item, item | {"reasoning_image_2": None}, {"Question": "x"}]
+    kept, rejects = convert(stage, tmp_path, "zebra", items, "z.jsonl")
+    assert len(kept) == 1 and len(rejects) == 2
+    assert kept[0]["question"] == "Where?" and kept[0]["answer"] == "C"
+    first, second = (pixels(tmp_path / "out" / p) for p in kept[0]["images"])
+    assert (first == pixels(noise(1))).all() and (second == pixels(noise(2))).all()
+    assert kept[0]["response"] == (
+        "<think> Draw it.\n<latent></latent>\nAnd again <latent></latent> so C. </think> "
+        "<answer> C </answer>"
+    )
+    first, second = (pixels(tmp_path / "out" / p) for p in kept[0]["aux_images"])
+    assert (first == pixels(noise(2))).all() and (second == pixels(noise(1))).all()
+
+
+def test_gap_release_and_teacher_text(stage, tmp_path):
+    for n in range(2):
+        saved(tmp_path / f"src/{n}.png", noise(n))
+    raw = RESPONSE.replace("<latent></latent>", "<|vision_start|><|image_pad|><|vision_end|>")
+    item = {
+        "data_source": "monet_CogCoM",
+        "image": "0.png",
+        "query": "Which?",
+        "answer": "red",
+        "response": raw,
+        "aux_image": "1.png",
+    }
+    text_only = item | {
+        "response": "<think> Easy. </think> <answer> red </answer>",
+        "aux_image": None,
+    }
+    kept, rejects = convert(stage, tmp_path, "gap", [item, text_only])
+    assert [row["response"] for row in kept] == [RESPONSE, text_only["response"]] and not rejects
+    assert kept[0]["category"] == "monet_CogCoM" and kept[1]["aux_images"] == []
+    other = {"data_source": "x", "image": "0.png", "question": "?", "thoughts": 1}
+    found = "'response': looked for .*teacher_response.*found data_source, image, question, th"
+    with pytest.raises(SystemExit, match=found):
+        convert(stage, tmp_path, "gap", [other], name="o.json")
+
+    in_latent = raw.replace("<|vision_start|>", "<latent> <|vision_start|>")
+    in_latent = in_latent.replace("<|vision_end|>", "<|vision_end|> </latent>")
+    texts = [
+        "```\n" + raw + "\n```<|im_end|>",
+        in_latent,
+        raw.replace("</think>", ""),
+        raw.replace("<answer>", "<answer> <think>"),
+        RESPONSE.replace("<latent></latent>", "<latent>words</latent>"),
+        "just words",
+        raw + " <|im_start|>user</answer>",
+        "",
+    ]
+    item = {"images": ["0.png"], "question": "Which?", "answer": "red", "aux_images": ["1.png"]}
+    items = [item | {"raw": text} for text in texts]
+    kept, rejects = convert(stage, tmp_path, "teacher", items, "t.jsonl")
+    assert [row["response"] for row in kept] == [RESPONSE, RESPONSE]
+    assert [r["reason"] for r in rejects] == [
+        "tags missing or out of order",
+        "tags missing or out of order",
+        "text inside a latent span",
+        "tags missing or out of order",
+        "reserved token in the text",
+        "tags missing or out of order",
+    ]
+
+
+def test_options_and_questions_alone(stage, tmp_path):
+    saved(tmp_path / "src/0.png", noise(0))
+    item = {"image": "0.png", "problem": "Which?", "answer": 12, "choices": ["a", 12]}
+    (row,), _ = convert(stage, tmp_path, "qa", [item], "q.jsonl")
+    assert row["options"] == ["a", "12"] and row["answer"] == "12" and row["aux_images"] == []
+    assert row["response"] == "<think>  </think> <answer> 12 </answer>"
+
+
+def test_hostile_text(stage, tmp_path):
+    """Truncated JSON, other encodings, endless brackets: what is whole before damage is kept."""
+    saved(tmp_path / "src/ok.png", noise(1))
+    item = {
+        "images": ["ok.png"],
+        "question": "Which?",
+        "answer": "red",
+        "response": "<think> x </think> <answer> red </answer>",
+    }
+    text = json.dumps(item)
+    line = text.encode()
+
+    def outcome(content, name):
+        """How many items of a file are kept, and where the others stand."""
+        path = tmp_path / "src" / name
+        path.write_bytes(content)
+        kept = stage("convert", "teacher", source="teacher", files=str(path), root="")
+        rejects = read_lines(tmp_path / "out/rejects.teacher.jsonl")
+        return len(kept), [r["id"].split("/")[1] for r in rejects]
+
+    cut = f"\ufeff{text}\n{text[:40]}\n{text}".encode()
+    assert outcome(f"[{text},\n {text[:-30]}".encode(), "cut.json") == (1, ["cut.json:2"])
+    assert outcome(f"[{text}, {text}".encode(), "open.json") == (2, ["open.json:3"])
+    assert outcome(cut, "cut.jsonl") == (2, ["cut.jsonl:2"])
+    latin = line.replace(b"Which?", b"O\xf9?")
+    assert outcome(latin + b"\n" + line, "latin.jsonl") == (1, ["latin.jsonl:1"])
+    assert outcome(b"[" + latin + b"," + line + b"]", "latin.json") == (1, ["latin.json:1"])
+    assert outcome(text.encode("utf-16"), "utf16.jsonl")[0] == 0
+    half = line.replace(b"Which", b"\\ud800")
+    assert outcome(half + b"\n" + line, "half.jsonl") == (1, ["half.jsonl:1"])
+    deep = "\n".join('{"a":' + "[" * n + "]" * n + "}" for n in (400, 490, 900, 980, 10**5))
+    assert outcome(f"{deep}\n{text}".encode(), "deep.jsonl")[0] == 1
+    types = b'{"question": NaN}\n5\nnull\n[]\n"x"\n'
+    wrong = [f"types.jsonl:{n}" for n in range(1, 6)]
+    assert outcome(types + line, "types.jsonl") == (1, wrong)
+    with pytest.raises(SystemExit, match="matches no file"):
+        stage("convert", source="teacher", files=str(tmp_path / "none*"))
+    with pytest.raises(SystemExit, match="no name for a file"):
+        stage("convert", label="../elsewhere")
+    with pytest.raises(SystemExit, match="source=''"):
+        stage("convert", source="")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from([b"", b"[", b'[{"a": 1}, ', b'{"a": 1}\n']))
+def test_damaged_text_never_crashes(tmp_path_factory, tail, head):
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(head + tail)
+    for _, item, error in sources.read_items(path):
+        assert error or json.dumps(item, ensure_ascii=False).encode() is not None

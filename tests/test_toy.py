@@ -1,0 +1,64 @@
+"""What the method takes for granted of the toy: what its base can do and can not; data by seed."""
+
+import pytest
+from conftest import PIXELS, ROOT, run
+
+from answers import extract_answer
+from data import load_examples, strip_latents
+from generate import generate, see, to_text
+from model import encode, load_processor, load_vlm
+
+TOY = ROOT / "toy" / "base"
+
+
+@pytest.fixture(scope="module")
+def toy_base():
+    """(vlm, tokenizer, processor) of the base that ships with the toy."""
+    return *load_vlm(TOY), load_processor(TOY, *PIXELS)
+
+
+def test_toy_base_can_what_the_method_takes_for_granted(world, toy_base):
+    """One move, at once and after a stripped example's text; more if shown the auxiliary image."""
+    vlm, tokenizer, processor = toy_base
+    found = {"at once": [], "after the text": [], "shown": [], "several": []}
+    for row in load_examples(world / "test.jsonl"):
+        text = strip_latents(row["response"]).partition(" <answer>")[0]
+        with_storyboard = row | {"images": row["images"] + row["aux_images"]}
+        prompts = [
+            encode(vlm, tokenizer, processor, row),
+            encode(vlm, tokenizer, processor, row, response=text),
+            encode(vlm, tokenizer, processor, with_storyboard),
+        ]
+        after = prompts[1]  # left open, without the end token
+        prompts[1] = after | {"ids": after["ids"][:-1], "pos": after["pos"][:, :-1]}
+        answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
+        said = [extract_answer(to_text(tokenizer, a["ids"]))[0] for (a,) in answers]
+        once, after, shown = (answer == row["answer"] for answer in said)
+        found["shown"].append(shown)
+        if row["category"] == "1 moves":
+            found["at once"].append(once)
+            found["after the text"].append(after)
+        else:
+            found["several"].append(once or after)
+    assert all(found["at once"] + found["after the text"] + found["shown"]), found
+    assert sum(found["several"]) <= 1, found
+
+
+def test_toy_data_is_a_function_of_the_seed(tmp_path):
+    for name in ("a", "b"):
+        run(
+            "toy.py",
+            "data",
+            f"--data_folder={tmp_path}/{name}",
+            "--n_train=8",
+            "--n_val=4",
+            "--n_test=4",
+        )
+    one, two = tmp_path / "a", tmp_path / "b"
+    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    assert len(files) == 3 + 2 * 16
+    assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
+    for row in load_examples(one / "train.jsonl"):
+        before_the_answer = row["response"].split("</parser>")[0]
+        words = row["answer"].replace(",", "").split()
+        assert all(word not in before_the_answer for word in words)
