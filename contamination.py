@@ -8,10 +8,11 @@ import unicodedata
 from pathlib import Path
 
 from answers import normalise
-from benchmarks import BENCHMARKS, images_of, load_benchmark
+from benchmarks import BENCHMARKS, load_benchmark
 from data import load_examples
 from duplicates import nearest
 from pages import figure, write_page
+from tables import images_of
 
 KINDS = ("pixels", "question", "near")  # of findings
 

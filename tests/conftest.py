@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 import huggingface_hub.constants
+from official_files import official
 
 import build_data
 import toy
@@ -370,3 +371,14 @@ def example(n=0, **change):
         "response": RESPONSE,
         "aux_images": [noise(n + 1000)],
     } | change
+
+
+# --------------------------------------------------------------------------------------------------
+# what the tests of the benchmarks, of eval.py and of the judge share
+
+
+@pytest.fixture(scope="session")
+def bench_root(tmp_path_factory):
+    """(a folder with a small file of each benchmark, its right and wrong outputs); read only."""
+    root = tmp_path_factory.mktemp("bench") / "root"
+    return root, official(root)

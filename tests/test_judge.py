@@ -1,0 +1,86 @@
+"""What would a judge say? A local endpoint that first fails, and what is made of its replies."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+from conftest import run
+from official_files import args_of, plant
+
+ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A chat-completions endpoint that first refuses, then is cut off, then answers."""
+
+    asked = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        n = len(self.asked)
+        if n <= 2:
+            self.send_response((429, 500)[n - 1])
+            self.end_headers()
+            return
+        if n == 3:
+            self.connection.close()
+            return
+        self.reply(self.reply_to(body["messages"][0]["content"]))
+
+    def reply_to(self, prompt):
+        if "Rate an answer" in prompt:
+            return "It is fine.\nRating: 5"
+        return "D" if "the last" in prompt else "Z"
+
+    def reply(self, content):
+        message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+        text = json.dumps(answer | {"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_judge(tmp_path, base, bench_root):
+    """Only what the rule can not decide is judged; both scores stand side by side; no reply is
+    asked for twice."""
+    root, _ = bench_root
+    out = tmp_path / "out"
+
+    def args(**change):
+        settings = {"benchmarks": "MMStar,MMHal-Bench", "judge_model": "m", "judge_workers": 1}
+        return args_of(base, root, out, **settings | change)
+
+    def metrics(name):
+        return json.loads((out / name / "metrics.json").read_text())
+
+    run("eval.py", *args())
+    said = ["<answer>A</answer>", "cannot say", "I take the last one, or the first", "<think> A"]
+    plant(out, "MMStar", said)  # golds A, B, D, A
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    Endpoint.asked.clear()
+    text = run("eval.py", *args(score_only=1, judge_url=url), env=ONLINE)
+    mmstar = metrics("MMStar")
+    assert mmstar["scores"]["overall"]["accuracy"] == 0.25
+    assert mmstar["scores_judged"]["overall"]["accuracy"] == 0.5
+    assert mmstar["judge"]["judged"] == 2
+    assert len(Endpoint.asked) == 3 + 3  # three failures, two letters, one rating
+    assert metrics("MMHal-Bench")["scores_judged"]["rating"]["accuracy"] == 5
+    assert "not comparable" in text
+
+    run("eval.py", *args(score_only=1, judge_url=url), env=ONLINE)
+    assert len(Endpoint.asked) == 6
+    server.shutdown()
+    server.server_close()
+    (out / "MMStar/judge.jsonl").unlink()
+    last = args(score_only=1, judge_url=url, judge_tries=2)
+    assert "no judgement (" in run("eval.py", *last, ok=False, env=ONLINE)

@@ -1,0 +1,76 @@
+"""How are official test files read? Large tables, tables under fuzz, and any bytes at all."""
+
+import base64
+import csv
+import random
+import resource
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tables
+
+
+def test_large_tables_stay_on_the_disk(tmp_path):
+    """A table of 300 MB is listed, and its images read, in far less memory than it has."""
+    path = tmp_path / "big.tsv"
+    cell = base64.b64encode(random.Random(0).randbytes(3 << 20))
+    with open(path, "wb") as f:
+        f.write(b"index\timage\tquestion\n")
+        for i in range(75):
+            f.write(b"%d\t%s\tq\n" % (i, cell[:-4] + b"%04d" % i))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows, _ = tables.read_table(path)
+    sizes = {len(tables.images_of(row)[0]) for row in rows}
+    assert len(rows) == 75 and sizes == {3 << 20} and path.stat().st_size > 300e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3  # KiB
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.text(alphabet=st.characters(blacklist_categories=("Cs",)), max_size=8),
+            min_size=2,
+            max_size=2,
+        ),
+        max_size=5,
+    )
+)
+def test_tables_under_fuzz(tmp_path_factory, cells):
+    """What csv writes comes back cell by cell, and its images from their offsets."""
+    path = tmp_path_factory.getbasetemp() / "fuzz.tsv"
+    rows = [
+        {
+            "index": str(i),
+            "a": a,
+            "image": "AAAA" * 20 + base64.b64encode(b.encode()).decode(),
+            "z": b,
+        }
+        for i, (a, b) in enumerate(cells)
+    ]
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(
+            f, ["index", "a", "image", "z"], delimiter="\t", quoting=csv.QUOTE_ALL
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+    found, _ = tables.read_table(path)
+    assert [{k: r[k] for k in ("index", "a", "z")} for r in found] == [
+        {k: r[k] for k in ("index", "a", "z")} for r in rows
+    ]
+    assert [tables.images_of(r)[0][60:] for r in found] == [r["z"].encode() for r in rows]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_table_or_one_sentence(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "bytes.tsv"
+    for head in (b"", b"index\timage\n"):
+        path.write_bytes(head + data)
+        try:
+            rows, _ = tables.read_table(path)
+        except SystemExit as e:
+            assert str(path) in str(e)
+        else:
+            assert all(isinstance(r, dict) for r in rows)
