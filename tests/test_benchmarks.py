@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import run
-from official_files import args_of, b64, picture, write_table
+from official_files import args_of, b64, picture
 
 from benchmarks import BENCHMARKS, load_benchmark
 from tables import images_of
