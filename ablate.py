@@ -12,18 +12,22 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """
 
+import ctypes
 import json
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import append, key_of, load_examples, open_append, read_lines, start, write_then_rename
+from data import append, key_of, load_examples, open_append, read_lines, write_then_rename
+from launch import start
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
@@ -180,22 +184,43 @@ def settings_for(name):
 # one run
 
 
+PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
+
+
+def end_with_parent():
+    """Let a script that ablate.py starts end when ablate.py is killed (on Linux).
+
+    Else it would live on, and meet the one that the next sitting starts on the same folder.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def call(script, extra, **settings):
-    """Run a script of this folder; raises SystemExit with the end of its output if it fails."""
+    """Run a script of this folder; raises SystemExit with the end of its output if it fails.
+
+    Another sitting may be making the same targets or counts: it is waited for.
+    """
     python = [sys.executable]
     if launch and script != "probe.py":  # probe.py is one process
         python = shlex.split(launch)
     command = [*python, str(Path(__file__).parent / script), *shlex.split(extra)]
-    done = subprocess.run(
-        command + [f"--{k}={v}" for k, v in settings.items()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    while True:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            preexec_fn=end_with_parent,
+        )
+        if "another process is writing here" not in done.stdout:
+            break
+        time.sleep(5)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} with {settings} failed:\n{done.stdout[-3000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
 
 
 def first_lines(n):

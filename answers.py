@@ -27,6 +27,7 @@ COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS.split())}
 
 def boxed(text):
     r"""The content of the last balanced \boxed{...}, or None."""
+    # models box intermediate values, too: the last box is the answer
     starts = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
     for start in reversed(starts):  # a box that a cut-off output leaves open is none
         depth = 1
@@ -45,6 +46,7 @@ def tagged(text):
 
     How: "answer", "boxed"; or, with None before it, "truncated" (a thought that never ends) or "".
     """
+    # an output that was cut off inside its thought says nothing yet
     still_thinking = text.rfind("<think>") > text.rfind("</think>")
     said = SPANS.sub(" ", text.rpartition("</think>")[2])
     # the last answer counts: models change their minds, and some forget to close the tag
@@ -86,6 +88,7 @@ def find_letter(text, options):
 
 def only(letters):
     """The one letter, as a capital, that all of `letters` are; None if there is no such letter."""
+    # two letters choose nothing, and one that is named twice is one
     found = {letter.upper() for letter in letters}
     return found.pop() if len(found) == 1 else None
 
@@ -113,6 +116,7 @@ def nothing_but_a_letter(text, options):
 
 
 def nothing_but_an_option(text, options):
+    # "Blue." and "blue" are one
     said = normalise(text)
     return only(k for k, option in options.items() if option and normalise(option) == said)
 
@@ -129,6 +133,7 @@ def declared_letter(text, options):
 
 
 def letter_of_last_line(text, options):
+    # a conclusion stands at the end, whatever was weighed before it
     last = (lines_of(text) or [""])[-1]
     return only(in_brackets(last, options)) or only(standing_alone(last, options))
 
@@ -152,6 +157,7 @@ def option_within(text, options):
     if len(text) > 2 * sum(len(option) for option in options.values()):
         return None
     text = text.lower()
+    # two options in one answer choose nothing
     held = []
     for letter, option in options.items():
         telling = len(option) > 1 or option.isdigit()  # "a" is in most sentences
@@ -182,6 +188,7 @@ def find_kind(text, kind):
     if kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
         return lists[-1] if lists else None
+    # "no" in a sentence that also says "yes" settles nothing
     words = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
     return words.pop() if len(words) == 1 else None
 
@@ -192,6 +199,7 @@ def last_number(text):
     def digits(word):
         return COUNT_WORDS.get(word[0], word[0])
 
+    # the last: a calculation ends in its result
     found = NUMBER.findall(re.sub(r"[a-z]+", digits, text.lower()))
     return found[-1].replace(",", "") if found else None
 
@@ -213,6 +221,7 @@ def extract_answer(text, options=None, kind="text"):
         return None, tag
     source = said if inside is None else inside
     if options:
+        # a JSONL row has a list, a benchmark's row has its letters
         if isinstance(options, list):
             options = lettered(options)
         letter, rule = find_letter(source, options)
@@ -224,6 +233,7 @@ def extract_answer(text, options=None, kind="text"):
     declared = DECLARED.findall(said)
     if declared:
         return declared[-1].strip() or None, "declared"
+    # nothing is declared: the last line is what a reader would take
     lines = lines_of(said)
     if not lines:
         return None, "empty"
@@ -238,7 +248,20 @@ def extract_final(text):
 
 def lettered(options):
     """{letter: text} of a list of option texts; None if there are none."""
-    return dict(zip(string.ascii_uppercase, options)) or None
+    return dict(zip(string.ascii_uppercase, without_letters(options))) or None
+
+
+def without_letters(options):
+    """Option texts without their letters, where all have them in order: "B. blue" is "blue"."""
+    texts = []
+    # all or none: of options like "A. Smith" and "blue" the first keeps its initial
+    for i, option in enumerate(options):
+        letter = chr(ord("A") + i)
+        found = re.match(rf"\s*\(?(?:{letter}|{letter.lower()})[).．、:]\s*(.*)", option, re.DOTALL)
+        if not found:
+            return options
+        texts.append(found[1])
+    return texts
 
 
 def letter_of(text):
@@ -256,11 +279,13 @@ def normalise(text):
 
     "The  Blue one." is "blue one", "1,000.0" is "1000".
     """
+    # $ is a price or the edge of a formula; neither changes a value
     whole = " ".join(text.lower().replace("$", " ").split())
     before = string.punctuation.replace("-", "").replace(".", "")  # -3 and .5 are numbers
     bare = whole.rstrip(string.punctuation + " ").lstrip(before + " ")
     text = bare or whole  # "<" and ">" are answers
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
+    # 1,000 and 1000 are one number
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain):
         return f"{float(plain):.15g}"
@@ -277,6 +302,7 @@ def is_correct(answer, row):
     if normalise(answer) == normalise(row["answer"]):
         return True
     options = row.get("options") or []
+    options = without_letters(options)
     said = option_index(answer, options)
     return said is not None and said == option_index(row["answer"], options)
 
@@ -288,6 +314,7 @@ def option_index(text, options):
         place = string.ascii_uppercase.index(letter)
         if place < len(options):
             return place
+    # an answer in words counts where just one option says so
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
     return same[0] if len(same) == 1 else None
 

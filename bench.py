@@ -43,8 +43,10 @@ from transformers.vision_utils import get_vision_window_index
 import toy
 import train
 from answers import extract_answer, is_correct
-from data import load_examples, open_image, pick_device, start
+from data import load_examples
 from generate import generate, make_prompts, to_text
+from images import open_image
+from launch import pick_device, start
 from method import cross_entropy
 from model import (
     IGNORE,

@@ -33,7 +33,7 @@ from scores import (
     score_vsi,
     score_wemath,
 )
-from tables import NA, Cell, read_json, read_table
+from tables import NA, Cell, read_json_rows, read_table
 
 # --------------------------------------------------------------------------------------------------
 # options, as the files write them
@@ -46,6 +46,7 @@ def hidden_options(text):
 
     As "(A) x (B) y", "A. x\\nB. y" or "A: x, B: y".
     """
+    # brackets first: a colon or full stop after a capital is common in text
     for style in (r"\(([A-Ha-h])\)\s*", r"(?<![A-Za-z])([A-H])[.:]\s+"):
         run = []  # the last run of A, B, C, ...: letters of the question itself come before
         for mark in re.finditer(style, text):
@@ -65,6 +66,7 @@ def hidden_options(text):
 
 def option_list(texts):
     """{letter: text} of options that may begin with their letters: "(A) x", "A. x" or just "x"."""
+    # each on its own: files letter some options and not others
     bare = []
     for letter, text in zip(string.ascii_uppercase, texts):
         bare.append(re.sub(rf"^\s*\(?{letter}[).．、:]\s*", "", str(text)))
@@ -87,6 +89,7 @@ def literal(cell):
 
 def mcq(r, folder):
     """VLMEvalKit's default prompt, of its TSV files."""
+    # pandas drops a cell that reads as missing, and so the harness drops the option
     options = {letter: r[letter] for letter in "ABCDEFGH" if r.get(letter, "") not in NA}
     prompt = f"Question: {r['question']}\n"
     if r.get("hint", "") not in NA:
@@ -423,11 +426,13 @@ def load_benchmark(name, data_root):
     """
     path, file = find_file(name, Path(data_root))
     if path.suffix == ".tsv":
+        # the MD5 is taken while the file is read: 4 GB are not read twice
         raw, md5 = read_table(path)
     elif path.suffix == ".csv":
         raw, md5 = read_table(path, ",")
     else:
-        raw, md5 = read_json(path)
+        raw, md5 = read_json_rows(path)
+    # not refused: mirrors repack files, and the answers stay comparable among themselves
     if file.md5 and md5 != file.md5:
         print(f"warning: {path} has MD5 {md5}, the official file {file.md5}", file=sys.stderr)
     if not raw:
@@ -460,6 +465,7 @@ ID_COLUMNS = ("id", "index", "pid", "idx", "question_id", "Index")
 
 def our_row(name, path, file, n, r):
     """The n-th official row r as one of ours. Raises SystemExit if it lacks a column or value."""
+    # named all at once, so that a file of another version is told at the first row
     columns = set(r)
     if "images" in r:  # what read_table makes of the column image
         columns.add("image")
@@ -473,8 +479,10 @@ def our_row(name, path, file, n, r):
         raise SystemExit(
             f"{path}: row {n} is not as {name} has it ({type(e).__name__}: {e})"
         ) from None
+    # each benchmark has its own name for it
     ids = [row[column] for column in ID_COLUMNS if column in row]
     row["id"] = str(ids[0] if ids else n)
+    # without the prompt around it: contamination.py compares questions
     row["asked"] = str(r.get("question") or r.get("text") or r.get("Question") or "")
     row["answer"] = str(row["answer"])
     row["images"] = [x if isinstance(x, Cell) else str(x) for x in row["images"]]
@@ -483,6 +491,7 @@ def our_row(name, path, file, n, r):
 
 def what_is_wrong(row, ids):
     """A reason to refuse a row beside those with `ids`, or ""."""
+    # images in a table lie in the file itself
     paths = [x for x in row["images"] if isinstance(x, str)]
     missing = [path for path in paths if not Path(path).is_file()]
     if row["id"] in ids:

@@ -28,6 +28,7 @@ import html
 import io
 import os
 import random
+import re
 import threading
 import time
 from collections import Counter, defaultdict
@@ -49,17 +50,17 @@ from checks import (
 from contamination import KINDS, find_copies, images_of_tests, load_tests, write_pairs
 from data import (
     LATENT_SPAN,
-    check_choices,
     load_examples,
     open_append,
-    open_image,
-    pick_device,
+    place_marks,
     read_lines,
-    start,
     write_lines,
     write_then_rename,
 )
 from duplicates import fingerprints, groups_of
+from endpoint import NO_KEY
+from images import decode_image, open_image, orientation
+from launch import check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
 from resume import Reject, clean, run_stage
@@ -92,6 +93,7 @@ crop_margin = 0.2  # of the box's sides, added on each side
 crop_side = 448  # pixels: a smaller crop's long side is enlarged to this
 max_bytes = 64_000_000  # of an image file
 bomb_pixels = 50_000_000  # an image of more is taken for a decompression bomb
+follow_links = False  # of images: a link may lead out of root
 min_side = 28  # pixels: one merged vision token
 
 # synthesise
@@ -159,12 +161,6 @@ n_sheet = 40  # examples on it
 LOCK = threading.Lock()
 
 
-def check_counts():
-    """What every command checks first: someone does the work, and a request is tried."""
-    if min(workers, tries) < 1:
-        raise SystemExit(f"workers={workers} and tries={tries} must be 1 or more")
-
-
 # --------------------------------------------------------------------------------------------------
 # rows: what a command reads, and how it works through them
 
@@ -175,7 +171,7 @@ def data_files():
     if not paths:
         raise SystemExit("data='' names no file; give --data=FILE or several with commas between")
     for path in paths:
-        if not path.is_file() or path.resolve().parent != Path(out).resolve():
+        if not path.is_file() or path.parent.resolve() != Path(out).resolve():
             raise SystemExit(
                 f"{path}: no such file in out={out!r}; a file from elsewhere comes in by `convert`"
             )
@@ -223,9 +219,13 @@ KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # others
 def read_inside(folder, name):
     """The bytes of a file in `folder`. Raises Reject for a path or a link that leaves it."""
     try:
-        path = (Path(folder) / name).resolve()
-        if not path.is_relative_to(Path(folder).resolve()):
-            raise Reject("path leaves the data folder", None, name)
+        path = Path(folder) / name
+        root, here = Path(folder).resolve(), path.resolve()
+        if follow_links:  # a link may lead anywhere, ".." may not
+            root, here = Path(os.path.abspath(folder)), Path(os.path.abspath(path))
+        if not here.is_relative_to(root):
+            advice = "links are followed with --follow_links=1"
+            raise Reject("path leaves the data folder", None, f"{name}; {advice}")
         if not path.is_file():
             raise Reject("no such image", None, name)
         size = path.stat().st_size
@@ -243,37 +243,25 @@ def decode(content):
     The suffix is "" where the bytes have to be written anew to look like this to every reader.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        if width * height > bomb_pixels:
-            raise Reject("image has too many pixels", width * height, f"{width} x {height}")
-        # MPO, a phone's photo with a preview, counts as animated
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise Reject("animated image")
-        image.load()
-        # bytes are kept where they can be shown in one way only: 8 bits, no palette, nothing to see
-        # through
-        suffix = KEPT.get(image.format, "")
-        if image.mode not in ("RGB", "L") or image.has_transparency_data:
-            suffix = ""
-        image = to_rgb(image)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > bomb_pixels:
+                raise Reject("image has too many pixels", width * height, f"{width} x {height}")
+            # MPO, a phone's photo with a preview, counts as animated
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise Reject("animated image")
+            check_size(image)
+            # bytes are kept where they can be shown in one way only: 8 bits, upright, no palette,
+            # nothing to see through
+            plain = image.mode in ("RGB", "L") and not image.has_transparency_data
+            upright = orientation(image) == 1
+            suffix = KEPT.get(image.format, "") if plain and upright else ""
+        return decode_image(content), suffix
     except Reject:
         raise
     except Exception as e:  # decoders of hostile bytes raise nearly anything
-        raise Reject("unreadable image", None, f"{type(e).__name__}: {e}") from None
-    return check_size(image), suffix
-
-
-def to_rgb(image):
-    """A loaded image as a person sees it: 16 bits scaled to 8, transparent parts on white."""
-    if image.mode.startswith("I;16"):
-        high_byte = np.asarray(image) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
-    elif image.has_transparency_data:  # convert("RGB") alone would show what lies beneath
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(layer, mask=layer.getchannel("A"))
-    return image.convert("RGB")
+        said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(e))
+        raise Reject("unreadable image", None, f"{type(e).__name__}: {said}") from None
 
 
 def decode_rgb(content):
@@ -324,7 +312,6 @@ CONVERT_USES = "source label draw crop_margin crop_side max_bytes bomb_pixels mi
 
 def convert():
     """The items of a source as checked examples: <out>/<label>.jsonl and rejects.<label>.jsonl."""
-    check_counts()
     check_choices(globals(), source=tuple(SOURCES), draw=("crop", "outline"))
     if Path(label).name != label:
         raise SystemExit(f"label={label!r} is no name for a file in {out}")
@@ -372,7 +359,10 @@ def convert_one(row):
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as e:
         raise Reject("another layout than the source's", None, f"{type(e).__name__}: {e}") from None
     images, aux = example.pop("images"), example.pop("aux")
-    example["question"] = example["question"].replace("<image>", "").strip()
+    try:
+        example["question"] = place_marks(example["question"], len(images), "").strip()
+    except SystemExit as e:
+        raise Reject("image marks and images differ", None, str(e)) from None
     example = {"id": row["id"]} | example
     example["images"], example["aux_images"] = ["?"] * len(images), ["?"] * len(aux)
     check_example(example)  # before an image is read or written
@@ -435,7 +425,6 @@ WRITTEN_USES = "teacher_url teacher_model teacher_prompt max_tokens temperature 
 
 def synthesise():
     """An auxiliary image for each row without one, then a response of the teacher for each row."""
-    check_counts()
     began = time.monotonic()
     for url in (teacher_url, image_url):
         # the client would take anything else for the name of a model on the hub
@@ -465,7 +454,7 @@ def cost_file():
 
 def served(url, model, key_name):
     """A model as the settings say that it is asked."""
-    key = os.environ.get(key_name) or "none"
+    key = os.environ.get(key_name) or NO_KEY
     return Served(url, model, key, tries, first_pause, timeout, cost_file())
 
 
@@ -518,7 +507,6 @@ FILTER_USES = (
 
 def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
-    check_counts()
     check_choices(globals(), mode=("pool", "resize"))
     rows = draw_rows(read_unchecked())
     tower = None
@@ -594,7 +582,6 @@ def audit():
 
     The rows without a finding of `drop`: audited.jsonl.
     """
-    check_counts()
     dropped = {kind.strip() for kind in drop.split(",") if kind.strip()}
     unknown = dropped - set(KINDS)
     if unknown:
@@ -630,7 +617,6 @@ def audit():
 
 def split():
     """Write train.jsonl and val.jsonl without a shared image, and print what they are made of."""
-    check_counts()
     rows = load_data()
     files = files_of(rows)
     groups = groups_of(rows, prints_of(files, len(files), "images"))
@@ -676,7 +662,6 @@ def print_composition(train, val):
 
 def contact_sheet():
     """A page of n_sheet random examples: query image, auxiliary image, question, response."""
-    check_counts()
     rows = load_data()
     picked = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
     cards = [card(row) for row in tqdm(picked, desc="sheet", unit="example")]

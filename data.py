@@ -1,6 +1,6 @@
 """What is an example, and how do files live on a disk?
 
-Rows and their tags, images, append-only files, settings, ranks. An example is a line of JSONL:
+Rows and their tags, files that we write and read again. An example is a line of JSONL:
 
     {"id", "images": [...], "question", "answer", "response", "aux_images": [...]}
 
@@ -8,29 +8,29 @@ with image paths relative to the file, and a response of the form
 
     <think> ... <latent></latent> <parser> ... </parser> ... </think> <answer> ... </answer>
 
-whose k-th `<latent></latent>` belongs to aux_images[k].
+whose k-th `<latent></latent>` belongs to aux_images[k]. What people write beside that (numbers,
+null, one image as a string, a JSON list, `<image>` marks, lettered options) is put into one form
+here and nowhere else; what can not be is refused with file, line and field.
 """
 
-import ast
-import errno
 import hashlib
-import inspect
-import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-import time
-import tokenize
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from answers import without_letters
+
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
+IMAGE_MARK = "<image>"  # where an image stands in a question that says so
 TAGS = re.compile(r"</?(?:think|latent|parser|answer)>")
 TAG_ORDER = re.compile(
     r"<think>(?:(?:<latent></latent>)?(?:<parser></parser>)?)*</think><answer></answer>"
@@ -39,110 +39,200 @@ TAG_ORDER = re.compile(
 RESERVED = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|latent_\w+)\|>"
 )
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no UTF-8 can hold it
 
 # --------------------------------------------------------------------------------------------------
 # examples
 
 
-def load_examples(path, training=True):
-    """Read and check a JSONL data file; image paths come back absolute.
+class Row(dict):
+    """An example, and where it stands: "file:line"."""
 
-    `training` also demands `response` and `aux_images`, the k-th `<latent></latent>` belonging to
-    aux_images[k]. Raises SystemExit naming file, line and field.
+    where = ""
+
+
+def load_examples(path, training=True):
+    """Read a data file, JSONL or a JSON list, into rows of one form, with absolute image paths.
+
+    `training` also demands `response`, and an auxiliary image for each of its latent spans. Raises
+    SystemExit naming file, line and field.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SystemExit(f"{path}: a folder; expected a data file, JSON lines or a JSON list")
     if not path.exists():
         raise SystemExit(f"{path}: no such data file (for the toy, run `python toy.py data` first)")
-    rows, first_line = [], {}  # first_line: {id: the line that has it}
-    for n, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{n}"
-        row = parse_row(line, where)
-        check_fields(row, training, where)
-        if row["id"] in first_line:
-            raise SystemExit(f"{where}: id {row['id']!r} repeats line {first_line[row['id']]}")
-        first_line[row["id"]] = n
-        find_images(row, path.parent, training, where)
-        check_text(row, training, where)
+    # in the order of the file; an id is a key everywhere later, so it must be one line's own
+    rows, first_place = [], {}  # first_place: {id: where it stands}
+    for where, raw in read_rows(path):
+        row = Row(in_one_form(raw, training, where))
+        row.where = where
+        if row["id"] in first_place:
+            raise SystemExit(f"{where}: id {row['id']!r} repeats {first_place[row['id']]}")
+        first_place[row["id"]] = where
+        find_images(row, path.parent)
+        check_text(row)
         if training:
-            check_response(row, where)
+            check_response(row)
         rows.append(row)
     if not rows:
         raise SystemExit(f"{path}: no examples")
     return rows
 
 
-def parse_row(line, where):
-    """A line of a data file as a dict. Raises SystemExit if it is no JSON object."""
+def read_rows(path):
+    """Yield ("file:line", object) of JSON lines, or ("file: item n", object) of a JSON list."""
+    content = path.read_bytes()
+    # a list as LLaVA's and LLaMA-Factory's files are, after the byte order mark of some editors
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        for n, row in enumerate(parse_json(content, str(path)), 1):
+            yield f"{path}: item {n}", expect_object(row, f"{path}: item {n}")
+        return
+    # split by "\n" alone: splitlines() would cut at characters that a JSON text may hold
+    for n, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            where = f"{path}:{n}"
+            yield where, expect_object(parse_json(line, where), where)
+
+
+def parse_json(content, where):
+    """The value of JSON bytes. Raises SystemExit if they are none, or hold what is no Unicode."""
     try:
-        row = json.loads(line)
+        # Windows editors begin a file with a mark that json refuses
+        text = content.decode("utf-8-sig")
+        value = json.loads(text)
+        # only an escape can smuggle half a character in
+        if "\\ud" in text.lower() and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            raise SystemExit(f"{where}: not Unicode: half of a surrogate pair")
+    except UnicodeDecodeError as e:
+        raise SystemExit(f"{where}: not Unicode: {e}") from None
     except ValueError as e:
         raise SystemExit(f"{where}: not JSON ({e})") from None
-    if not isinstance(row, dict):
-        raise SystemExit(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
+    except RecursionError:
+        raise SystemExit(f"{where}: not usable JSON: nested too deeply") from None
+    return value
 
 
-def image_fields(row, training):
-    """The fields of a row that hold image paths."""
-    return ["images", "aux_images"] if training or "aux_images" in row else ["images"]
+def expect_object(value, where):
+    if not isinstance(value, dict):
+        raise SystemExit(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
-def check_fields(row, training, where):
-    """Raise SystemExit for a field that is missing or of another type."""
+def in_one_form(raw, training, where):
+    """A row as every stage expects it: texts are text, lists are lists, null is absent."""
+    # a null is what a table export writes for a cell without a value
+    row = {field: value for field, value in raw.items() if value is not None}
     texts = ["id", "question", "answer"]
     if training:
         texts.append("response")
-    lists = image_fields(row, training)
+    if "system" in row:
+        texts.append("system")
+    for field in texts:
+        row[field] = as_text(row.get(field), field, where)
+
+    lists = ["images"]
+    if training or "aux_images" in row:
+        # the spans of the response are counted against it below
+        row.setdefault("aux_images", [])  # a response without a span needs none
+        lists.append("aux_images")
     if "options" in row:
         lists.append("options")
-    for fields, kind in ((texts, str), (lists, list)):
-        for field in fields:
-            found = row.get(field)
-            if not isinstance(found, kind):
-                raise SystemExit(
-                    f"{where}: field {field!r} must be a {kind.__name__}, found {found!r}"
-                )
     for field in lists:
-        for item in row[field]:
-            if not isinstance(item, str):
-                raise SystemExit(f"{where}: field {field!r} must hold strings only, found {item!r}")
+        value = row.get(field)
+        # a single image is often written without its list; a single option is a mistake
+        if isinstance(value, str) and field != "options":
+            value = [value]  # one image
+        if not isinstance(value, list):
+            raise SystemExit(f"{where}: field {field!r} must be a list, found {value!r}")
+        if field == "options":
+            row[field] = without_letters([as_text(x, field, where) for x in value])
+        else:
+            check_strings(value, field, where)
+            row[field] = value
+    # the prompt needs each mark to have its image
+    row["question"] = place_marks(row["question"], len(row["images"]), where)
+    return row
 
 
-def find_images(row, folder, training, where):
+def as_text(value, field, where):
+    """A text, or a number as text: 17 is "17", 2.5 is "2.5"."""
+    if isinstance(value, str):
+        return value
+    # json reads NaN and Infinity, which are no answers
+    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(value, bool) or not finite:
+        raise SystemExit(f"{where}: field {field!r} must be a str, found {value!r}")
+    # as it stood in the file: 3 stays 3, 2.5 stays 2.5
+    return json.dumps(value)
+
+
+def check_strings(values, field, where):
+    for value in values:
+        if not isinstance(value, str):
+            raise SystemExit(f"{where}: field {field!r} must hold strings only, found {value!r}")
+
+
+def place_marks(question, n_images, where):
+    """The question with `<image>` where an image stands in the text; none if all stand before it.
+
+    Raises SystemExit if there are marks, but not one an image.
+    """
+    n_marks = question.count(IMAGE_MARK)
+    if n_marks == 0:
+        return question
+    if n_marks != n_images:
+        raise SystemExit(
+            f"{where}: field 'question' has {n_marks} {IMAGE_MARK} marks for {n_images} images"
+        )
+    # LLaVA's way: all marks first. That is where images stand anyway
+    leading = re.match(rf"(?:\s*{IMAGE_MARK})+\s*", question)
+    if leading and leading[0].count(IMAGE_MARK) == n_marks:
+        return question[leading.end() :]
+    return question
+
+
+def find_images(row, folder):
     """Make a row's image paths absolute. Raises SystemExit for one that is not there."""
-    for field in image_fields(row, training):
+    for field in ("images", "aux_images"):
+        if field not in row:
+            continue
+        # a path that is absolute already stays as it is
         row[field] = [str(folder / path) for path in row[field]]
         for path in row[field]:
-            if not Path(path).is_file():
-                raise SystemExit(f"{where}: {field}: no such image {path}")
+            # a NUL byte is no name, and the system call would raise
+            if "\0" in path or not Path(path).is_file():
+                raise SystemExit(f"{row.where}: {field}: no such image {path}")
 
 
-def check_text(row, training, where):
+def check_text(row):
     """Raise SystemExit for one of Qwen's control tokens in a text."""
-    for field in ("question", "response") if training else ("question",):
-        found = RESERVED.search(row[field])
+    for field in ("question", "response", "system"):
+        found = RESERVED.search(row.get(field, ""))
         if found:
-            raise SystemExit(f"{where}: field {field!r} contains the reserved token {found[0]!r}")
+            raise SystemExit(
+                f"{row.where}: field {field!r} contains the reserved token {found[0]!r}"
+            )
 
 
-def check_response(row, where):
+def check_response(row):
     """Raise SystemExit if the tags of a response are out of order, or spans and images differ."""
     # the text between tags does not matter here
     tags = "".join(TAGS.findall(row["response"]))
     if not TAG_ORDER.fullmatch(tags):
         raise SystemExit(
-            f"{where}: response has tags {tags!r}; expected <think>, then any number of "
+            f"{row.where}: response has tags {tags!r}; expected <think>, then any number of "
             "<latent></latent> and <parser></parser>, then </think><answer></answer>"
         )
     n_spans, n_images = row["response"].count(LATENT_SPAN), len(row["aux_images"])
     if n_spans != tags.count("<latent>"):
         raise SystemExit(
-            f"{where}: a latent span must be written {LATENT_SPAN!r} with nothing inside"
+            f"{row.where}: a latent span must be written {LATENT_SPAN!r} with nothing inside"
         )
     if n_spans != n_images:
-        raise SystemExit(f"{where}: {n_spans} {LATENT_SPAN} in response but {n_images} aux_images")
+        raise SystemExit(
+            f"{row.where}: {n_spans} {LATENT_SPAN} in response but {n_images} aux_images"
+        )
 
 
 def strip_latents(response):
@@ -155,38 +245,25 @@ def strip_parser(response):
     return re.sub(r" ?<parser>.*?</parser>", "", response, flags=re.DOTALL)
 
 
-# --------------------------------------------------------------------------------------------------
-# images
+def question_text(row):
+    """What the prompt asks: the question, its options with letters, and the run's instruction.
 
-# what Pillow raises for a broken file
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def image_file(source):
-    """What Pillow opens, and its name in messages, for a path or the encoded bytes of an image."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source), "an embedded image"
-    return source, source
-
-
-def open_image(source):
-    """Open a path or encoded bytes as RGB.
-
-    Raises SystemExit naming the file if it is not an image that the processor takes.
+    Options are added where they stand in a column of their own and the question does not list
+    them already. A benchmark's row (its options are a dict) has its whole prompt in `question`.
     """
-    file, name = image_file(source)
-    try:
-        image = Image.open(file).convert("RGB")
-    except IMAGE_ERRORS as e:
-        raise SystemExit(f"{name}: not a usable image ({e})") from None
-    if max(image.size) > 200 * min(image.size):
-        size = f"{image.width} x {image.height}"
-        raise SystemExit(f"{name}: not a usable image ({size}: aspect ratio above 200)")
-    return image
+    text = row["question"]
+    options = row.get("options")
+    if isinstance(options, list) and options:
+        lettered = [(chr(ord("A") + i), option) for i, option in enumerate(options)]
+        # "Which is larger, (A) x or (B) y?" lists them itself
+        listed = [rf"(?<!\w)\(?{x}[).:]\s*{re.escape(option.strip())}" for x, option in lettered]
+        if not all(re.search(mark, text) for mark in listed):
+            text += "".join(f"\n{x}. {option}" for x, option in lettered)
+    return text + row.get("instruction", "")
 
 
 # --------------------------------------------------------------------------------------------------
-# files: written whole under a temporary name, or appended to a line at a time
+# files that we write: whole under a temporary name, or appended to a line at a time
 
 
 def write_then_rename(path, write):
@@ -195,8 +272,13 @@ def write_then_rename(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the rename is one step; hidden, so that no pattern finds it
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(tmp)
-    os.replace(tmp, path)
+    try:
+        write(tmp)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())  # on the disk before what it replaces goes
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_text(path, text):
@@ -204,26 +286,18 @@ def write_text(path, text):
     write_then_rename(path, lambda tmp: tmp.write_bytes(text.encode()))
 
 
+def write_json(path, value, indent=None):
+    """Write a JSON file at once. NaN, which no other reader takes, is an error."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False))
+
+
 def write_lines(path, rows):
     """Write a JSONL file at once."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json_line(row) for row in rows))
 
 
-def read_lines(path):
-    """Rows of an append-only JSONL file, none if it is not there.
-
-    A last line without a newline was cut off by a kill and is left out.
-    """
-    if not Path(path).exists():
-        return []
-    whole_lines = Path(path).read_bytes().split(b"\n")[:-1]
-    rows = []
-    for n, line in enumerate(whole_lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise SystemExit(f"{path}:{n}: not JSON ({e})") from None
-    return rows
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def open_append(path):
@@ -232,19 +306,66 @@ def open_append(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "ab+")  # not "r+": every write goes to the end, whoever else writes
     f.seek(0)
+    # everything up to the last newline is a finished row
     f.truncate(f.read().rfind(b"\n") + 1)
     return f
 
 
 def append(f, row):
     """Write one row and flush it to the disk: a finished row survives a kill."""
-    f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    f.write(json_line(row).encode())
     f.flush()
+    # else a power cut could lose what a resumed run takes for done
     os.fsync(f.fileno())
 
 
-def read_safetensors(path, names, fields=()):
-    """All tensors and the metadata of a safetensors file.
+# --------------------------------------------------------------------------------------------------
+# files that we wrote, read again: by their fields, types and shapes
+
+
+def read_lines(path, **fields):
+    """Rows of an append-only JSONL file, none if it is not there.
+
+    A last line without a newline was cut off by a kill and is left out. fields: {name: type or
+    types} that every row must have; raises SystemExit naming file, line and field.
+    """
+    if not Path(path).exists():
+        return []
+    # what stands after the last newline was being written when the process was killed
+    whole_lines = Path(path).read_bytes().split(b"\n")[:-1]
+    rows = []
+    for n, line in enumerate(whole_lines, 1):
+        where = f"{path}:{n}"
+        row = expect_object(parse_json(line, where), where)
+        check_fields(row, fields, where)
+        rows.append(row)
+    return rows
+
+
+def read_json(path, **fields):
+    """The object of a JSON file that a stage wrote. Raises as read_lines."""
+    value = expect_object(parse_json(Path(path).read_bytes(), str(path)), str(path))
+    check_fields(value, fields, path)
+    return value
+
+
+def check_fields(row, fields, where):
+    """Raise SystemExit for a field that is missing, of another type, or no finite number."""
+    for name, kind in fields.items():
+        value = row.get(name)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        # not isinstance, which takes True for a number
+        right = type(value) in kinds
+        if isinstance(value, float) and not math.isfinite(value):
+            right = False
+        if not right:
+            wanted = " or ".join(k.__name__ for k in kinds)
+            found = "nothing" if name not in row else repr(value)[:80]
+            raise SystemExit(f"{where}: field {name!r} must be {wanted}, found {found}")
+
+
+def read_safetensors(path, names=(), fields=()):
+    """All tensors and the metadata of a safetensors file, every number finite.
 
     Raises SystemExit if it lacks one of the tensors `names` or of the metadata `fields`.
     """
@@ -259,11 +380,20 @@ def read_safetensors(path, names, fields=()):
     if missing:
         there = f"has {sorted(tensors)} and metadata {sorted(meta)}"
         raise SystemExit(f"{path}: lacks {missing}, {there}")
+    # a NaN here would become a NaN everywhere, without a word
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"{path}: tensor {name!r}")
     return tensors, meta
 
 
+def check_finite(tensor, what):
+    """Raise SystemExit if a tensor holds NaN or an infinity."""
+    if not tensor.isfinite().all():
+        raise SystemExit(f"{what} holds numbers that are not finite")
+
+
 # --------------------------------------------------------------------------------------------------
-# what a result was made with
+# what a result was made with: contents, never paths or times
 
 
 def seed_of(*parts):
@@ -272,199 +402,116 @@ def seed_of(*parts):
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes signed 64-bit seeds
 
 
-def key_of(settings, *files):
-    """A hash of settings and file contents: results of another key are not used again."""
+def key_of(value, *files):
+    """A hash of a JSON value and of file contents: results of another key are not used again."""
     # sorted: the order in which settings are named does not count
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode())
     for path in files:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def weight_stamps(folder):
-    """Name, size and time of a model folder's weight files.
+def file_digest(path):
+    """A hash of a file's content, remembered."""
 
-    They tell one model from the next without reading 16 GB.
-    """
+    def compute(path):
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+    return remembered(path, "sha256", compute)
+
+
+def tensors_digest(path):
+    """A hash of a safetensors file's tensors and metadata, whatever their order; remembered."""
+    return remembered(path, "tensors", digest_tensors)
+
+
+def digest_tensors(path):
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, "pt") as f:
+            digest.update(json.dumps(f.metadata() or {}, sort_keys=True).encode())
+            for name in sorted(f.keys()):
+                tensor = f.get_tensor(name).contiguous()
+                # the name and shape too: the same bytes as another matrix are another tensor
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy())
+    except (OSError, SafetensorError) as e:
+        raise SystemExit(f"{path}: not a readable safetensors file ({e})") from None
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(folder):
+    """A hash of a model folder's weights: copied or touched they are the same."""
     files = sorted(Path(folder).glob("*.safetensors"))
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return key_of([(file.name, tensors_digest(file)) for file in files])
+
+
+def question_key(row):
+    """A hash of what is asked and what is right: text, options, gold answer, pictures."""
+    asked = {name: row.get(name) for name in ("question", "options", "answer", "system")}
+    return key_of(asked | {"images": [file_digest(path) for path in row["images"]]})
+
+
+def example_key(row):
+    """A hash of what a row teaches: its question and its response."""
+    return key_of([row["id"], question_key(row), row["response"]])
+
+
+def memory_file():
+    """Where digests are remembered from run to run."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "gap" / "files.jsonl"
+
+
+@cache
+def memory():
+    """{(path, size, time, what): value} of what earlier runs found of files."""
+    known = {}
+    path = memory_file()
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                *key, value = json.loads(line)
+                known[tuple(key)] = value
+            except (ValueError, TypeError):  # a line cut off by a kill: it is found out again
+                continue
+    return known
+
+
+def remembered(path, what, compute):
+    """compute(path), or what it gave before for this path, size and time.
+
+    100,000 images so cost a stat each. Memory that can not be kept costs time, nothing else.
+    """
+    # the path as the system knows it: another spelling of it is the same file
+    stat = os.stat(path)
+    key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, what
+    # another process may have written meanwhile: at worst a file is read twice
+    known = memory()
+    if key not in known:
+        known[key] = compute(path)
+        file = memory_file()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "ab") as f:
+                f.write(json.dumps([*key, known[key]]).encode() + b"\n")
+        except OSError:  # a home that can not be written: found out again by the next run
+            return known[key]
+    return known[key]
 
 
 def versions():
     """Of python, torch, transformers and this repository, for the record of a run."""
     folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder)
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+    except FileNotFoundError:  # no git here
+        git = ""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "git": git.stdout.strip() or "unknown",
+        "git": git or "unknown",
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# ranks, device, clock
-
-
-def rank_and_world():
-    """This process's rank and the number of processes, as torchrun sets them (else 0 and 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def pick_device():
-    """The CUDA device of this local rank, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
-
-
-def clock(device):
-    """Seconds for timing work: this process's own on a CPU, which others may share; else wall."""
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
-
-
-# --------------------------------------------------------------------------------------------------
-# settings: plain lower-case values among a script's globals, edited inline or given as --key=value
-
-USERS_ERRORS = {
-    errno.ENOENT,  # no such file
-    errno.EACCES,  # not allowed
-    errno.EPERM,
-    errno.EROFS,  # a read-only disk
-    errno.ENOSPC,  # a full disk
-    errno.EDQUOT,
-    errno.EISDIR,  # a folder where a file should be, and the other way round
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EPIPE,  # whoever read our output has gone
-}
-
-
-def start(main=None, **commands):
-    """Run a script as its user starts it: [command] [--key=value ...], or --help.
-
-    The first argument may name one of `commands`; `main` is what runs without one. Arguments that
-    are no settings go to the command's function. What a user can cause (a missing file, a full
-    disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
-    """
-    settings = vars(sys.modules["__main__"])  # the script's globals
-    args = sys.argv[1:]
-    if {"--help", "-h"} & set(args):
-        print(help_text(settings))
-        return
-    run = main
-    if args and args[0].removeprefix("--") in commands:
-        run = commands[args.pop(0).removeprefix("--")]
-    if run is None:
-        script = Path(settings["__file__"]).name
-        usage = f"usage: python {script} {' | '.join(commands)} [--key=value ...]"
-        raise SystemExit(f"{usage}; --help says what they do")
-    words = override(settings, args, n_words=len(inspect.signature(run).parameters))
-    try:
-        run(*words)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None  # what a shell expects of Ctrl-C
-    except (OSError, SafetensorError) as e:
-        sentence = users_error(e)
-        if not sentence:
-            raise
-        raise SystemExit(sentence) from None
-
-
-def users_error(e):
-    """The sentence for an OSError or SafetensorError that a user can cause; "" for another."""
-    code, file = getattr(e, "errno", None), getattr(e, "filename", None)
-    said = re.search(r"os error (\d+)", str(e))  # safetensors keeps the number in its message
-    if said:
-        code = int(said[1])
-    if isinstance(e, FileNotFoundError):
-        code = errno.ENOENT
-    if code not in USERS_ERRORS:
-        return ""
-    return f"{file}: {os.strerror(code)}" if file else f"{os.strerror(code)}: {e}"
-
-
-def settings_of(namespace):
-    """The settings among a script's globals. CONSTANTS are none; K and N, of one letter, are."""
-    return {
-        name: value
-        for name, value in namespace.items()
-        if type(value) in (int, float, str, bool)
-        and not name.startswith("_")
-        and (len(name) == 1 or not name.isupper())
-    }
-
-
-def override(settings, args, n_words=0):
-    """Apply `--key=value` or `--key value` to a script's globals, cast to the default's type.
-
-    Returns the other arguments, of which there must be `n_words`. Raises SystemExit for a name that
-    the script does not have and for a value of another type.
-    """
-    known = settings_of(settings)
-    args, words = list(args), []
-    while args:
-        key, equals, value = args.pop(0).partition("=")
-        if not key.startswith("--") and not equals and len(words) < n_words:
-            words.append(key)
-            continue
-        name = key.removeprefix("--").replace("-", "_")
-        if not key.startswith("--") or name not in known:
-            there = ", ".join(sorted(known))
-            raise SystemExit(f"unknown setting {key!r}; this script has: {there}")
-        if not equals and not args:
-            raise SystemExit(f"{key} needs a value, as in {key}=value")
-        value = value if equals else args.pop(0)
-        settings[name] = cast(key, value, type(known[name]))
-    if len(words) < n_words:
-        raise SystemExit(
-            f"expected {n_words} words before the settings, found {len(words)}; see --help"
-        )
-    return words
-
-
-def cast(key, value, kind):
-    """The text of a setting as its default's type. Raises SystemExit where it is of another."""
-    if kind is bool:
-        if value.lower() not in ("0", "1", "true", "false"):
-            raise SystemExit(f"{key}={value!r} is not a bool; use 0 or 1")
-        return value.lower() in ("1", "true")
-    try:
-        return kind(value)
-    except ValueError:
-        raise SystemExit(f"{key}={value!r} is not {kind.__name__}") from None
-
-
-def help_text(script):
-    """A script's docstring, then each setting with its default and the comment beside it.
-
-    script: the script's globals.
-    """
-    source = Path(script["__file__"]).read_text()
-    comments = {}  # by line number
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-    known = settings_of(script)
-    lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
-    for statement in ast.parse(source).body:
-        if not isinstance(statement, ast.Assign):
-            continue
-        comment = comments.get(statement.end_lineno, "")
-        for target in ast.walk(statement.targets[0]):
-            if isinstance(target, ast.Name) and target.id in known:
-                default = repr(known[target.id])
-                if len(default) > 40:
-                    default = default[:36] + "..."
-                lines.append(f"  --{target.id}={default}".ljust(46) + comment)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def check_choices(settings, **choices):
-    """Raise SystemExit for a setting that is not one of its choices."""
-    for name, allowed in choices.items():
-        if settings[name] not in allowed:
-            there = ", ".join(allowed)
-            raise SystemExit(f"{name}={settings[name]!r} is not one of: {there}")

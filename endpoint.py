@@ -10,13 +10,14 @@ FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
 HOPELESS = (401, 403, 404)  # no such key, not allowed, no such page
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
 LONGEST_PAUSE = 60  # seconds
+NO_KEY = "none"  # never empty: the client would send the user's own hub token instead
 
 
-def answered(call, url, tries, first_pause=0.5):
+def answered(call, url, tries, first_pause=0.5, key=""):
     """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
     Raises SystemExit where no try can help (offline, 401, 403, 404), else the last error, one of
-    FAILURES.
+    FAILURES. `key` appears in no message, even where the endpoint echoes it.
     """
     for n in range(tries):
         try:
@@ -29,7 +30,7 @@ def answered(call, url, tries, first_pause=0.5):
             response = getattr(e, "response", None)  # none where no connection came about
             status = 0 if response is None else response.status_code
             if status in HOPELESS:
-                said = " ".join(str(e).split())
+                said = hidden(" ".join(str(e).split()), key)
                 raise SystemExit(
                     f"{url} answers {status}: {said}; check endpoint, model name and key"
                 ) from None
@@ -44,3 +45,8 @@ def answered(call, url, tries, first_pause=0.5):
 def is_refusal(status):
     """An HTTP status that says of a request that it will never be answered."""
     return 400 <= status < 500 and status not in TRY_AGAIN
+
+
+def hidden(text, key):
+    """A text that an endpoint sent, without the key that it was asked with."""
+    return text.replace(key, "***") if key and key != NO_KEY else text

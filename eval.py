@@ -15,7 +15,6 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 
 import bisect
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -37,28 +36,28 @@ from benchmarks import (
 from data import (
     LATENT_SPAN,
     append,
-    check_choices,
-    clock,
+    check_fields,
+    file_digest,
     key_of,
     load_examples,
     open_append,
-    open_image,
-    pick_device,
-    rank_and_world,
+    question_text,
+    read_json,
     read_lines,
     read_safetensors,
     seed_of,
-    start,
     versions,
-    weight_stamps,
+    weights_digest,
+    write_json,
     write_lines,
-    write_then_rename,
 )
 from generate import INTERVENTIONS, generate, load_latents_file, save_latents_file, see, to_text
+from images import open_image, usable_rows
 from judge import JUDGED, Endpoint, judge
+from launch import check_choices, claim, clock, pick_device, rank_and_world, start
 from model import HEAD_FILE, encode, grid_features, load_head, load_processor, load_vlm
 from scores import mean
-from tables import images_of
+from tables import Cell, images_of
 
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
@@ -84,6 +83,7 @@ latent_size = 10  # most latents a span where Monet's tokens are and no head fil
 ema_beta = 0.0  # > 0: EMA norm calibration of output-as-input latents [paper; 0.9 ours]
 dtype = "float32"  # 7B: bfloat16
 limit = 0  # > 0: only the first rows
+skip_unusable = False  # of a JSONL set: leave out rows with a broken image, do not refuse them
 score_only = False
 allow_partial = False  # score what is there although answers are missing
 judge_url = ""  # http://localhost:8000/v1, OpenAI-compatible: also judge what no rule can decide
@@ -109,6 +109,8 @@ MMHAL_COLUMNS = (  # of MMHal-Bench's own response file
 )
 # fmt: on
 
+ANSWER_FIELDS = {"raw": str, "truncated": bool, "tokens": int, "latents": int}
+
 # --------------------------------------------------------------------------------------------------
 # test sets, and the answers that are there
 
@@ -129,8 +131,9 @@ def load_test_set(name):
         rows, md5 = load_benchmark(name, data_root)
     else:
         benchmark, folder = JSONL, Path(out)
-        rows = load_examples(data, training=False)
+        rows = usable_rows(load_examples(data, training=False), skip_unusable)
         md5 = hashlib.md5(Path(data).read_bytes()).hexdigest()
+    # all that a reader of the score must know
     settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}
     settings |= {
         "min_pixels": min_pixels or benchmark.pixels[0],
@@ -139,22 +142,27 @@ def load_test_set(name):
         "data": name or data,
         "md5": md5,
     }
-    stamps = weight_stamps(model)
+    # contents, not paths; and of a data file only the question itself, in row_key
+    made_by = {k: v for k, v in settings.items() if k not in ("model", "donor", "data", "md5")}
+    made_by["weights"] = weights_digest(model)
     if donor:
-        stamps += weight_stamps(donor)
+        made_by["donor"] = weights_digest(donor)
+    if name:
+        made_by["md5"] = md5  # its pictures lie in the file
     return TestSet(
         name=name or Path(data).stem,
         rows=rows[:limit] if limit else rows,
         out=folder,
         benchmark=benchmark,
         settings=settings,
-        key=key_of(settings | {"files": stamps}),
+        key=key_of(made_by),
     )
 
 
 def row_key(key, row):
-    """The key of one answer: the run's settings and the question as it is put."""
-    return f"{seed_of(key, row['id'], row['question']):016x}"
+    """The key of one answer: the run's settings, the question as it is put, and its pictures."""
+    pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
+    return key_of([key, row["id"], question_text(row), pictures])
 
 
 def latents_name(id):
@@ -167,10 +175,13 @@ def read_predictions(test):
 
     An answer stands; an error stands only where there is no answer.
     """
+    # an answer to another wording, picture or setting is not this question's
     keys = {row["id"]: row_key(test.key, row) for row in test.rows}
     answers, errors = {}, {}
     for path in sorted(test.out.glob("predictions.rank*.jsonl")):
-        for line in read_lines(path):
+        for line in read_lines(path, id=str, key=str):
+            if "error" not in line:
+                check_fields(line, ANSWER_FIELDS, path)
             if keys.get(line["id"]) == line["key"]:
                 kept = errors if "error" in line else answers
                 kept[line["id"]] = line
@@ -186,6 +197,7 @@ def batches(rows, prepare, failed):
 
     A row that can not be prepared goes to `failed`.
     """
+    # padding costs as much as tokens: the longest prompt counts for all
     part, longest = [], 0
     for row in rows:
         try:
@@ -212,6 +224,7 @@ def check_feed(test, donors):
             f"of a clean run with save_latents=1; it holds {len(donors)} files"
         )
     if intervention.startswith("oracle"):
+        # an oracle feeds the real features: every question needs its picture
         bare = [row["id"] for row in test.rows if not row.get("aux_images")]
         if bare:
             raise SystemExit(
@@ -234,7 +247,7 @@ class Answerer:
     def prepare(self, row):
         """A row's encoded prompt, its images read now."""
         asked = row | {
-            "question": row["question"] + instruction,
+            "instruction": instruction,
             "images": images_of(row),
             "system": system,
         }
@@ -243,6 +256,7 @@ class Answerer:
     def answer(self, part):
         """Answer a batch of (row, prompt); yields (row, what its line of the predictions says)."""
         rows = [row for row, _ in part]
+        # of the answer with its pictures, without the disk
         began = clock(self.vlm.device)
         seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
         answers = generate(
@@ -294,6 +308,7 @@ class Answerer:
 
     def donated(self, row):
         """The latents of another example: of the next file by name. Names are hashes of ids."""
+        # fixed by the ids: a resumed run feeds the same
         own = Path(donor) / latents_name(row["id"])
         after = bisect.bisect_right(self.donors, own)
         return load_latents_file(self.donors[after % len(self.donors)], self.head)
@@ -305,6 +320,7 @@ def answer_all(test, vlm, tokenizer, head):
     What fails is recorded, and tried again by the next run.
     """
     rank, world = rank_and_world()
+    # a failed question is tried again
     done = {id for id, line in read_predictions(test).items() if "error" not in line}
     # by position in the file, not among the missing: ranks that start late still split alike
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
@@ -351,6 +367,7 @@ def wilson(correct, n, z=1.96):
     """The 95 % Wilson interval of an accuracy, as (low, high)."""
     if n == 0:
         return 0.0, 1.0
+    # not p +- 1.96 sd, which leaves 0 and 1 no width
     p, q = correct / n, z * z / n
     middle = (p + q / 2) / (1 + q)
     half = z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
@@ -362,6 +379,7 @@ def mcnemar(a, b):
 
     A sign test on the pairs that differ.
     """
+    # ties say nothing of which is better
     plus = sum(x > y for x, y in zip(a, b))
     minus = sum(x < y for x, y in zip(a, b))
     n, least = plus + minus, min(plus, minus)
@@ -381,6 +399,7 @@ def grade(test, predictions):
         empty = {"raw": "", "truncated": False, "tokens": 0, "latents": 0}  # of a failure
         line = empty | predictions[row["id"]]
         options, kind = row.get("options"), row.get("kind", "text")
+        # one reading for every model and benchmark
         answer, method = extract_answer(line["raw"], options, kind)
         if "error" in line:
             method = "error"
@@ -431,6 +450,7 @@ def score(test, predictions):
             f"{missing[0]!r}); run eval.py again to fill them in, or score what is there with "
             "allow_partial=1"
         )
+    # from the files alone: --score_only=1 comes here directly
     graded = grade(test, predictions)
     failures = [row for row in graded if "error" in row]
     if len(failures) == len(graded):
@@ -482,8 +502,7 @@ def write_scores(test, graded, scores, n_missing):
         "missing": n_missing,
         "versions": versions(),
     }
-    text = json.dumps(record | scores, indent=1)
-    write_then_rename(test.out / "metrics.json", lambda tmp: tmp.write_text(text))
+    write_json(test.out / "metrics.json", record | scores, indent=1)
 
 
 def write_mmhal_responses(test, graded):
@@ -493,8 +512,7 @@ def write_mmhal_responses(test, graded):
         said = {"model_answer": extract_final(row["raw"])}
         responses.append(columns_of(row, MMHAL_COLUMNS) | said)
     path = test.out / "response.json"
-    text = json.dumps(responses, indent=1)
-    write_then_rename(path, lambda tmp: tmp.write_text(text))
+    write_json(path, responses, indent=1)
     if judge_url:
         score = "; the one above is another judge's and not comparable"
     else:
@@ -523,6 +541,7 @@ def title_of(test, n_missing):
 
 def print_scores(title, scores):
     """A line a group: the accuracy, and where it is one of rows what `summary` says of them."""
+    # long names of subtasks widen the column
     width = max([16, *(len(name) + 1 for name in scores)])
     print(
         f"\n{title}\n{'':{width}}{'n':>6}{'accuracy':>10}{'95 % interval':>16}{'unparsed':>10}"
@@ -541,7 +560,8 @@ def headlines():
     """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
     ours = {}
     for path in sorted(Path(out).glob("*/metrics.json")):
-        record = json.loads(path.read_text())
+        record = read_json(path, settings=dict, missing=int, scores=dict)
+        # the folder may hold runs of other models
         run = record["settings"]
         same = all(run[name] == globals()[name] for name in ("model", "intervention", "ema_beta"))
         if same and not record["missing"]:
@@ -585,19 +605,22 @@ def compare(a, b):
                 f"{Path(a) / name} and {Path(b) / name} hold other questions ({len(one)} and "
                 f"{len(two)}, {len(one.keys() & two.keys())} of them shared)"
             )
+        # paired: the difference of two means would be far wider
         in_order_of_one = [two[id] for id in one]
         print(f"{name.parent}: {paired_difference(list(one.values()), in_order_of_one)}")
 
 
 def read_grades(path):
     """{id: correct} of a scored.jsonl."""
-    return {row["id"]: float(row["correct"]) for row in read_lines(path)}
+    rows = read_lines(path, id=(str, int), correct=(bool, int, float))
+    return {row["id"]: float(row["correct"]) for row in rows}
 
 
 def paired_difference(a, b):
     """What the grades a and b of the same questions differ by, in words."""
     differences = [y - x for x, y in zip(a, b)]
     n, d = len(differences), mean(differences)
+    # rounding can leave a little less than nothing
     variance = max(0.0, mean(x * x for x in differences) - d * d)
     half = 1.96 * math.sqrt(variance / n)  # of the 95 % interval
     wins = sum(x > 0 for x in differences)
@@ -613,10 +636,12 @@ def paired_difference(a, b):
 
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
+    # before the model is loaded
     names = (GAP_TABLE if benchmarks == "gap" else benchmarks).split(",")
     unknown = [name for name in names if name and name not in BENCHMARKS]
     if unknown:
         raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: gap, {', '.join(BENCHMARKS)}")
+    claim(out)
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
 

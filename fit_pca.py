@@ -27,20 +27,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import (
-    check_choices,
+    check_finite,
+    file_digest,
     key_of,
     load_examples,
-    open_image,
-    pick_device,
-    rank_and_world,
-    start,
+    read_json,
+    tensors_digest,
+    write_json,
     write_then_rename,
 )
+from images import open_image, usable_rows
+from launch import check_choices, claim, pick_device, rank_and_world, start
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
 # --------------------------------------------------------------------------------------------------
@@ -58,6 +60,7 @@ batch = 64  # images a tower call
 shard = 512  # examples a file
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+skip_unusable = False  # leave out rows with a broken image instead of refusing them
 dtype = "float32"  # of the tower; 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
 
@@ -79,10 +82,17 @@ def moments(paths, d, device):
     for path in tqdm(paths, desc="covariance", unit="shard", disable=rank_and_world()[0] > 0):
         with safe_open(path, "pt") as f:
             rejected = set(json.loads(f.metadata()["rejected"]))
-            kept = [f.get_tensor(name).flatten(0, 1) for name in f.keys() if name not in rejected]
+            kept = [f.get_tensor(name) for name in f.keys() if name not in rejected]  # (m, K, d)
         if not kept:
             continue
-        v = torch.cat(kept).to(device, torch.float64)  # (vectors of this file, d)
+        for part in kept:
+            if part.ndim != 3 or part.shape[2] != d:
+                shape = tuple(part.shape)
+                raise SystemExit(f"{path}: targets of shape {shape}, expected (spans, K, {d})")
+            check_finite(part, str(path))
+        v = torch.cat([part.flatten(0, 1) for part in kept]).to(
+            device, torch.float64
+        )  # (vectors of this file, d)
         total += v.sum(0)
         outer += v.T @ v
         n += len(v)
@@ -132,22 +142,39 @@ def random_basis(covariance):
 # targets: the same vectors v, K an auxiliary image, in files of `shard` examples
 
 
-def split_to_shards(splits):
-    """[(path, rows)]: the target files of all splits, and the examples of each."""
+def split_to_shards(splits, made_by):
+    """[(path, rows, key)]: the target files of all splits, their examples, and what they are of."""
     shards = []
     for split, rows in splits.items():
         for i in range(0, len(rows), shard):
             path = Path(out) / "targets" / f"{split}-{i // shard:05}.safetensors"
-            shards.append((path, rows[i : i + shard]))
+            part = rows[i : i + shard]
+            pictures = [(row["id"], pictures_of(row)) for row in part]
+            shards.append((path, part, key_of([made_by, pictures])))
     return shards
 
 
-def encode_shard(path, rows, vlm, processor):
+def pictures_of(row):
+    """What an example's targets are made of: its auxiliary images, by content."""
+    return [file_digest(path) for path in row["aux_images"]]
+
+
+def is_made(path, key):
+    """Is a target file there, whole, and of these examples, pictures and settings?"""
+    try:
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):  # missing or cut off: it is made again
+        return False
+
+
+def encode_shard(path, rows, key, vlm, processor):
     """Write the targets of `rows` to one file.
 
     Its metadata names the examples with a degenerate image, and holds norms as (sum, count).
     """
     v = encode_targets(rows, vlm, processor)  # (images, K, d)
+    check_finite(v, f"{path}: the targets that {base} makes of {rows[0].where} and after")
     flat = spread(v) < degenerate  # (images)
     tensors, rejected = {}, []
     at = 0
@@ -163,6 +190,7 @@ def encode_shard(path, rows, vlm, processor):
     target_norm = [float(v.float().norm(dim=-1).sum()), v.shape[0] * K]
     query_norm = query_norms(rows[:batch], vlm, processor)  # a sample is enough to print
     meta = {
+        "key": key,
         "rejected": json.dumps(rejected),
         "target_norm": json.dumps(target_norm),
         "query_norm": json.dumps([float(query_norm.sum()), len(query_norm)]),
@@ -192,10 +220,7 @@ def query_norms(rows, vlm, processor):
 
 
 def provenance(vlm):
-    """What the targets depend on; it is kept beside them."""
-    files = [data]
-    if val_data:
-        files.append(val_data)
+    """What all targets depend on; it is kept beside them."""
     return {
         "tower": tower_fingerprint(vlm),
         "K": K,
@@ -206,7 +231,6 @@ def provenance(vlm):
         "shard": shard,
         "degenerate": degenerate,
         "dtype": dtype,
-        "data": key_of({}, *files),
     }
 
 
@@ -214,7 +238,7 @@ def check_provenance(note, made_by):
     """Raise SystemExit if targets are there already and were made in another way."""
     if not note.exists():
         return
-    old = json.loads(note.read_text())
+    old = read_json(note)
     if old != made_by:
         differ = {name: (old.get(name), x) for name, x in made_by.items() if old.get(name) != x}
         raise SystemExit(
@@ -228,23 +252,13 @@ def check_provenance(note, made_by):
 
 
 def read_shards(shards):
-    """All targets as {id: file name}, the rejected ids, and mean norms of targets and queries.
-
-    Raises SystemExit for a file of other examples than the data's.
-    """
+    """All targets as {id: file name}, the rejected ids, and mean norms of targets and queries."""
     index, rejected = {}, []
     norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one a file
-    for path, rows in shards:
+    for path, _, _ in shards:
         with safe_open(path, "pt") as f:
-            found, meta = set(f.keys()), f.metadata()
+            meta = f.metadata()
             index |= dict.fromkeys(f.keys(), path.name)
-        wanted = {row["id"] for row in rows if row["aux_images"]}
-        if found != wanted:
-            raise SystemExit(
-                f"{path} holds other examples than {data} has there "
-                f"({len(found - wanted)} too many, {len(wanted - found)} missing); "
-                f"delete {path.parent}"
-            )
         rejected += json.loads(meta["rejected"])
         for name, pairs in norms.items():
             pairs.append(json.loads(meta[name]))
@@ -282,8 +296,13 @@ def finish(shards, total, outer, n, made_by):
         eigenvalues, vectors = random_basis(covariance)
 
     index_path = Path(out) / "targets" / "index.json"
-    text = json.dumps(made_by | {"rejected": rejected, "files": index})
-    write_then_rename(index_path, lambda tmp: tmp.write_text(text))
+    whole = made_by | {
+        "rejected": rejected,
+        "files": index,
+        "pictures": {row["id"]: pictures_of(row) for _, rows, _ in shards for row in rows},
+        "shards": {path.name: tensors_digest(path) for path, _, _ in shards},
+    }
+    write_json(index_path, whole)
 
     tensors = {
         "mean": mean.float() * centre,
@@ -291,6 +310,7 @@ def finish(shards, total, outer, n, made_by):
         "eigenvalues": eigenvalues.float(),
     }
     meta = made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
+    meta["targets"] = key_of(whole)  # a PCA belongs to the targets that it was fitted on
     meta = {name: str(x) for name, x in meta.items()}  # safetensors keeps strings only
     pca_path = Path(out) / "pca.safetensors"
     write_then_rename(pca_path, lambda tmp: save_file(tensors, tmp, meta))
@@ -302,12 +322,12 @@ def finish(shards, total, outer, n, made_by):
 
 def check_settings():
     """Raise SystemExit for a setting that makes no sense."""
-    if math.isqrt(K) ** 2 != K or K < 1:
+    if math.isqrt(K) ** 2 != K:
         raise SystemExit(f"K={K} is not a square: latents are a sqrt(K) x sqrt(K) grid")
     check_choices(
         globals(), mode=("pool", "resize"), basis=("pca", "random"), dtype=("float32", "bfloat16")
     )
-    if not 0 < retained <= 1:
+    if retained == 0:
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
 
 
@@ -328,34 +348,42 @@ def load_splits():
     ids = [row["id"] for rows in splits.values() for row in rows]
     if len(set(ids)) < len(ids):
         raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
-    return splits
+    if "__metadata__" in ids:
+        raise SystemExit(f"{data}: the id '__metadata__' is safetensors' own; give another")
+    fields = ("images", "aux_images")
+    return {name: usable_rows(rows, skip_unusable, fields) for name, rows in splits.items()}
 
 
 @torch.inference_mode()
 def main():
     rank, world = rank_and_world()
     check_settings()
+    claim(out)
     device = pick_device()
     if world > 1:
         join_ranks(device)
-    shards = split_to_shards(load_splits())
+    splits = load_splits()
     vlm, _ = load_vlm(base, getattr(torch, dtype), device)
     processor = load_processor(base, min_pixels, max_pixels)
     made_by = provenance(vlm)
 
-    # 1. targets: a file that exists is finished
+    # 1. targets: a file that is there, of the same examples, pictures and settings, is kept
+    shards = split_to_shards(splits, made_by)
     note = Path(out) / "targets" / "made_by.json"
     check_provenance(note, made_by)
     if rank == 0:
-        write_then_rename(note, lambda tmp: tmp.write_text(json.dumps(made_by)))
-    for path, rows in tqdm(shards[rank::world], desc="targets", unit="shard", disable=rank > 0):
-        if not path.exists():
-            encode_shard(path, rows, vlm, processor)
+        write_json(note, made_by)
+    mine = shards[rank::world]
+    for path, rows, key in tqdm(mine, desc="targets", unit="shard", disable=rank > 0):
+        if path.exists() and not is_made(path, key):
+            tqdm.write(f"{path}: damaged, or of other examples, pictures or settings; made anew")
+        if not is_made(path, key):
+            encode_shard(path, rows, key, vlm, processor)
     if world > 1:
         dist.barrier()
 
     # 2. moments of the training split, summed over ranks
-    train = [path for path, _ in shards if path.name.startswith("train-")]
+    train = [path for path, _, _ in shards if path.name.startswith("train-")]
     total, outer, n = moments(train[rank::world], made_by["d"], device)
     n = torch.tensor(float(n), dtype=torch.float64, device=device)
     if world > 1:

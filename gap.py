@@ -8,14 +8,24 @@ The baselines LH and output-as-input and the controls differ in the head only (m
 Constants of the paper are settings of train.py: lambda_latent, tau, ...
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from data import LATENT_SPAN, check_choices, read_lines
+from data import (
+    LATENT_SPAN,
+    check_finite,
+    file_digest,
+    key_of,
+    question_key,
+    read_json,
+    read_lines,
+    tensors_digest,
+    weights_digest,
+)
+from launch import check_choices
 from method import Method
 from model import (
     HEADS,
@@ -41,6 +51,7 @@ def is_solved(correct, n, n_options, tau, rule):
     probability below 5 % (binomial tail); free-form questions as in the paper.
     """
     if rule == "guess" and n_options > 1:
+        # what a blind guess hits
         p = 1 / n_options
         counts = range(correct, n + 1)
         tail = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
@@ -53,29 +64,60 @@ def needs_latents(row, tau, rule):
     return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
 
 
-def read_difficulty(path, tau, rule):
-    """(ids that the rule trains as text, all ids) of a difficulty file.
+def read_counts(path):
+    """{id: line} of a difficulty file as sample_difficulty.py writes it.
 
-    Raises SystemExit where early-stopped counts can not tell.
+    Raises SystemExit naming line and field for a line that is none, or whose id occurs before.
     """
-    fields = {"id", "n", "correct", "n_options", "lower_bound"}
-    solved, known = set(), set()
-    for n, row in enumerate(read_lines(path), 1):
-        missing = fields - row.keys()
-        if missing:
-            wanted = "expected a line written by sample_difficulty.py"
-            raise SystemExit(f"{path}:{n}: lacks {sorted(missing)}; {wanted}")
-        known.add(row["id"])
-        if not needs_latents(row, tau, rule):
+    # its lines are resumed and trusted, so each is checked as if a stranger had sent it
+    fields = {"id": str, "key": str, "base": str, "row": str, "n": int, "correct": int}
+    fields |= {"n_options": int, "lower_bound": bool}
+    counts = {}
+    for line_number, line in enumerate(read_lines(path, **fields), 1):
+        where = f"{path}:{line_number}"
+        if not 0 <= line["correct"] <= line["n"] or line["n"] < 1:
+            raise SystemExit(f"{where}: {line['correct']} of {line['n']} answers correct")
+        if line["id"] in counts:
+            raise SystemExit(f"{where}: id {line['id']!r} occurs before")
+        counts[line["id"]] = line
+    return counts
+
+
+def solved_by(counts, examples, base, settings):
+    """Ids of the examples that the difficulty rule trains as text.
+
+    Raises SystemExit for examples that were not sampled, or not as they are now, or from another
+    base, and where an early-stopped count can not tell.
+    """
+    path, tau, rule = (settings[name] for name in ("difficulty", "tau", "rule"))
+    again = "run sample_difficulty.py again, it goes on where it stopped"
+    missing = [row for row in examples if row["id"] not in counts]
+    if missing:
+        raise SystemExit(
+            f"{path} lacks {len(missing)} examples of {settings['data']} (the first is "
+            f"{missing[0]['id']!r}); {again}"
+        )
+    # what is left keeps its latents
+    solved = set()
+    for row in examples:
+        line = counts[row["id"]]
+        if line["base"] != base:
+            raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
+        if line["row"] != question_key(row):
+            raise SystemExit(
+                f"{path}: {row['id']!r} was sampled with another question, answer or picture than "
+                f"{row.where} has; {again}"
+            )
+        if not needs_latents(line, tau, rule):
             solved.add(row["id"])
-        elif row["lower_bound"]:
+        elif line["lower_bound"]:
             # it counted no further once solved under another tau or rule
             raise SystemExit(
-                f"{path}:{n}: {row['id']!r} was stopped early at {row['correct']} correct, which "
+                f"{path}: {row['id']!r} was stopped early at {line['correct']} correct, which "
                 f"does not decide tau={tau} under rule={rule!r}; sample again with early_stop=0 or "
                 "this tau and rule"
             )
-    return solved, known
+    return solved
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,28 +132,57 @@ class Targets:
         self.index_file = self.folder / "index.json"
         if not self.index_file.is_file():
             raise SystemExit(f"{self.index_file}: no such file; run fit_pca.py first")
-        self.index = json.loads(self.index_file.read_text())
+        # the index is written last by fit_pca.py: where it stands, the targets are whole
+        kinds = {"K": int, "d": int, "mode": str, "tower": str}
+        kinds |= {"rejected": list, "files": dict, "pictures": dict, "shards": dict}
+        self.index = read_json(self.index_file, **kinds)
+        self.K, self.d = self.index["K"], self.index["d"]
         self.files = self.index["files"]  # {id: the file that holds it}
         self.rejected = set(self.index["rejected"])  # ids with a degenerate auxiliary image
         self.open = {}
 
-    def read(self, id, n_spans):
-        """(n_spans * K, d) of an example. Raises SystemExit if its response has other spans."""
-        name = self.files[id]
-        if name not in self.open:
-            self.open[name] = safe_open(self.folder / name, "pt")
-        # safetensors maps the file: only this example's bytes are read
-        v = self.open[name].get_tensor(id)  # (m, K, d)
-        if len(v) != n_spans:
+    def check_files(self):
+        """Refuse target files that are not those that fit_pca.py indexed."""
+        for name, digest in self.index["shards"].items():
+            path = self.folder / name
+            if not path.is_file() or tensors_digest(path) != digest:
+                raise SystemExit(f"{path}: not the targets that index.json names; run fit_pca.py")
+
+    def has(self, row):
+        """Are there targets of a row's auxiliary images? SystemExit if not, or of other ones."""
+        if row["id"] not in self.files:
             raise SystemExit(
-                f"{self.folder / name}: {len(v)} spans for example {id!r}, whose response has "
-                f"{n_spans}; run fit_pca.py again"
+                f"{row.where}: example {row['id']!r} needs latent targets, which {self.index_file} "
+                "does not have; run fit_pca.py on this data file"
             )
+        # by content: a picture that was redrawn under its old name is another one
+        pictures = [file_digest(path) for path in row["aux_images"]]
+        if self.index["pictures"].get(row["id"]) != pictures:
+            raise SystemExit(
+                f"{row.where}: the auxiliary images of {row['id']!r} are others than those of its "
+                f"targets in {self.folder}; run fit_pca.py again"
+            )
+        return row["id"] not in self.rejected
+
+    def read(self, id, n_spans):
+        """(n_spans * K, d) of an example. Raises SystemExit if its targets have another shape."""
+        path = self.folder / self.files[id]
+        if path not in self.open:
+            self.open[path] = safe_open(path, "pt")
+        # safetensors maps the file: only this example's bytes are read
+        v = self.open[path].get_tensor(id)  # (m, K, d)
+        if v.shape != (n_spans, self.K, self.d):
+            raise SystemExit(
+                f"{path}: targets {tuple(v.shape)} for example {id!r}, expected "
+                f"{(n_spans, self.K, self.d)}; run fit_pca.py again"
+            )
+        check_finite(v, f"{path}: the targets of example {id!r}")
         return v.flatten(0, 1)
 
 
-def check_same_space(vlm, base, targets, pca_file, meta):
+def check_same_space(vlm, base, targets, pca_file, pca, meta):
     """Refuse a PCA, targets and base that do not belong together."""
+    # latents are read by the decoder as that tower's embeddings
     ours = tower_fingerprint(vlm)
     for name, theirs in ((pca_file, meta), (targets.index_file, targets.index)):
         if theirs["tower"] != ours:
@@ -124,6 +195,13 @@ def check_same_space(vlm, base, targets, pca_file, meta):
             raise SystemExit(
                 f"{targets.index_file} has {field} = {there}, but {pca_file} has {here}"
             )
+    if meta.get("targets") != key_of(targets.index):
+        raise SystemExit(f"{pca_file} was fitted on other targets than {targets.index_file} names")
+    d = vlm.config.text_config.hidden_size
+    if not len(pca["mean"]) == targets.d == d:
+        raise SystemExit(f"{pca_file}: vectors of width {len(pca['mean'])}, but {base} has {d}")
+    if math.isqrt(targets.K) ** 2 != targets.K or targets.K < 1:
+        raise SystemExit(f"{targets.index_file}: K = {targets.K} is not a square")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,37 +219,31 @@ class GAP(Method):
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)
         add_latent_tokens(vlm, tokenizer)
+        # where latents stand in the ids
         self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
         self.pca_file = Path(settings["pca"]) / "pca.safetensors"
         pca, self.meta = load_pca(self.pca_file)
         self.targets = Targets(settings["pca"])
-        check_same_space(vlm, settings["base"], self.targets, self.pca_file, self.meta)
+        check_same_space(vlm, settings["base"], self.targets, self.pca_file, pca, self.meta)
+        self.targets.check_files()
         # the seam to `generate`: what follows a state is head(h_bar)
-        self.head = HEADS[settings["method"]](pca, self.targets.index["K"])
-        self.solved, self.known = set(), set()
-        if settings["difficulty"]:
-            rule = settings["tau"], settings["rule"]
-            self.solved, self.known = read_difficulty(settings["difficulty"], *rule)
+        self.head = HEADS[settings["method"]](pca, self.targets.K)
+        self.solved = set()
 
     def inputs(self):
-        files = [self.pca_file, self.targets.index_file]
+        keys = {"pca": tensors_digest(self.pca_file), "targets": key_of(self.targets.index)}
         if self.settings["difficulty"]:
-            files.append(self.settings["difficulty"])
-        return files
+            keys["difficulty"] = key_of(sorted(self.solved))
+        return keys
 
     # --- which rows, and how a row becomes numbers
 
-    def rows(self, path, training):
-        rows, left_out = super().rows(path, training)
-        difficulty = self.settings["difficulty"]
-        if training and difficulty:
-            missing = [row["id"] for row in rows if row["id"] not in self.known]
-            if missing:
-                raise SystemExit(
-                    f"{difficulty} lacks {len(missing)} examples of {path} (the first is "
-                    f"{missing[0]!r}); run sample_difficulty.py again, it goes on where it stopped"
-                )
-        return rows, left_out
+    def rows(self, examples, training):
+        if training and self.settings["difficulty"]:
+            counts = read_counts(self.settings["difficulty"])
+            base = weights_digest(self.settings["base"])
+            self.solved = solved_by(counts, examples, base, self.settings)
+        return super().rows(examples, training)
 
     def keeps_latents(self, row, training):
         return not training or row["id"] not in self.solved
@@ -181,18 +253,12 @@ class GAP(Method):
             return False
         return super().keeps_parser(row, training)
 
-    def can_use(self, row, path):
-        if row["id"] in self.targets.rejected:
-            return False
-        if row["id"] not in self.targets.files:
-            raise SystemExit(
-                f"{path}: example {row['id']!r} needs latent targets, which "
-                f"{self.targets.index_file} does not have; run fit_pca.py on this data file"
-            )
-        return True
+    def can_use(self, row):
+        return self.targets.has(row)
 
     def encode(self, row):
         response, K = row["response"], self.head.K
+        # the same prompt and spans as at inference, with K pads a span
         example = encode(self.vlm, self.tokenizer, self.processor, row, K, response)
         return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
 
@@ -204,7 +270,7 @@ class GAP(Method):
     def collate(self, examples):
         # in the order of the pads, row by row
         v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
-        latents = torch.cat(v) if v else torch.zeros(0, self.targets.index["d"])  # (M, d)
+        latents = torch.cat(v) if v else torch.zeros(0, self.targets.d)  # (M, d)
         return super().collate(examples) | {"latents": latents}
 
     # --- losses
@@ -215,14 +281,15 @@ class GAP(Method):
         The state at <|latent_start|> predicts latent 1, the state at latent i latent i + 1: both
         losses are read one position early.
         """
-        v = batch["latents"]  # (M, d): what is fed (teacher forcing), and what is regressed
+        # targets are inputs, too (teacher forcing): one forward trains all latents at once
+        v = batch["latents"]  # (M, d)
         at = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
         fed = v
         if self.settings["scheduled_sampling"]:
             # on every rank, with latents or not: FSDP gathers the decoder twice
             with torch.no_grad():
                 fed = self.head(self.states(batch, v, self.latent_id)[at])
-        h = self.states(batch, fed, self.latent_id)
+        h = self.states(batch, fed, self.latent_id)  # (B, T - 1, d)
         ce = self.cross_entropy(h, batch)
         if not len(v):
             # the head stays in the graph: FSDP wants the same gradients on every rank
@@ -241,6 +308,7 @@ class GAP(Method):
 
     def latent_scale(self):
         """What makes L_latent of the mean of ||v_hat - v||^2: 1/d, 1, or 1/variance of targets."""
+        # at 7B the sum over d is of the order of 1,000 against a cross-entropy of 1
         d = self.head.basis.shape[0]
         scales = {"mean": 1 / d, "sum": 1.0, "relative": 1 / self.head.total_variance}
         return scales[self.settings["latent_loss"]]
@@ -251,6 +319,7 @@ class GAP(Method):
     def report(self, means):
         if "latent" not in means:
             return means
+        # logged whatever latent_loss is: 1 - R^2 means the same on every tower
         squared = means["latent"]
         r2 = 1 - squared / self.head.total_variance
         return {

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from data import LATENT_SPAN, open_image, read_safetensors, write_then_rename
+from data import LATENT_SPAN, read_safetensors, write_then_rename
+from images import open_image
 from model import HEAD_FILE, embed, encode, encode_images, latent_ids
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
@@ -45,6 +46,7 @@ def see(vlm, processor, prompts):
             vision, _ = encode_images(vlm, processor, opened)
         seen += vision
 
+    # give each prompt its images back, in order
     rest = iter(seen)
     for p in prompts:
         mine = [next(rest) for _ in p["images"]]
@@ -56,6 +58,7 @@ def calls_of(sized, most):
     """Split (item, size) pairs into lists of items of at most `most` together, or of one item."""
     call, total = [], 0
     for item, size in sized:
+        # the next image would not fit: close this call
         if call and total + size > most:
             yield call
             call, total = [], 0
@@ -86,7 +89,8 @@ class Decoder:
         self.H, self.D = attention.num_key_value_heads, attention.head_dim
         self.G = attention.num_key_value_groups  # query heads that share a key-value head
 
-        # the prefill: one forward over all prompts, images included
+        # the prefill: one forward over all prompts, images included, padded on the left, so that
+        # all prompts end, and all answers begin, at one column
         ids, pos, mask = (x.to(vlm.device) for x in left_padded(prompts, pad_id))
         vision = [p["vision"] for p in prompts if p["vision"] is not None]
         vision = torch.cat(vision) if vision else None
@@ -108,7 +112,7 @@ class Decoder:
         self.next_pos = pos.amax(dim=(0, 2)) + 1  # (Q)
         self.keys = [NewPositions() for _ in cache]
         self.values = [NewPositions() for _ in cache]
-        self.t = 0  # how many new positions there are
+        self.t = 0  # how many new positions every row has by now
 
     def step(self, x):
         """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm."""
@@ -125,6 +129,7 @@ class Decoder:
 
     def attend(self, i, attention, y, rope):
         """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
+        # one position a row: S takes the place that the sequence has in the stock attention
         Q, S, _ = y.shape
         H, G, D = self.H, self.G, self.D
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -172,6 +177,7 @@ class NewPositions:
 
     def add(self, x, t):
         """Store x (Q, H, S, 1, D) as position t; returns positions 0 to t."""
+        # its shape is known with the first position
         if self.buffer is None:
             self.buffer = self.room(x, FIRST_POSITIONS)
         if self.buffer.shape[3] == t:  # full: room for twice as many
@@ -187,6 +193,7 @@ class NewPositions:
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        # the two index arrays come first in what this gives
         kept = self.buffer[q[:, None], :, s]  # (Q', S', H, t, D)
         self.buffer = kept.transpose(1, 2).contiguous()
 
@@ -216,6 +223,7 @@ def pick(logits, temperature, top_p, u):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    # float32, so that the sum of 152,064 of them is 1
     p = torch.softmax(logits / temperature, -1)
     if top_p < 1:
         p = nucleus(p, top_p)
@@ -244,6 +252,7 @@ def intervene(kind, head, v_hat, noise=None, fed=None):
     if kind == "mean":
         return head.mean.expand_as(v_hat)
     if kind == "noise":
+        # the spread of the training coefficients along each component
         std = head.eigenvalues.clamp(min=0).sqrt()
         w = head.reconstruct(noise * std)
         norm = v_hat.norm(dim=-1, keepdim=True)
@@ -260,6 +269,7 @@ def ema_norm(vision, beta):
     """n_bar, a moving average of ||v|| over a query's embeddings (N, d); 0 without images."""
     if vision is None:
         return 0.0
+    # in reading order, image after image
     norms = vision.float().norm(dim=-1).tolist()
     n_bar = norms[0]
     for n in norms[1:]:
@@ -269,6 +279,7 @@ def ema_norm(vision, beta):
 
 def calibrate(v, n_bar):
     """EMA norm calibration: n_bar v / ||v|| for latents v (M, d), n_bar (M); as it is where 0."""
+    # 0 for a question without images: nothing to be calibrated to
     scale = n_bar[:, None] / v.norm(dim=-1, keepdim=True)
     return torch.where(scale > 0, v * scale, v)
 
@@ -285,6 +296,7 @@ class Tokens:
     def next(self, h, rows, n):
         """The n-th tokens (R) of `rows` (R), whose states are h (R, d)."""
         logits = self.lm_head(h).float()  # (R, V)
+        # a span's inner tokens are forced, never chosen
         logits[:, self.never] = -torch.inf
         logits[:, self.n_words :] = -torch.inf  # spare rows are no tokens
         return self.draw(logits, rows, n)
@@ -378,6 +390,7 @@ def generate(
     check_intervention(intervention, head)
     n_rows = len(prompts) * n_samples
     start, latent_pad, end = latent_ids(tokenizer)
+    # the base and text models write text only
     closed = head is None or intervention == "zero"  # no span can open
     ends_early = not closed and not head.fixed_length
     stops = stop_ids(vlm, tokenizer)
@@ -386,7 +399,7 @@ def generate(
     after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
     span = torch.tensor([] if closed else [latent_pad] * head.K + after_span)
 
-    # each row's own draws, the same in any batch
+    # a generator a row: its draws do not depend on who else is in the batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
     u = torch.zeros(n_rows, max_new_tokens)
     if temperature:
@@ -402,6 +415,7 @@ def generate(
         n_bar = [ema_norm(p["vision"], ema_beta) for p in prompts]
     latents = Latents(head, intervention, fed, n_bar, generators, n_samples)
 
+    # the prompt is read once; from here on a step is one position
     decoder = Decoder(vlm, prompts, n_samples, tokenizer.pad_token_id)
     h = decoder.h  # (Q, S, d)
     rows = torch.arange(n_rows).view(-1, n_samples)  # which row a slot writes
@@ -414,11 +428,13 @@ def generate(
         text = alive & (left == 0)
         inside = alive & (left > len(after_span))
         if ends_early and inside.any():
+            # Monet's way: the LM head is asked at every latent
             ended = tokens.would_write(end, h[inside], rows[inside], n)
             left[inside] = torch.where(ended, len(after_span), left[inside])
             inside = alive & (left > len(after_span))
 
         # 2. its token, forced or drawn
+        # what a finished row is fed does not matter
         token = torch.full_like(rows, tokenizer.pad_token_id)
         in_span = alive & (left > 0)
         if in_span.any():
@@ -439,7 +455,9 @@ def generate(
         # 4. spans open, rows end
         left = (left - 1).clamp(min=0)
         if not closed:
+            # the start was just written: its span is still to come
             left[text & (token == start)] = len(span)
+        # a stop token ends a row in text only
         done = text & torch.isin(token, stops)
         if n + 1 == max_new_tokens:
             done = alive
@@ -456,6 +474,7 @@ def generate(
         if decoder.t:
             questions, samples = still_needed(alive)
             if samples.numel() <= LEAVE_AT * alive.numel():
+                # caches shrink with the batch
                 decoder.keep(questions, samples)
                 at = questions[:, None], samples
                 rows, alive, left, x = rows[at], alive[at], left[at], x[at]
@@ -464,6 +483,7 @@ def generate(
     answers = []
     for written, spans in zip(ids, latents.written):
         v = torch.stack(spans) if spans else torch.zeros(0)  # (m, d)
+        # else it was cut off by the limit, or dropped
         finished = written[-1] in stops.tolist()
         answers.append({"ids": written, "latents": v, "finished": finished})
     return [answers[i : i + n_samples] for i in range(0, n_rows, n_samples)]
@@ -524,6 +544,7 @@ def save_latents_file(path, latents, head):
 
     A span that the token limit cut off is left out.
     """
+    # the token limit can cut a span in two
     unit = span_unit(head)
     whole = len(latents) // unit * unit
     if whole:

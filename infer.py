@@ -18,17 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (
-    RESERVED,
-    check_choices,
-    load_examples,
-    open_image,
-    pick_device,
-    read_safetensors,
-    start,
-    write_then_rename,
-)
+from data import RESERVED, load_examples, read_safetensors, write_then_rename
 from generate import INTERVENTIONS, generate, load_latents_file, make_prompts, save_latents_file
+from images import open_image
+from launch import check_choices, pick_device, start
 from model import (
     HEAD_FILE,
     encode_images,
@@ -102,6 +95,20 @@ class Printer:
         self.printed = len(text)
 
 
+def paths_of(text):
+    """The files that a setting names, with commas between; a file's own name may have one, too.
+
+    Raises SystemExit for one that is not there.
+    """
+    if Path(text).is_file():
+        return [text]
+    paths = [path.strip() for path in text.split(",") if path.strip()]
+    for path in paths:
+        if not Path(path).is_file():
+            raise SystemExit(f"{path}: no such image")
+    return paths
+
+
 def get_question(paths):
     """The question to ask. Raises SystemExit if there is none, or if it holds a reserved token."""
     asked = question or toy_question(paths[0] if paths else "")
@@ -131,7 +138,7 @@ def latents_to_feed(vlm, processor, head):
         if not aux:
             raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
         mode = read_safetensors(Path(model) / HEAD_FILE, ())[1]["mode"]
-        pictures = [open_image(path) for path in aux.split(",")]
+        pictures = [open_image(path) for path in paths_of(aux)]
         with torch.inference_mode():
             return [grid_features(vlm, processor, pictures, head.K, mode).cpu()]
     if intervention == "shuffle":
@@ -219,14 +226,17 @@ def draw_latents(path, found, pictures, visions, grids, K):
 
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
+    paths = paths_of(images)
+    if show and not paths:
+        raise SystemExit("--show needs a query image")
+    asked = get_question(paths)
+
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     processor = load_processor(model, min_pixels, max_pixels)
     head = load_head(model, vlm, tokenizer, latent_size)
     if head is None and (intervention != "clean" or show or latents):
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
 
-    paths = [path for path in images.split(",") if path]
-    asked = get_question(paths)
     prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
     fed = latents_to_feed(vlm, processor, head)
 
@@ -255,8 +265,6 @@ def main():
         save_latents_file(latents, found, head)
         print(f"wrote {latents}: {len(found)} latents")
     if show:
-        if not paths:
-            raise SystemExit("--show needs a query image")
         pictures = [open_image(path) for path in paths]
         visions, grids = embed_pictures(vlm, processor, pictures)
         draw_latents(show, found, pictures, visions, grids, head.K)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
-from endpoint import FAILURES, answered
+from endpoint import FAILURES, NO_KEY, answered, hidden
 
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
 JUDGE_PROMPTS = {
@@ -62,9 +62,11 @@ def judge(test, graded, endpoint):
     stays wrong. Raises SystemExit when the judge gives no reply.
     """
     kind = JUDGED[test.name]
+    # by id, and only of rows that are open: the rule's reading stands where it has one
     prompts, keys = {}, {}
     for row in graded:
         if is_open(row, kind):
+            # without the reasoning: the judge is not to solve the question by it
             said = extract_final(row["raw"])
             prompt = JUDGE_PROMPTS[kind].format(**row | {"said": said})
             asked = {"judge": endpoint.model, "url": endpoint.url, "prompt": prompt}
@@ -93,16 +95,18 @@ def is_open(row, kind):
 
 def ask_all(test, prompts, keys, endpoint):
     """{key: reply} of all prompts {id: text}; those that judge.jsonl lacks are asked and added."""
+    # paid replies are kept at once, under what was asked
     path = test.out / "judge.jsonl"
-    replies = {line["key"]: line["reply"] for line in read_lines(path)}
+    replies = {line["key"]: line["reply"] for line in read_lines(path, key=str, reply=str)}
     todo = [id for id in prompts if keys[id] not in replies]
-    api_key = os.environ.get(endpoint.key) or "none"
+    api_key = os.environ.get(endpoint.key) or NO_KEY
     client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
 
     def ask(id):
-        return ask_judge(client, prompts[id], endpoint)
+        return ask_judge(client, prompts[id], endpoint, api_key)
 
     with open_append(path) as f, ThreadPoolExecutor(endpoint.workers) as pool:
+        # in the order of todo, however the replies come in
         new = pool.map(ask, todo)
         for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
             reply = next(new)
@@ -111,7 +115,7 @@ def ask_all(test, prompts, keys, endpoint):
     return replies
 
 
-def ask_judge(client, prompt, endpoint):
+def ask_judge(client, prompt, endpoint, api_key):
     """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
 
     def call():
@@ -124,16 +128,17 @@ def ask_judge(client, prompt, endpoint):
         return reply.choices[0].message.content or ""
 
     try:
-        return answered(call, endpoint.url, endpoint.tries)
+        return hidden(answered(call, endpoint.url, endpoint.tries, key=api_key), api_key)
     except FAILURES as e:
+        said = hidden(f"{type(e).__name__}: {e}", api_key)
         raise SystemExit(
-            f"{endpoint.url}: no judgement ({type(e).__name__}: {e}); the finished ones are kept, "
-            "run eval.py again"
+            f"{endpoint.url}: no judgement ({said}); the finished ones are kept, run eval.py again"
         ) from None
 
 
 def rated(row, reply):
     """The row with the rating of a reply; 0 where it gives none or several, as officially."""
+    # a judge that repeats its rating gives one; two ratings give none
     ratings = set(re.findall(r"Rating: ([0-6])\b", reply))
     rating = int(ratings.pop()) if len(ratings) == 1 else 0
     return row | {"judgement": reply, "rating": rating}
@@ -141,6 +146,7 @@ def rated(row, reply):
 
 def read_again(row, reply, kind, check):
     """The row graded by the answer that the judge read: the letter of an option, or a value."""
+    # the judge may say that nothing was chosen: it is not asked to guess
     if reply == NO_ANSWER:
         answer = None
     elif kind == "letter" or row["options"]:

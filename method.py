@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import load_examples, open_image, strip_latents, strip_parser
+from data import strip_latents, strip_parser
+from images import open_image
 from model import IGNORE, embed, encode
 
 
@@ -32,6 +33,7 @@ class Method(nn.Module):
     def __init__(self, vlm, tokenizer, processor, settings):
         """settings: those of train.py by name, with --key=value applied."""
         super().__init__()
+        # a submodule: FSDP gathers embeddings and LM head while this module's forward runs
         self.vlm = vlm
         self.tokenizer, self.processor, self.settings = tokenizer, processor, settings
 
@@ -40,21 +42,21 @@ class Method(nn.Module):
         """Raise SystemExit for settings that this method can not have, before weights are read."""
 
     def inputs(self):
-        """Files beside data and base that training depends on: a resumed run needs the same."""
-        return []
+        """{name: key} of what training depends on beside data and base: a resume needs the same."""
+        return {}
 
     # --- which rows, and how a row becomes numbers
 
-    def rows(self, path, training):
-        """(rows of a data file, their responses as this method trains on them; ids left out)."""
+    def rows(self, examples, training):
+        """(the examples, their responses as this method trains on them; ids that it leaves out)."""
         rows, left_out = [], []
-        for row in load_examples(path):
+        for row in examples:
             if not self.keeps_parser(row, training):
                 row["response"] = strip_parser(row["response"])
             # a row that trains as text needs nothing else: it is never left out
             if not row["aux_images"] or not self.keeps_latents(row, training):
                 row["response"] = strip_latents(row["response"])
-            elif not self.can_use(row, path):
+            elif not self.can_use(row):
                 left_out.append(row["id"])
                 continue
             rows.append(row)
@@ -66,9 +68,10 @@ class Method(nn.Module):
 
     def keeps_parser(self, row, training):
         """Does a row keep its `<parser>` texts?"""
+        # a control: does the text that says what a span shows matter?
         return self.settings["write_parser"]
 
-    def can_use(self, row, path):
+    def can_use(self, row):
         """Is there all that a row with latents needs? False leaves it out."""
         return True
 
@@ -93,9 +96,11 @@ class Method(nn.Module):
             "ids": pad_sequence(ids, batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
             "pos": pad_sequence(pos, batch_first=True).permute(2, 0, 1),
+            # a batch of text alone has none; the tower is frozen, so a rank may skip it
             "pixels": None,
             "grids": None,
         }
+        # here and not in encode: only this rank's own images are decoded
         images = [open_image(path) for example in examples for path in example["images"]]
         if images:
             inputs = self.processor(images=images, return_tensors="pt")
@@ -113,6 +118,7 @@ class Method(nn.Module):
 
     def states(self, batch, latents=None, latent_id=-1):
         """h_bar (B, T - 1, d) of a micro-batch: each position predicts the next, the last none."""
+        # images at their pads; a subclass puts latents at theirs
         x = embed(self.vlm, batch["ids"], batch["vision"], latents, latent_id)
         decoder = self.vlm.model.language_model
         # no cache: with activation checkpointing it gives wrong gradients, in silence
@@ -121,12 +127,14 @@ class Method(nn.Module):
 
     def cross_entropy(self, h, batch):
         """Summed cross-entropy of states h (B, T - 1, d) against the labels one position on."""
+        # the state at position t predicts the token at t + 1
         labels = batch["labels"][:, 1:]
         on = labels != IGNORE  # only these get logits
         return cross_entropy(h[on], labels[on], self.vlm.lm_head)
 
     def weights(self, step, total):
         """{name: weight} of the losses at a step of `total`."""
+        # constant; a paper with a schedule reads step and total
         return {"ce": 1.0}
 
     def report(self, means):

@@ -9,7 +9,6 @@ Shape letters: B rows, T positions, d model width, k components, K latents a spa
 """
 
 import hashlib
-import json
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +24,23 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
-from data import IMAGE_ERRORS, LATENT_SPAN, image_file, read_safetensors, write_then_rename
+from data import (
+    IMAGE_MARK,
+    LATENT_SPAN,
+    check_finite,
+    question_text,
+    read_json,
+    read_safetensors,
+    write_then_rename,
+)
+from images import image_size
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
 # the same three in a Monet checkpoint
 MONET_TOKENS = "<abs_vis_token>", "<abs_vis_token_pad>", "</abs_vis_token>"
 HEAD_FILE = "latent_head.safetensors"
 IGNORE = -100  # label of a position without cross-entropy
+MOST_LATENTS = 4096  # of a span: more is a damaged file
 
 # --------------------------------------------------------------------------------------------------
 # the latent head (section 4.1): h_bar -> v_hat
@@ -88,6 +97,7 @@ class PCAHead(LatentHead):
     def coefficients(self, h):
         """c = F(h_bar), (M, k)."""
         c = self.proj(h)
+        # k x k matrices: next to the d x k projection they cost nothing
         swiglu = F.silu(self.gate(c)) * self.up(c)
         return c + self.down(swiglu)
 
@@ -115,6 +125,7 @@ class FullHead(LatentHead):
 
     def __init__(self, pca, K):
         super().__init__(pca, K)
+        # a control below narrows it
         d, width = self.basis.shape[0], self.width()
         self.hidden = nn.Linear(d, width)
         self.out = nn.Linear(width, d)
@@ -184,6 +195,7 @@ class MonetHead(OutputHead):
 
     def __init__(self, vlm, K):
         d = vlm.config.text_config.hidden_size
+        # the interventions that need a PCA refuse this head
         no_pca = {
             "basis": torch.zeros(d, 0),
             "mean": torch.zeros(d),
@@ -203,8 +215,11 @@ def load_pca(path):
     """(tensors with total_variance, metadata) of pca.safetensors. SystemExit if it is not ours."""
     names, fields = ("mean", "basis", "eigenvalues"), ("tower", "K", "mode")
     tensors, meta = read_safetensors(path, names, fields)
+    check_pca(path, tensors)
     # all d eigenvalues are kept: their sum is the total variance, which 1 - R^2 is relative to
     all_eigenvalues, k = tensors["eigenvalues"], tensors["basis"].shape[1]
+    if not all_eigenvalues.sum() > 0:
+        raise SystemExit(f"{path}: the eigenvalues sum to 0; expected the variance of a fit")
     pca = {
         "mean": tensors["mean"],
         "basis": tensors["basis"],
@@ -214,9 +229,19 @@ def load_pca(path):
     return pca, meta
 
 
+def check_pca(path, tensors):
+    """Raise SystemExit unless mean (d), basis (d, k) and eigenvalues (k or more) fit together."""
+    shapes = {name: tuple(tensors[name].shape) for name in ("mean", "basis", "eigenvalues")}
+    mean, basis, eigenvalues = shapes.values()
+    vectors = len(mean) == len(eigenvalues) == 1 and len(basis) == 2
+    if not vectors or basis[0] != mean[0] or not 1 <= basis[1] <= eigenvalues[0]:
+        raise SystemExit(f"{path}: tensors of shapes {shapes}; expected (d), (d, k), (k or more)")
+
+
 def save_head(folder, head, weights, meta):
     """Write latent_head.safetensors: the head's weights, its PCA, and how both were made."""
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
+    # all that load_head needs to build it again without train.py
     meta = meta | {"kind": head.kind, "K": head.K, "total_variance": head.total_variance}
     meta = {k: str(v) for k, v in meta.items()}
     write_then_rename(Path(folder) / HEAD_FILE, lambda tmp: save_file(tensors, tmp, meta))
@@ -226,22 +251,38 @@ def load_head(folder, vlm, tokenizer, latent_size):
     """The latent head of a checkpoint folder, in float32; None where it has none (base, text).
 
     A folder without a head file whose tokenizer has Monet's tokens feeds back its own states, at
-    most `latent_size` of them a span. Raises SystemExit if the file is not a head's.
+    most `latent_size` of them a span. Raises SystemExit if the file is no head of this model's.
     """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
         if not set(MONET_TOKENS) <= tokenizer.get_vocab().keys():
             return None
         return MonetHead(vlm, latent_size).to(vlm.device).eval()
-    names, fields = ("mean", "basis", "eigenvalues"), ("K", "kind", "total_variance")
+    names = ("mean", "basis", "eigenvalues")
+    fields = ("K", "kind", "total_variance", "tower", "mode")
     tensors, meta = read_safetensors(path, names, fields)
-    kind = meta["kind"]
+    check_pca(path, tensors)
+    kind, K = meta["kind"], meta["K"]
     if kind not in HEADS:
         raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(HEADS)}")
-    # the PCA gives the head its shapes; the state dict holds it once more, with the weights
-    pca = tensors | {"total_variance": float(meta["total_variance"])}
-    head = HEADS[kind](pca, int(meta["K"]))
-    head.load_state_dict(tensors)
+    if not K.isdecimal() or not 1 <= math.isqrt(int(K)) ** 2 == int(K) <= MOST_LATENTS:
+        raise SystemExit(f"{path}: K is {K!r}, expected a square up to {MOST_LATENTS}")
+    d = vlm.config.text_config.hidden_size
+    if len(tensors["mean"]) != d:
+        width = len(tensors["mean"])
+        raise SystemExit(f"{path}: latents of width {width}, but the model's is {d}")
+    if meta["tower"] != tower_fingerprint(vlm):
+        raise SystemExit(f"{path} was made with another vision tower than {folder} has")
+    if None in latent_ids(tokenizer):
+        raise SystemExit(f"{path}: a latent head, but the tokenizer has no {LATENT_START}")
+    try:
+        # the PCA gives the head its shapes; the state dict holds it once more, with the weights
+        pca = tensors | {"total_variance": float(meta["total_variance"])}
+        head = HEADS[kind](pca, int(K))
+        head.load_state_dict(tensors)
+    except (RuntimeError, ValueError) as e:  # a weight that is missing, unknown or misshapen
+        reason = " ".join(str(e).split())[:300]
+        raise SystemExit(f"{path}: not a whole head of kind {kind!r}: {reason}") from None
     return head.to(vlm.device).eval()
 
 
@@ -252,54 +293,104 @@ def load_head(folder, vlm, tokenizer, latent_size):
 def load_vlm(folder, dtype=torch.float32, device="cpu"):
     """Load a Qwen2.5-VL folder, its tower to run `tower_attention`. Returns (vlm, tokenizer).
 
-    Raises SystemExit if it is not such a folder.
+    Raises SystemExit if it is not such a folder, or not a whole one: a tensor that is missing,
+    unknown, of another shape or not finite, a pointer or half a download in place of weights.
     """
     folder = Path(folder)
     config = folder / "config.json"
     if not config.is_file():
         wanted = "expected a Qwen2.5-VL folder in the Hugging Face layout"
         raise SystemExit(f"{config}: no such file; {wanted}")
+    # Qwen2-VL and Qwen3-VL have other towers and other positions
+    kind = read_json(config).get("model_type")
+    if kind != "qwen2_5_vl":
+        raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    # a clone without LFS leaves a text of three lines in place of 5 GB
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            if f.read(8) == b"version ":
+                raise SystemExit(f"{file}: a Git LFS pointer, not weights; run `git lfs pull`")
     try:
-        kind = json.loads(config.read_text()).get("model_type")
-        if kind != "qwen2_5_vl":
-            raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
-        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        # only safetensors: a pickle may run code when it is read
+        vlm, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as e:  # what transformers raises for a missing or broken file
-        raise SystemExit(f"{folder}: not a usable Qwen2.5-VL folder: {e}") from None
+    except Exception as e:  # a broken folder raises anything; the sentence keeps what it was
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+        raise SystemExit(f"{folder}: not a usable Qwen2.5-VL folder: {reason}") from None
+    # transformers fills what is missing with random numbers and goes on
+    check_whole(folder, vlm, found)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = read_chat_template(folder)
     vlm.model.visual.config._attn_implementation = TOWER_ATTENTION  # in this process: never saved
     return vlm.to(device).eval(), tokenizer
 
 
+def check_whole(folder, vlm, found):
+    """Raise SystemExit if transformers filled a tensor with random numbers, or left one out."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, found[what]))
+        if names:
+            kind = what.removesuffix("_keys")
+            raise SystemExit(
+                f"{folder}: {len(names)} {kind} tensors, the first {names[0]}; expected all the "
+                "weights of a Qwen2.5-VL and no others"
+            )
+    for name, weight in vlm.named_parameters():
+        check_finite(weight, f"{folder}: {name}")
+
+
+def read_chat_template(folder):
+    """The template of an older folder, which keeps it in a file of its own."""
+    path = folder / "chat_template.json"
+    if not path.is_file():
+        raise SystemExit(f"{folder}: no chat template, in tokenizer_config.json or beside it")
+    return read_json(path, chat_template=str)["chat_template"]
+
+
 def load_processor(folder, min_pixels, max_pixels):
-    """The image processor with our pixel limits; without torchvision there is no AutoProcessor."""
-    # transformers' names for what are numbers of pixels, not edges
-    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    """The image processor with our pixel limits, whatever its file says.
+
+    Without torchvision there is no AutoProcessor. Raises SystemExit for a file that is none.
+    """
     try:
-        return Qwen2VLImageProcessorPil.from_pretrained(folder, size=limits, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{folder}: no usable preprocessor_config.json: {e}") from None
+        # mean, deviation and patch sizes are the folder's
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        # set on the object: limits in the file (the released ones allow 16,384 tokens an image)
+        # would win over an argument, in silence. The names are of pixels, not of edges
+        limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        processor.size = type(processor.size)(**limits)
+        here = processor.size["shortest_edge"], processor.size["longest_edge"]
+    except Exception as e:  # as above
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+        raise SystemExit(f"{folder}: no usable preprocessor_config.json: {reason}") from None
+    if here != (min_pixels, max_pixels):
+        raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
+    return processor
 
 
 @torch.no_grad()
 def add_latent_tokens(vlm, tokenizer):
     """Add the three latent tokens; their rows start at the mean of the existing ones [ours].
 
-    Uses the spare embedding rows that Qwen2.5-VL has. Raises SystemExit if there are too few.
+    Uses the spare embedding rows that Qwen2.5-VL has, or adds some.
     """
     vocabulary = tokenizer.get_vocab()
     new = [t for t in (LATENT_START, LATENT_PAD, LATENT_END) if t not in vocabulary]
+    # rows from here on hold what pretraining left there
     used = len(tokenizer)
     # special tokens, so that text is never split into them and decoding can skip them
     tokens = {"additional_special_tokens": new}
     tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    if len(tokenizer) > vlm.get_input_embeddings().weight.shape[0]:
+        # a folder that was cut to its tokenizer, as fine-tuning tools do
+        vlm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     embeddings = vlm.get_input_embeddings().weight  # (V, d)
-    rows = embeddings.shape[0]
-    if len(tokenizer) > rows:
-        there = f"the model has {rows} embedding rows for {len(tokenizer)} tokens"
-        raise SystemExit(f"{there}: no spare row for {new}")
     for table in {embeddings, vlm.get_output_embeddings().weight}:  # one, where they are tied
         mean = table[:used].float().mean(0)
         table[used : len(tokenizer)] = mean.to(table.dtype)
@@ -336,10 +427,12 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
     `<latent></latent>` becomes start, K pads, end. Cross-entropy falls on the response, never on
     latent pads [ours, as Mirage].
     """
+    # from the headers: no pixel is decoded to build a prompt
     grids = [image_grid(processor, image) for image in row["images"]]
     ids = prompt_ids(vlm, tokenizer, processor, row, grids)
     labels = [IGNORE] * len(ids)
     if response is not None:
+        # K pads, which `embed` fills with latents
         span = LATENT_START + LATENT_PAD * K + LATENT_END
         text = response.replace(LATENT_SPAN, span) + tokenizer.eos_token
         answer = tokenizer(text)["input_ids"]
@@ -358,12 +451,18 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
 
 
 def prompt_ids(vlm, tokenizer, processor, row, grids):
-    """Ids of the chat prompt: images, then the question.
-
-    Without `system` in the row the chat template's own system prompt stands.
-    """
-    content = [{"type": "image"} for _ in row["images"]]
-    content.append({"type": "text", "text": row["question"]})
+    """Ids of the chat prompt; without `system` in the row the template's own stands."""
+    # an image stands at its mark in the text, or before the text
+    text = question_text(row)
+    pieces = text.split(IMAGE_MARK)
+    if len(pieces) != len(row["images"]) + 1:
+        pieces = [""] * len(row["images"]) + [text]
+    content = []
+    for n, piece in enumerate(pieces):
+        if n > 0:
+            content.append({"type": "image"})
+        if piece:
+            content.append({"type": "text", "text": piece})
     messages = [{"role": "user", "content": content}]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -380,15 +479,10 @@ def prompt_ids(vlm, tokenizer, processor, row, grids):
 
 def image_grid(processor, source):
     """The (t, h, w) patch grid that the processor will make of an image, from its header alone."""
-    file, name = image_file(source)
     patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
     limits = processor.size["shortest_edge"], processor.size["longest_edge"]
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-        h, w = smart_resize(height, width, cell, *limits)  # ValueError: an aspect ratio above 200
-    except IMAGE_ERRORS as e:
-        raise SystemExit(f"{name}: not a usable image ({e})") from None
+    width, height = image_size(source)
+    h, w = smart_resize(height, width, cell, *limits)
     return 1, h // patch, w // patch
 
 
@@ -397,6 +491,7 @@ def positions(vlm, ids, grids):
     if not grids:
         return torch.arange(len(ids)).expand(3, -1)
     # 1: image, 0: text. Without this argument HF gives images 1-D positions, and no error
+    # consecutive image positions are one image: the template puts a text token between two
     is_image = (ids == vlm.config.image_token_id).int()  # (T)
     pos, _ = vlm.model.get_rope_index(ids[None], is_image[None], torch.tensor(grids))
     return pos[:, 0]
@@ -423,11 +518,13 @@ def embed(vlm, ids, vision=None, latents=None, latent_id=-1):
 def encode_images(vlm, processor, images):
     """Merged embeddings of PIL images: a list of (h*w/4, d) in reading order, and grids (n, 3)."""
     tower = vlm.model.visual
+    # resized to whole 28 px cells within the pixel limits
     inputs = processor(images=images, return_tensors="pt")
     grids = inputs["image_grid_thw"]
     pixels = inputs["pixel_values"].to(tower.device, tower.dtype)
     # pooler_output is in reading order; last_hidden_state would be in the order of windows
     v = tower(pixels, grid_thw=grids.to(tower.device)).pooler_output
+    # the merger makes one embedding of each 2 x 2 patches
     sizes = grids.prod(-1) // processor.merge_size**2
     return list(v.split(sizes.tolist())), grids
 
@@ -457,6 +554,7 @@ def spread(v):
     """Variance over mean squared norm of each image's features v (n, K, d): 0 for a blank image."""
     if v.shape[1] == 1:
         return torch.ones(len(v))  # one latent an image has no spread to judge by
+    # in bfloat16 the spread of nearly equal features is lost
     v = v.float()
     variance = (v - v.mean(1, keepdim=True)).pow(2).sum(-1).mean(1)
     energy = v.pow(2).sum(-1).mean(1)

@@ -22,17 +22,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (
-    check_choices,
-    load_examples,
-    open_image,
-    pick_device,
-    read_safetensors,
-    settings_of,
-    start,
-    write_then_rename,
-)
+from data import load_examples, read_safetensors, write_json, write_then_rename
 from generate import generate, make_prompts
+from images import open_image
+from launch import check_choices, claim, pick_device, settings_of, start
 from model import (
     HEAD_FILE,
     embed,
@@ -378,6 +371,7 @@ def subspace(head, d):
 
 def main():
     check_choices(globals(), dtype=("float32", "bfloat16"))
+    claim(out)
     rows = load_examples(data, training=False)
     if limit:
         rows = rows[:limit]
@@ -403,8 +397,9 @@ def main():
         found["agreement"] = agreement(predicted, real)
 
     show(found)
-    text = json.dumps(found, indent=1)
-    write_then_rename(Path(out) / "probe.json", lambda tmp: tmp.write_text(text))
+    # a ratio to nothing (latents that are all mu) has no number: null, as JSON knows no NaN
+    found = json.loads(json.dumps(found), parse_constant=lambda name: None)
+    write_json(Path(out) / "probe.json", found, indent=1)
     if importlib.util.find_spec("matplotlib"):
         draw(Path(out), norms)
 

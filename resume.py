@@ -6,7 +6,6 @@ that is a hash of the item and of the settings that matter; a later run uses the
 still occur.
 """
 
-import re
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
@@ -14,8 +13,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import append, key_of, open_append, read_lines, write_lines
-
-SURROGATE = re.compile("[\ud800-\udfff]")  # what is left of bytes that are no UTF-8
 
 
 class Reject(Exception):

@@ -25,20 +25,18 @@ from tqdm import tqdm
 from answers import extract_answer, is_correct
 from data import (
     append,
-    check_choices,
     key_of,
     load_examples,
     open_append,
-    pick_device,
-    rank_and_world,
-    read_lines,
+    question_key,
     seed_of,
-    start,
-    weight_stamps,
+    weights_digest,
     write_lines,
 )
-from gap import RULES, is_solved, needs_latents
+from gap import RULES, is_solved, needs_latents, read_counts
 from generate import generate, make_prompts, to_text
+from images import usable_rows
+from launch import check_choices, claim, pick_device, rank_and_world, start
 from model import load_processor, load_vlm
 
 # --------------------------------------------------------------------------------------------------
@@ -56,6 +54,7 @@ batch = 64  # questions a batch; 7B on 80 GB: 16
 max_new_tokens = 24  # 7B: 2048
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+skip_unusable = False  # leave out rows with a broken image instead of refusing them
 dtype = "float32"  # 7B: bfloat16
 seed = 12345  # of the draws
 # --------------------------------------------------------------------------------------------------
@@ -68,6 +67,7 @@ class Tally:
         self.rows = rows
         self.tokenizer = tokenizer
         self.answers = [{} for _ in rows]  # by number of the sample: they end in any order
+        # of the answers that have come in
         self.correct = [0 for _ in rows]
 
     def add(self, q, s, ids):
@@ -86,6 +86,8 @@ class Tally:
         return {
             "id": self.rows[q]["id"],
             "key": key,
+            "base": weights_digest(base),
+            "row": question_key(self.rows[q]),
             "n": n_samples,
             "correct": self.correct[q],
             "accuracy": self.correct[q] / n_samples,
@@ -100,9 +102,9 @@ def n_options(row):
 
 
 def run_key():
-    """The key of this run's counts: the settings that change them, the weights and the data."""
+    """The key of this run's counts: the base's weights and the settings that change them."""
+    # not the path of the base: its weights are in the key
     names = [
-        "base",
         "instruction",
         "n_samples",
         "temperature",
@@ -117,8 +119,7 @@ def run_key():
     if early_stop:  # a full count fits every tau and rule
         names += ["tau", "rule"]
     settings = {name: globals()[name] for name in names}
-    settings["weights"] = weight_stamps(base)
-    return key_of(settings, data)
+    return key_of(settings | {"weights": weights_digest(base)})
 
 
 def part_files():
@@ -126,17 +127,24 @@ def part_files():
     return sorted(Path(out).parent.glob(Path(out).name + ".rank*"))
 
 
-def finished_ids(key):
-    """The ids of the questions that a file has already. Raises SystemExit for another run's."""
-    done = set()
+def finished(rows, key):
+    """{id: line} of the questions that a file has, as they are now.
+
+    Raises SystemExit for lines of another base or other settings. A question that has changed since
+    is sampled again.
+    """
+    # by what is asked now
+    wanted = {row["id"]: question_key(row) for row in rows}
+    done = {}
     for path in [out, *part_files()]:
-        for n, row in enumerate(read_lines(path), 1):
-            if row.get("key") != key:
+        for n, (id, line) in enumerate(read_counts(path).items(), 1):
+            if line["key"] != key:
                 raise SystemExit(
-                    f"{path}:{n}: sampled with other settings or other data than this run's; "
+                    f"{path}:{n}: sampled with other settings or another base than this run's; "
                     "choose another `out`, or delete it to start over"
                 )
-            done.add(row["id"])
+            if wanted.get(id) == line["row"]:
+                done[id] = line
     return done
 
 
@@ -145,7 +153,7 @@ def sample(rows, vlm, tokenizer, processor):
 
     The prompt and its image are run once a question; its samples share the cache.
     """
-    asked = [row | {"question": row["question"] + instruction} for row in rows]
+    asked = [row | {"instruction": instruction} for row in rows]
     # one a sample: its draws depend on no batch, no rank and no kill
     seeds = [seed_of(seed, row["id"], s) for row in rows for s in range(n_samples)]
     tally = Tally(rows, tokenizer)
@@ -168,9 +176,10 @@ def sample_all(rows):
     """Sample this rank's share of the questions that no file has yet."""
     rank, world = rank_and_world()
     key = run_key()
-    done = finished_ids(key)
+    done = finished(rows, key)
     if world > 1:
         dist.barrier()  # every rank has read the files before one appends
+    # the ranks take turns, so that long questions spread
     left = [row for row in rows if row["id"] not in done]
     mine = left[rank::world]
 
@@ -189,10 +198,8 @@ def sample_all(rows):
 
 def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them."""
-    found = {}
-    for path in [out, *part_files()]:
-        for line in read_lines(path):
-            found[line["id"]] = line
+    # of all ranks, this launch's and earlier ones'
+    found = finished(rows, run_key())
     merged = [found[row["id"]] for row in rows]
     write_lines(out, merged)
     for path in part_files():
@@ -220,9 +227,10 @@ def report(merged):
 def main():
     check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
     rank, world = rank_and_world()
+    claim(Path(out).parent, f".{Path(out).name}.lock")
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-    rows = load_examples(data)
+    rows = usable_rows(load_examples(data, training=False), skip_unusable)
     sample_all(rows)
     if world > 1:
         dist.barrier()  # every rank's file is complete

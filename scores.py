@@ -68,6 +68,7 @@ def check_mathvision(row):
     """
     answer, gold, options = row["extracted"], row["answer"], row["options"]
     if options:
+        # a gold answer is a letter, and the officially accepted value stands in the options
         letter = letter_of(gold)
         value = options.get(letter) or gold
         said = tagged(row["raw"])[1] or ""
@@ -87,6 +88,7 @@ def mean_relative_accuracy(predicted, gold):
     """MRA of VSI-Bench: the share of the ten thresholds theta with |p - t| / t <= 1 - theta."""
     if gold == 0:
         return float(predicted == 0)
+    # the ten confidence thresholds .50, .55, ... .95
     theta = np.linspace(0.5, 0.95, 10)
     return float(np.mean(abs(predicted - gold) / abs(gold) <= 1 - theta))
 
@@ -105,6 +107,7 @@ def check_vsi(row):
 
 def group_by(rows, field):
     """{value of the field: its rows}, in the order of their first appearance."""
+    # a dict keeps the order of the file, and so do the tables
     groups = defaultdict(list)
     for row in rows:
         if row.get(field) not in (None, ""):
@@ -149,6 +152,7 @@ def score_hrbench(rows):
     """
 
     def over_cycles(part):
+        # unequal cycles: an incomplete run must not weigh one order of options more
         cycles = group_by(part, "cycle_category")
         sizes = {len(cycle) for cycle in cycles.values()}
         return part if len(sizes) <= 1 else macro(cycles)
@@ -170,6 +174,7 @@ def score_mme(rows):
 
     All attributes of one kind of object are one l2: "vehicle/color attribute" is vehicle/attribute.
     """
+    # the official script counts by these three levels
     named = []
     for row in rows:
         l2 = re.sub(r"^([^/]*).*attribute.*", r"\1/attribute", row["l2-category"].lower())
@@ -182,6 +187,7 @@ def score_mme(rows):
 
 
 def score_mathvista(rows):
+    # official: an unread choice falls back to the nearest one; strict: it counts as wrong
     strict = [row | {"correct": check_mathvista(row, strict=True)} for row in rows]
     return {"overall": rows, "strict": strict} | group_by(rows, "task")
 
@@ -201,6 +207,7 @@ def score_wemath(rows):
             problems.append(part)
     count, right_of = defaultdict(int), defaultdict(list)
     for problem in problems:
+        # {"1": ..., "2": ..., "multi": ...}
         right = {row["step"].partition("_")[2]: bool(row["correct"]) for row in problem}
         multi, single = right.pop("multi"), list(right.values())
         right_of["S1"] += single
@@ -234,6 +241,7 @@ def score_pope(rows):
 
     A question that several splits share counts in each, as in VLMEvalKit.
     """
+    # the three splits of POPE ask some questions together: the file holds those once
     spread = []
     for row in rows:
         for split in str(row.get("category", "")).split(","):
@@ -248,6 +256,7 @@ def score_pope(rows):
 def score_vsi(rows):
     """The mean over eight tasks, the three difficulties of relative direction being one."""
     tasks = group_by(rows, "question_type")
+    # easy, medium and hard: one task in the paper's mean
     direction = {k: v for k, v in tasks.items() if k.startswith("object_rel_direction")}
     eight = [accuracy(part) for name, part in tasks.items() if name not in direction]
     if direction:
@@ -273,6 +282,7 @@ def score_mmvp(rows):
             found.append(a | {"correct": bool(a["correct"] and b["correct"])})
         return found
 
+    # pairs are neighbours by number, in whatever order the ranks answered
     rows = sorted(rows, key=lambda row: int(row["id"]))
     found = {"overall": pairs(rows), "single": rows}
     if len(rows) == 300:  # the places hold in the whole file only

@@ -10,7 +10,6 @@ An item of another layout ends in a KeyError, TypeError, ValueError or the like,
 we need in a Reject. `build_data.py convert` makes a line of the rejects of either.
 """
 
-import base64
 import json
 import math
 import re
@@ -18,8 +17,9 @@ import sys
 from pathlib import Path
 
 from answers import boxed, extract_answer
-from data import LATENT_SPAN
-from resume import SURROGATE, Reject
+from data import LATENT_SPAN, SURROGATE
+from images import image_bytes
+from resume import Reject
 
 # --------------------------------------------------------------------------------------------------
 # tables of facts
@@ -310,7 +310,7 @@ def from_zebra(item):
         if not isinstance(cell, dict):
             return cell
         if cell.get("bytes"):  # {"bytes": base64, "path": ...}, as parquet exports have it
-            return base64.b64decode(cell["bytes"], validate=True)
+            return image_bytes(cell["bytes"])
         return cell["path"]
 
     def span_or_nothing(mark):

@@ -5,13 +5,14 @@ A table of 5 GB is never in memory at once: its rows hold where each image lies 
 """
 
 import ast
-import base64
 import csv
 import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from images import image_bytes
 
 csv.field_size_limit(sys.maxsize)  # a cell may hold an 8K image
 
@@ -59,9 +60,11 @@ def read_table(path, delimiter="\t"):
     with open(path, "rb") as f:
         lines = Lines(f)
         try:
+            # the csv module takes quotes and line breaks within cells as pandas does
             cells_of_rows = csv.reader(lines, delimiter=delimiter)
             columns = next(cells_of_rows, [])
             image = columns.index("image") if "image" in columns else None
+            # where the next row begins: its images are read from there, when they are wanted
             start = lines.offset
             for cells in cells_of_rows:
                 if len(cells) != len(columns):
@@ -84,6 +87,7 @@ def read_table(path, delimiter="\t"):
 
 def cell_items(cell):
     """What an image cell holds: nothing, one image or reference, or a list as Python writes it."""
+    # VLMEvalKit writes several images as a Python list
     if cell.startswith("["):
         return [str(x) for x in ast.literal_eval(cell)]
     return [cell] if cell else []
@@ -104,6 +108,7 @@ def follow_references(rows, path):
 
     Rows without images are left out, as VLMEvalKit does. Raises SystemExit for a reference to none.
     """
+    # circular sets hold an image once, and name it in the other rows
     by_index = {row.get("index"): row for row in rows}
 
     def followed(image):
@@ -130,12 +135,13 @@ def images_of(row):
 def read_cell(image):
     """The encoded bytes of an image in a table."""
     with open(image.path, "rb") as f:
+        # one row of the file, however large the file is
         f.seek(image.offset)
         cells = next(csv.reader((line.decode() for line in f), delimiter="\t"))
-    return base64.b64decode(cell_items(cells[image.column])[image.item])
+    return image_bytes(cell_items(cells[image.column])[image.item])
 
 
-def read_json(path):
+def read_json_rows(path):
     """(rows, MD5) of a JSON list, a JSON object of rows, or JSON lines."""
     raw = Path(path).read_bytes()
     try:

@@ -15,9 +15,9 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from data import append
-from endpoint import answered, is_refusal
-from resume import SURROGATE, Reject, Unanswered
+from data import SURROGATE, append
+from endpoint import answered, hidden, is_refusal
+from resume import Reject, Unanswered
 
 LOCK = threading.Lock()
 
@@ -27,7 +27,7 @@ class Served(NamedTuple):
 
     url: str  # up to and with /v1
     model: str
-    key: str  # never empty: the client would send the user's own hub token instead
+    key: str  # or NO_KEY
     tries: int  # of a request
     first_pause: float  # seconds, then twice as long each time
     timeout: float  # seconds
@@ -42,25 +42,26 @@ def usable(served, call):
     """
     for n in range(served.tries):
         try:
-            return answered(call, served.url, served.tries - n, served.first_pause)
+            left = served.tries - n
+            return answered(call, served.url, left, served.first_pause, served.key)
         except Reject as e:  # the server is well, its answer is not: draw another
             last = e
         except HTTPError as e:
-            raise failed(e) from None
+            raise failed(e, served.key) from None
         except (ValueError, TypeError, LookupError, AttributeError) as e:
             # no JSON, or JSON of another protocol
-            detail = f"{type(e).__name__}: {e}"
+            detail = hidden(f"{type(e).__name__}: {e}", served.key)
             raise Unanswered("answer of another protocol", None, detail) from None
     raise last
 
 
-def failed(error):
+def failed(error, key):
     """The Reject of a refused request; the Unanswered of one that may be answered another day."""
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else 0
     if is_refusal(status):
-        return Reject("refused by the endpoint", status, str(error))
-    detail = f"{type(error).__name__}: {error}"
+        return Reject("refused by the endpoint", status, hidden(str(error), key))
+    detail = hidden(f"{type(error).__name__}: {error}", key)
     return Unanswered("no answer from the endpoint", status or None, detail)
 
 
@@ -103,7 +104,7 @@ def write_text(served, prompt, pngs, max_tokens, temperature):
     text = choice.message.content
     if not isinstance(text, str) or SURROGATE.search(text):
         raise Reject("teacher wrote no text")
-    return text
+    return hidden(text, served.key)
 
 
 def data_url(png):

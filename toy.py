@@ -30,7 +30,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import start, write_lines
+from data import write_lines
+from launch import start
 from model import IGNORE, embed, load_vlm, positions
 
 # --------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ regressed), text (dense-caption SFT: latents stripped everywhere, the parser tex
 Controls: frozen, matched, wide (model.HEADS).
 """
 
-import json
 import math
 import os
 import re
 import resource
 import shutil
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,20 +47,21 @@ from tqdm import tqdm
 from data import (
     LATENT_SPAN,
     append,
-    check_choices,
-    clock,
+    example_key,
+    file_digest,
     key_of,
+    load_examples,
     open_append,
-    pick_device,
-    rank_and_world,
+    read_json,
     read_lines,
-    settings_of,
-    start,
     versions,
-    weight_stamps,
+    weights_digest,
+    write_json,
     write_lines,
 )
 from gap import GAP
+from images import usable_rows
+from launch import check_choices, claim, clock, pick_device, rank_and_world, settings_of, start
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
 
@@ -94,19 +96,21 @@ beta2 = 0.95  # [ours]
 warmup_ratio = 0.03  # share of the steps [paper]
 grad_clip = 1.0  # largest norm of the gradient [ours]
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
+skip_unusable = False  # leave out rows with a broken image instead of refusing them
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
 dtype = "float32"  # of the forward; 7B: bfloat16 (masters, optimizer, reductions stay float32)
 activation_checkpointing = False  # 7B: True
 cpu_offload = False  # shards and optimizer on the host, where GPUs are small
-eval_every = 500  # steps between validations
-save_every = 500  # steps between checkpoints
+eval_every = 500  # steps between validations; 0: only after the last
+save_every = 500  # steps between checkpoints; 0: only after the last
 max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345  # of the order of examples, and of the head's first weights
 # --------------------------------------------------------------------------------------------------
 
-# settings that may change on resume
+# settings that may change on resume: those that change no number, and paths, whose contents count
 FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
+PATHS = ("base", "data", "val_data", "pca", "difficulty", "out")
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -281,6 +285,7 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     norm = nn.utils.clip_grad_norm_(trained, grad_clip)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # a collective: on every rank
+    check_step(step, means, float(norm))
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, total, group["peak"])
     optimizer.step()
@@ -299,14 +304,23 @@ def save_checkpoint(model, optimizer, step, settings):
     rank, _ = rank_and_world()
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir(parents=True)
     dist.barrier()
     # each rank writes its own shards; any number of ranks can read them
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp)
+    except CheckpointException as e:
+        reason = str(e).strip().splitlines()[-1]  # the last line of a whole traceback
+        raise SystemExit(f"{tmp}: no checkpoint could be written ({reason}); full disk?") from None
+    # torch would not notice a flipped bit
+    sums = {file.name: file_digest(file) for file in tmp.glob(f"__{rank}_*")}
+    write_json(tmp / f"checksums.{rank}.json", sums)
+    dist.barrier()
     if rank == 0:
         # the rename makes it a checkpoint: a killed save leaves only .tmp
-        (tmp / "settings.json").write_text(json.dumps(settings))
+        write_json(tmp / "checksums.metadata.json", {".metadata": file_digest(tmp / ".metadata")})
+        write_json(tmp / "settings.json", settings)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
         for old in sorted(folder.glob("step-*"))[:-2]:
@@ -315,26 +329,57 @@ def save_checkpoint(model, optimizer, step, settings):
 
 
 def load_checkpoint(model, optimizer, settings):
-    """Load the newest checkpoint, if any, on any number of ranks; returns the finished steps."""
-    found = sorted((Path(out) / "ckpt").glob("step-*"))
-    if not found:
-        return 0
-    newest = found[-1]
-    saved = json.loads((newest / "settings.json").read_text())
+    """Load the newest whole checkpoint, if any, on any number of ranks; returns finished steps."""
+    found = [path for path in (Path(out) / "ckpt").glob("step-*") if path.name[5:].isdecimal()]
+    for newest in sorted(found, reverse=True):
+        fault = checkpoint_fault(newest)
+        if fault:
+            print(f"{fault}; the checkpoint before it is used, if there is one", file=sys.stderr)
+            continue
+        check_same_run(newest, settings)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        return int(newest.name.removeprefix("step-"))
+    return 0
+
+
+def checkpoint_fault(folder):
+    """What is wrong with a checkpoint's files; "" where all are as they were written."""
+    if not (folder / "settings.json").is_file():
+        return f"{folder}: not a whole checkpoint"
+    checksums = sorted(folder.glob("checksums.*.json"))
+    if not checksums:
+        return f"{folder}: no checksums"
+    for file in checksums:
+        try:
+            sums = read_json(file)
+        except SystemExit as e:
+            return str(e)
+        for name, digest in sums.items():
+            path = folder / name
+            if not path.is_file() or file_digest(path) != digest:
+                return f"{path}: damaged or missing"
+    return ""
+
+
+def check_same_run(folder, settings):
+    """Raise SystemExit if a checkpoint is of another run: other settings, or fed other data."""
+    path = folder / "settings.json"
+    saved = read_json(path, inputs=dict)
+    advice = "choose another `out`, or delete it to start over"
     differ = {
         name: (saved.get(name), value)
         for name, value in settings.items()
-        if name not in FREE and saved.get(name) != value
+        if name not in (*FREE, *PATHS, "inputs") and saved.get(name) != value
     }
     if differ:
-        raise SystemExit(
-            f"{newest}/settings.json and this run disagree on (there, here): {differ}; "
-            "choose another `out`, or delete it to start over"
-        )
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return int(newest.name.removeprefix("step-"))
+        raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")
+    there, here = saved["inputs"], settings["inputs"]
+    changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
+    if changed:
+        names = ", ".join(f"{name} ({settings.get(name, pca)})" for name in sorted(changed))
+        raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 
 
 def export(model, tokenizer, processor):
@@ -410,11 +455,53 @@ def start_ranks():
     return device
 
 
+def load_data(path, training, model):
+    """(rows of a data file as the method trains on them, ids that it left out)."""
+    examples = usable_rows(load_examples(path), skip_unusable)
+    return model.rows(examples, training)
+
+
+def report_lengths(model, rows):
+    """Say how many rows are longer than a micro-batch or the model's context, and the longest."""
+    if rank_and_world()[0] > 0:
+        return
+    bar = tqdm(rows, desc="lengths", unit="example", leave=False, delay=5)
+    lengths = [len(model.encode(row)["ids"]) for row in bar]
+    context = model.vlm.config.text_config.max_position_embeddings
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    for what, limit in (("token_budget", token_budget), ("the model's context", context)):
+        n = sum(length > limit for length in lengths)
+        if n:
+            print(
+                f"{n} rows are longer than {what}={limit}; the longest, {rows[longest]['id']!r} at "
+                f"{rows[longest].where}, has {lengths[longest]} tokens"
+            )
+
+
+def is_due(step, every):
+    """Is it time, every so many steps? 0 is never."""
+    return every > 0 and (step + 1) % every == 0
+
+
+def check_step(step, means, norm):
+    """Raise SystemExit at a loss or gradient that is not finite, before it reaches a weight."""
+    numbers = means | {"grad_norm": norm}
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(
+            f"step {step + 1}: {', '.join(bad)} not finite; lr={lr} may be too high. The last "
+            f"checkpoint in {out}/ckpt is finite"
+        )
+
+
 def main():
     settings = settings_of(globals())
     check_choices(globals(), method=METHODS, dtype=("float32", "bfloat16"))
     METHODS[method].check(settings)
+    if not max_steps and not epochs:
+        raise SystemExit("epochs=0 and max_steps=0: nothing to train")
     rank, world = rank_and_world()
+    claim(out)
     device = start_ranks()
     torch.manual_seed(seed)
 
@@ -423,19 +510,25 @@ def main():
     processor = load_processor(base, min_pixels, max_pixels)
     model = METHODS[method](vlm, tokenizer, processor, settings)
     vlm.train()
-    shard(model, device)
 
     # the data
-    rows, left_out = model.rows(data, training=True)
-    val_rows = model.rows(val_data, training=False)[0] if val_data else []
+    rows, left_out = load_data(data, True, model)
+    val_rows = load_data(val_data, False, model)[0] if val_data else []
     if len(rows) < global_batch:
         raise SystemExit(
             f"{data}: {len(rows)} usable examples are fewer than global_batch={global_batch}"
         )
+    report_lengths(model, rows)
     total = max_steps or epochs * (len(rows) // global_batch)
 
     # the optimizer, and where an earlier run stopped that was fed the same
-    settings["inputs"] = key_of({"base": weight_stamps(base)}, data, *model.inputs())
+    shard(model, device)
+    settings["inputs"] = {
+        "base": weights_digest(base),
+        "data": key_of([example_key(row) for row in rows]),
+        "val_data": key_of([example_key(row) for row in val_rows]),
+        **model.inputs(),
+    }
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
     if rank == 0:
@@ -479,7 +572,7 @@ def main():
             "seconds": clock(device) - began,
         }
         last = step + 1 == total
-        if val_rows and (last or (step + 1) % eval_every == 0):
+        if val_rows and (last or is_due(step, eval_every)):
             row |= validate(model, val_rows, device)
         if rank == 0:
             append(log, row)
@@ -487,7 +580,7 @@ def main():
             if "val_ce" in row:
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         bar.update()
-        if last or (step + 1) % save_every == 0:
+        if last or is_due(step, save_every):
             save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
 

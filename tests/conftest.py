@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory()  # digests of files are remembered here, not at home
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 torch.set_num_threads(1)
 
 import huggingface_hub.constants
@@ -25,8 +28,9 @@ from official_files import official
 
 import build_data
 import toy
-from data import load_examples, open_image, read_lines, write_lines
+from data import load_examples, question_key, read_lines, weights_digest, write_lines
 from generate import Decoder
+from images import open_image
 from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
 PIXELS = (56 * 56, 1280 * 28 * 28)
@@ -168,7 +172,8 @@ def inputs(tmp_path_factory, base, world):
     counts = []
     for i, row in enumerate(load_examples(world / "train.jsonl")):
         correct = int(i % 3 == 0)
-        line = {"id": row["id"], "n": 8, "correct": correct, "accuracy": correct / 8}
+        line = {"id": row["id"], "key": "", "base": weights_digest(base), "row": question_key(row)}
+        line |= {"n": 8, "correct": correct, "accuracy": correct / 8}
         counts.append(line | {"lower_bound": False, "n_options": 0, "answers": []})
     write_lines(folder / "difficulty.jsonl", counts)
     return [

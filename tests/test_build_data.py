@@ -197,7 +197,7 @@ def test_usage(stage, tmp_path):
     for args, message in (
         (["fetch"], "usage: python build_data.py convert | "),
         (["split", "--nosuch=1"], "unknown setting"),
-        (["sheet", "--workers=0"], "workers=0 and tries=6 must be 1 or more"),
+        (["sheet", "--workers=0"], "workers=0 makes no sense: expected 1 or more"),
     ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "build_data.py"), *args],

@@ -1,16 +1,15 @@
 """Bad input ends in one sentence; a script starts and stops as its user expects."""
 
+import json
 import os
-import runpy
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import pytest
-from conftest import ROOT, TOY, broken, run
+import torch
+from conftest import broken
+from safetensors.torch import save_file
 
-from data import load_examples, settings_of
+from data import load_examples, question_key, question_text, read_lines, weights_digest, write_json
 
 # --- a data file: the sentence names file, line and field
 
@@ -32,11 +31,11 @@ def words_in_span(row):
     [
         (lambda r: "{", ["not JSON"]),
         (lambda r: "[1]", ["JSON object"]),
-        (lambda r: r | {"id": "train-0"}, ["train-0", "repeats line 1"]),
-        (lambda r: r | {"answer": 3}, ["'answer'", "found 3"]),
+        (lambda r: r | {"id": "train-0"}, ["train-0", "repeats", "broken.jsonl:1"]),
+        (lambda r: r | {"answer": [3]}, ["'answer'", "found [3]"]),
         (lambda r: r | {"images": ["no.png"]}, ["no.png"]),
         (lambda r: r | {"images": [3]}, ["'images'", "found 3"]),
-        (lambda r: r | {"options": [3]}, ["'options'", "found 3"]),
+        (lambda r: r | {"options": [[3]]}, ["'options'", "found [3]"]),
         (lambda r: r | {"aux_images": []}, ["1 <latent></latent>", "0 aux_images"]),
         (no_end_of_thought, ["tags"]),
         (answer_first, ["tags"]),
@@ -51,152 +50,154 @@ def test_bad_data_names_the_line(tmp_path, world, change, words):
         assert word in str(e.value)
 
 
-# --- settings and folders
+# --- a row is what people write
+
+PLAIN = "<think> It is plain. </think> <answer> 3 </answer>"
+ROW = {"id": "a", "images": ["a.png"], "question": "What?", "answer": "3", "response": PLAIN}
+EVERYDAY = [  # a row as written, and what it is read as
+    ({"id": 17}, {"id": "17"}),
+    ({"id": "tränen/图 7"}, {"id": "tränen/图 7"}),
+    ({"answer": 3}, {"answer": "3"}),
+    ({"answer": 2.5}, {"answer": "2.5"}),
+    ({"images": "a.png"}, {"question": "What?"}),
+    ({"aux_images": None}, {"aux_images": []}),
+    ({"options": None}, {"question": "What?"}),
+    ({"options": [1, 2.5, "x"]}, {"options": ["1", "2.5", "x"]}),
+    ({"options": ["A. red", "B. blue"]}, {"options": ["red", "blue"]}),
+    ({"options": ["(a) red", "(b) blue"]}, {"options": ["red", "blue"]}),
+    ({"options": ["A. red", "blue"]}, {"options": ["A. red", "blue"]}),
+    ({"question": "<image>\nWhat?"}, {"question": "What?"}),
+    ({"question": "Is <image> red?"}, {"question": "Is <image> red?"}),
+    ({"category": None, "system": 5}, {"system": "5"}),
+]
 
 
-def run_here(monkeypatch, path, *args):
-    """Run a script in this process, which has imported torch already. Returns its globals."""
-    monkeypatch.setattr(sys, "argv", [str(path), *args])
-    return runpy.run_path(str(path), run_name="__main__")
+@pytest.mark.parametrize("change, read", EVERYDAY)
+@pytest.mark.parametrize("form", ["lines", "list", "bom", "windows"])
+def test_rows_are_read_as_people_write_them(tmp_path, change, read, form):
+    (tmp_path / "a.png").touch()
+    text = json.dumps(ROW | change, ensure_ascii=False)
+    if form == "list":
+        text = json.dumps([ROW | change], indent=1)
+    text = {"bom": "\ufeff" + text + "\n", "windows": text + "\r\n"}.get(form, text + "\n")
+    (tmp_path / "data.jsonl").write_bytes(text.encode())
+    (row,) = load_examples(tmp_path / "data.jsonl")
+    assert row["images"] == [str(tmp_path / "a.png")] and None not in row.values()
+    assert {name: row[name] for name in read} == read
+    assert row.where.endswith("item 1" if form == "list" else ":1")
+
+
+REFUSED = [
+    (json.dumps(ROW | {"question": "<image> or <image>?"}), "2 <image> marks for 1 images"),
+    (json.dumps(ROW | {"answer": True}), "'answer'"),
+    (json.dumps(ROW | {"answer": {}}), "'answer'"),
+    (json.dumps(ROW | {"id": None}), "'id'"),
+    (json.dumps(ROW | {"options": "red"}), "'options'"),
+    (json.dumps(ROW | {"images": ["no\0.png"]}), "no such image"),
+    (json.dumps(ROW | {"answer": "x"}).replace('"x"', "NaN"), "'answer'"),
+    (json.dumps(ROW | {"answer": "x"}).replace('"x"', '"\\ud800"'), "not Unicode"),
+    ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    ("7", "JSON object"),
+    (b'{"id": "\xff"}', "not Unicode"),
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED)
+def test_what_can_not_be_a_row_is_named(tmp_path, line, words):
+    (tmp_path / "a.png").touch()
+    line = line if isinstance(line, bytes) else line.encode()
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(ROW | {"id": "first"}).encode() + b"\n" + line + b"\n")
+    with pytest.raises(SystemExit) as e:
+        load_examples(path)
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
+
+
+def test_a_folder_and_links(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW) + "\n")
+    with pytest.raises(SystemExit, match="a folder"):
+        load_examples(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a.png", "data.jsonl"):
+        (elsewhere / name).symlink_to(tmp_path / name)
+    assert load_examples(elsewhere / "data.jsonl")[0]["id"] == "a"
 
 
 @pytest.mark.parametrize(
-    "script,arg,words",
+    "row, text",
     [
-        ("train.py", "--lrr=1", "unknown setting '--lrr'"),
-        ("train.py", "--epochs=two", "is not int"),
-        ("fit_pca.py", "--K=5", "not a square"),
+        ({"question": "Which?"}, "Which?"),
+        ({"question": "Which?", "options": []}, "Which?"),
+        ({"question": "Which?", "options": ["red", "a"]}, "Which?\nA. red\nB. a"),
+        ({"question": "A red one?", "options": ["red", "a"]}, "A red one?\nA. red\nB. a"),
+        ({"question": "(A) red (B) a?", "options": ["red", "a"]}, "(A) red (B) a?"),
+        ({"question": "Q\nA. red\nB. a", "options": ["red", "a"]}, "Q\nA. red\nB. a"),
+        ({"question": "Q", "options": {"A": "red"}}, "Q"),  # a benchmark's whole prompt
+        ({"question": "Q", "options": ["x"], "instruction": "\nThink."}, "Q\nA. x\nThink."),
     ],
 )
-def test_unknown_settings(monkeypatch, script, arg, words):
-    with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, ROOT / script, arg)
-    assert words in str(e.value)
+def test_options_reach_the_prompt_once(row, text):
+    assert question_text(row) == text
 
 
-def test_unknown_folders(tmp_path, world):
-    args = [f"--base={tmp_path}", f"--data={world}/train.jsonl", "--val_data="]
-    args.append(f"--out={tmp_path}/o")
-    assert "config.json" in run("fit_pca.py", *args, ok=False)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert "'llama'" in run("fit_pca.py", *args, ok=False)
-
-    (tmp_path / "bad.png").write_text("no image")
-    args = [f"--images={tmp_path}/bad.png", "--question=x", f"--model={TOY}"]
-    text = run("infer.py", *args, ok=False)
-    assert "bad.png: not a usable image" in text
+# --- files that we wrote, and what belongs to what
 
 
-# --- starting a script and stopping it
-
-SCRIPTS = sorted(
-    path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("7", "JSON object"),
+        ("[1]", "JSON object"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"n": 8}', "'id' must be str, found nothing"),
+        ('{"id": ["a"], "n": 8}', "'id'"),
+        ('{"id": "a", "n": "8"}', "'n' must be int"),
+        ('{"id": "a", "n": true}', "'n' must be int"),
+        ('{"id": "a", "n": 8, "x": NaN}', "'x'"),
+    ],
 )
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_every_setting(script, monkeypatch, capsys):
-    namespace = run_here(monkeypatch, ROOT / script, "--help")  # SystemExit would fail the test
-    text = capsys.readouterr().out
-    question = namespace["__doc__"].strip().splitlines()[0]
-    assert text.splitlines()[0] == question
-    settings = settings_of(namespace)
-    assert settings
-    for name, value in settings.items():
-        default = repr(value)
-        if len(default) > 40:
-            default = default[:36] + "..."
-        lines = [line for line in text.splitlines() if line.startswith(f"  --{name}={default}")]
-        assert len(lines) == 1, (name, lines)
-
-
-def test_commands(monkeypatch):
-    """A script of commands without one says which it has; two dashes before one do no harm."""
+def test_state_of_another_kind_is_named(tmp_path, line, words):
+    path = tmp_path / "state.jsonl"
+    path.write_text('{"id": "b", "n": 1, "x": 0.5}\n' + line + '\n{"id": "half')
     with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, ROOT / "toy.py")
-    assert str(e.value).startswith("usage: python toy.py data | base [--key=value ...]")
-    with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, ROOT / "toy.py", "--data", "--n_trian=3")
-    assert str(e.value).startswith("unknown setting '--n_trian'; this script has: ")
+        read_lines(path, id=str, n=int, x=(float, int))
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
+    path.write_text('{"id": "b", "n": 1, "x": 0.5}\n{"id": "half')
+    assert read_lines(path, id=str, n=int, x=(float, int)) == [{"id": "b", "n": 1, "x": 0.5}]
 
 
-SCRIPT = '''
-"""Does one thing of what can go wrong."""
-import sys
-sys.path.insert(0, {root!r})
-from data import start
-
-path = "absent.txt"  # a file to read
-
-def read():
-    print(open(path).read())
-
-def err():
-    return 1 + "one"
-
-start(read=read, err=err)
-'''
+def test_no_nan_is_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())  # and no temporary file is left
 
 
-def test_ends_in_a_sentence_or_a_traceback(tmp_path, monkeypatch):
-    """What a user causes ends in a sentence that names the file; a programming error is shown."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT)))
-    absent = tmp_path / "absent.txt"
-    with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, script, "read", f"--path={absent}")
-    assert e.value.code == f"{absent}: No such file or directory"
-    with pytest.raises(SystemExit) as e:  # a folder where a file should be
-        run_here(monkeypatch, script, "read", f"--path={tmp_path}")
-    assert e.value.code == f"{tmp_path}: Is a directory"
-    with pytest.raises(TypeError):
-        run_here(monkeypatch, script, "err")
+def test_identity_is_content(tmp_path):
+    """Copies, moves, touches and the order of a header change nothing; other bytes do."""
+    a, b = torch.arange(6.0), torch.ones(2, 3)
+    for name, tensors, meta in (
+        ("one", {"a": a, "b": b}, {"x": "1", "y": "2"}),
+        ("two", {"b": b, "a": a}, {"y": "2", "x": "1"}),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", meta)
+    one = weights_digest(tmp_path / "one")
+    assert weights_digest(tmp_path / "two") == one
+    os.utime(tmp_path / "one" / "model.safetensors", (1e9, 1e9))
+    assert weights_digest(tmp_path / "one") == one
+    shutil.move(tmp_path / "one", tmp_path / "moved")
+    assert weights_digest(tmp_path / "moved") == one
+    save_file({"a": a, "b": b + 1}, tmp_path / "two" / "model.safetensors", {"x": "1", "y": "2"})
+    assert weights_digest(tmp_path / "two") != one
 
-    done = finished(script, "err")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "line 13, in err" in done.stderr
-
-
-def test_out_below_a_file(tmp_path):
-    """A folder that can not be made, for root neither: exit code 1 and one line."""
-    (tmp_path / "file").write_text("")
-    done = finished(ROOT / "toy.py", "data", f"--data_folder={tmp_path}/file/toy")
-    assert done.returncode == 1
-    assert done.stderr == f"{tmp_path}/file/toy/train: Not a directory\n"
-
-
-def finished(script, *args):
-    """A script as its user runs it, with its exit code."""
-    return subprocess.run(
-        [sys.executable, str(script), *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-
-
-def hear_interrupts():
-    """A shell starts what it runs in the background deaf to Ctrl-C; and so this test, it may be."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_interrupt(tmp_path):
-    """Ctrl-C ends in one sentence and the exit code that a shell expects."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "toy.py"), "data", f"--data_folder={tmp_path}"]
-        + ["--n_train=1000000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=hear_interrupts,
-    )
-    while not (tmp_path / "train" / "0.png").exists():
-        assert process.poll() is None, "toy.py ended before it could be interrupted"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert text.splitlines()[-1] == "stopped" and "Traceback" not in text
+    (tmp_path / "p.png").write_bytes(b"1")
+    (tmp_path / "q.png").write_bytes(b"1")
+    row = {"question": "Q", "answer": "A", "images": [tmp_path / "p.png"]}
+    key = question_key(row)
+    assert question_key(row | {"images": [tmp_path / "q.png"]}) == key
+    (tmp_path / "q.png").write_bytes(b"2")
+    assert question_key(row | {"images": [tmp_path / "q.png"]}) != key
+    for change in ({"question": "R"}, {"answer": "B"}, {"options": ["A"]}):
+        assert question_key(row | change) != key

@@ -1,6 +1,7 @@
 """Where do real vision embeddings live? The PCA against an SVD, and the files of targets."""
 
 import json
+import shutil
 
 import torch
 from conftest import PIXELS, broken, run
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fit_pca
+from data import read_lines, tensors_digest, write_lines
 from model import load_pca
 
 close = torch.testing.assert_close
@@ -119,3 +121,33 @@ def test_degenerate_images_are_rejected(tmp_path, base, world):
         "--global_batch=2",
     )
     assert "3 examples, 3 with latents, 1 rejected" in text
+
+
+def test_targets_belong_to_their_pictures(tmp_path, base, world):
+    """A repeated fit changes nothing; a redrawn picture is refused by train.py, made anew here."""
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    args = [f"--base={base}", f"--data={copy}/train.jsonl", "--val_data=", "--shard=20"]
+    out = tmp_path / "pca"
+    run("fit_pca.py", *args, f"--out={out}")
+    first = {path: tensors_digest(path) for path in out.rglob("*.safetensors")}
+    times = {path: path.stat().st_mtime_ns for path in (out / "targets").glob("*.safetensors")}
+    run("fit_pca.py", *args, f"--out={out}")
+    assert {path: tensors_digest(path) for path in first} == first
+    assert all(path.stat().st_mtime_ns == t for path, t in times.items())
+
+    shutil.copy(copy / "train/0-aux.png", copy / "train/30-aux.png")
+    train = [*args[:3], f"--pca={out}", "--difficulty=", "--max_steps=1", "--global_batch=4"]
+    text = run("train.py", *train, f"--out={tmp_path}/a", ok=False)
+    assert "train.jsonl:31" in text and "run fit_pca.py again" in text
+    run("fit_pca.py", *args, f"--out={out}")
+    made_again = [path for path, t in times.items() if path.stat().st_mtime_ns != t]
+    assert [path.name for path in made_again] == ["train-00001.safetensors"]
+    run("train.py", *train, f"--out={tmp_path}/a")
+
+    # one fit's PCA beside another's targets
+    write_lines(copy / "fewer.jsonl", read_lines(copy / "train.jsonl")[:30])
+    run("fit_pca.py", *args, f"--data={copy}/fewer.jsonl", f"--out={tmp_path}/fewer")
+    shutil.copy(tmp_path / "fewer" / "pca.safetensors", out / "pca.safetensors")
+    text = run("train.py", *train, f"--out={tmp_path}/a", ok=False)
+    assert "fitted on other targets" in text

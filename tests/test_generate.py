@@ -7,9 +7,10 @@ import torch
 from conftest import PIXELS, examples, hf_inputs, make_open, record, run
 from safetensors.torch import load_file
 
-from data import LATENT_SPAN, load_examples, open_image, read_lines
+from data import LATENT_SPAN, load_examples, read_lines
 from eval import latents_name
 from generate import ema_norm, generate, intervene, make_prompts, pick, to_text
+from images import open_image
 from model import (
     LATENT_END,
     LATENT_PAD,

@@ -3,9 +3,14 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
+import pytest
 from conftest import run
+from huggingface_hub.errors import HTTPError
 from official_files import args_of, plant
+
+from endpoint import answered, hidden
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -84,3 +89,23 @@ def test_judge(tmp_path, base, bench_root):
     (out / "MMStar/judge.jsonl").unlink()
     last = args(score_only=1, judge_url=url, judge_tries=2)
     assert "no judgement (" in run("eval.py", *last, ok=False, env=ONLINE)
+
+
+def test_a_key_that_is_echoed_is_not_shown():
+    """Neither in what an endpoint says nor in why it says nothing."""
+    assert hidden("Bearer sk-1 is wrong", "sk-1") == "Bearer *** is wrong"
+    assert hidden("none of them", "none") == "none of them"  # what stands for no key
+
+    class Refused(HTTPError):
+        def __init__(self):
+            self.response = SimpleNamespace(status_code=401, headers={})
+
+        def __str__(self):
+            return "no such key: sk-1"
+
+    def call():
+        raise Refused
+
+    with pytest.raises(SystemExit) as e:
+        answered(call, "http://localhost", 3, key="sk-1")
+    assert "401" in str(e.value) and "sk-1" not in str(e.value)

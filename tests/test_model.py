@@ -1,12 +1,20 @@
 """The latent heads, the inputs and the tower, each against an independent computation."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from conftest import examples, hf_inputs, random_pca
+from conftest import PIXELS, examples, hf_inputs, random_pca
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import model
-from data import open_image, strip_latents
+from data import strip_latents
+from generate import stop_ids
+from images import open_image
 from model import (
     HEADS,
     IGNORE,
@@ -16,13 +24,17 @@ from model import (
     FullHead,
     OutputHead,
     PCAHead,
+    add_latent_tokens,
     embed,
     encode,
     encode_images,
     grid_features,
+    image_grid,
     load_head,
+    load_processor,
     load_vlm,
     save_head,
+    tower_fingerprint,
 )
 
 close = torch.testing.assert_close
@@ -81,7 +93,8 @@ def test_full_head_has_two_d_squared_weights():
 def test_head_survives_the_disk(tmp_path, loaded, kind):
     torch.manual_seed(0)
     head, h = HEADS[kind](random_pca(), 9), torch.randn(3, 128)
-    save_head(tmp_path, head, head.state_dict(), {"mode": "pool"})
+    meta = {"mode": "pool", "tower": tower_fingerprint(loaded[0])}
+    save_head(tmp_path, head, head.state_dict(), meta)
     again = load_head(tmp_path, *loaded[:2], 4)
     assert again.K == 9 and again.kind == kind
     close(again(h), head(h))
@@ -272,3 +285,199 @@ def test_saved_config_is_stock(base, tmp_path):
     assert again.model.visual.config._attn_implementation == "sdpa"
     pixels, grids = torch.randn(36, 1176), torch.tensor([[1, 6, 6]])
     close(*(m.model.visual(pixels, grid_thw=grids).pooler_output for m in (vlm, again)))
+
+
+# --- a model folder is whole, or refused by name
+
+
+def copied(base, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    return folder
+
+
+def with_weights(folder, change):
+    """Write the folder's weights again, changed."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_json(folder, name, change):
+    value = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(change(value)))
+
+
+def of_another_shape(weights):
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    weights[name] = weights[name][:-1].clone()
+
+
+def not_finite(weights):
+    weights[next(iter(weights))].view(-1)[0] = torch.nan
+
+
+FOLDERS = {
+    "a tensor is missing": lambda f: with_weights(f, lambda w: w.pop("lm_head.weight")),
+    "one too many": lambda f: with_weights(f, lambda w: w.update(other=torch.ones(1))),
+    "another shape": lambda f: with_weights(f, of_another_shape),
+    "a NaN": lambda f: with_weights(f, not_finite),
+    "a pointer": lambda f: (f / "model.safetensors").write_text("version https://git-lfs\n"),
+    "cut off": lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 100),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "config a list": lambda f: (f / "config.json").write_text("[]"),
+    "another model": lambda f: with_json(f, "config.json", lambda c: c | {"model_type": "llama"}),
+    "no template": lambda f: (f / "chat_template.jinja").unlink(),
+    "tokenizer a list": lambda f: (f / "tokenizer.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_not_whole_is_refused_by_name(base, tmp_path, name):
+    folder = copied(base, tmp_path)
+    FOLDERS[name](folder)
+    with pytest.raises(SystemExit) as e:
+        load_vlm(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def prompt_logits(folder):
+    """The logits of a prompt with a picture, from a folder."""
+    vlm, tokenizer = load_vlm(folder)
+    processor = load_processor(folder, *PIXELS)
+    vision = encode_images(vlm, processor, [Image.new("RGB", (84, 84), "red")])[0][0]
+    row = {"images": [], "question": "Which?"}
+    e = encode(vlm, tokenizer, processor, row)
+    x = torch.cat([vision, embed(vlm, e["ids"][None])[0]])[None]
+    pos = torch.arange(x.shape[1]).expand(3, 1, -1)
+    return vlm.lm_head(
+        vlm.model.language_model(inputs_embeds=x, position_ids=pos).last_hidden_state
+    )
+
+
+def test_the_released_layout_is_the_same_model(base, tmp_path):
+    """Flat config, rope_scaling, old names in shards with an index, float16, two stop tokens, and
+    the template in a file of its own."""
+    folder = copied(base, tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = config | {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
+    flat["rope_theta"] = rope["rope_theta"]
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (folder / "config.json").write_text(json.dumps(flat))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    stops = {"eos_token_id": [2, 0], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
+
+    weights = load_file(base / "model.safetensors")
+    old = {}
+    for name, weight in weights.items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        old[name] = weight.half()
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(old), {}
+    for n, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{n}-of-00002.safetensors"
+        save_file({name: old[name] for name in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    close(prompt_logits(folder), prompt_logits(base), rtol=2e-2, atol=2e-2)
+    assert len(stop_ids(*load_vlm(folder))) == 3
+
+
+@pytest.mark.parametrize("limits", [(3136, 12_845_056), (100_000, 200_000)])
+def test_our_pixel_limits_hold(base, tmp_path, limits):
+    """A folder as released has min_pixels and max_pixels in place of a size."""
+    folder = copied(base, tmp_path)
+
+    def released(config):
+        config.pop("size")
+        return config | {"min_pixels": limits[0], "max_pixels": limits[1]}
+
+    with_json(folder, "preprocessor_config.json", released)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (600, 400)).save(picture)
+    for ours in ((3136, 50_176), (400_000, 500_000)):
+        grids = []
+        for place in (folder, base):
+            processor = load_processor(place, *ours)
+            grids.append(image_grid(processor, picture))
+            inputs = processor(images=[open_image(picture)], return_tensors="pt")
+            assert inputs["image_grid_thw"].tolist() == [list(grids[-1])]
+        assert grids[0] == grids[1]
+        n_pixels = grids[0][1] * grids[0][2] * 14**2
+        assert ours[0] * 0.9 <= n_pixels <= ours[1]
+
+
+def test_rows_are_added_where_none_are_spare(base, tmp_path):
+    """An embedding that was cut to its tokenizer grows; what it had stays as it was."""
+    folder = copied(base, tmp_path)
+    n = len(load_vlm(base)[1])
+    with_json(
+        folder, "config.json", lambda c: c | {"text_config": c["text_config"] | {"vocab_size": n}}
+    )
+
+    def cut(weights):
+        for name in weights:
+            if name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                weights[name] = weights[name][:n].clone()
+
+    with_weights(folder, cut)
+    vlm, tokenizer = load_vlm(folder)
+    before = vlm.get_input_embeddings().weight.detach().clone()
+    add_latent_tokens(vlm, tokenizer)
+    after = vlm.get_input_embeddings().weight.detach()
+    assert len(after) == len(tokenizer) == n + 3 == vlm.config.text_config.vocab_size
+    assert torch.equal(after[:n], before)
+    close(after[n:], before.mean(0).expand(3, -1))
+
+
+HEADS_OF_OTHERS = {
+    "another width": lambda t, m: t.update(mean=t["mean"][:64], basis=t["basis"][:64]),
+    "another tower": lambda t, m: m.update(tower="0" * 16),
+    "K no square": lambda t, m: m.update(K="5"),
+    "K no number": lambda t, m: m.update(K="x"),
+    "K beyond reason": lambda t, m: m.update(K=str(10**12)),
+    "another kind": lambda t, m: m.update(kind="other"),
+    "a weight gone": lambda t, m: t.pop("up.weight"),
+    "a NaN": lambda t, m: t["mean"].fill_(torch.nan),
+    "no tower named": lambda t, m: m.pop("tower"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_OTHERS)
+def test_a_head_of_another_model_is_refused(tmp_path, loaded, name):
+    vlm, tokenizer, _ = loaded
+    head = PCAHead(random_pca(), 4)
+    meta = {"mode": "pool", "tower": tower_fingerprint(vlm)}
+    save_head(tmp_path, head, head.state_dict(), meta)
+    assert load_head(tmp_path, vlm, tokenizer, 4).K == 4
+    path = tmp_path / "latent_head.safetensors"
+    with safe_open(path, "pt") as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+    HEADS_OF_OTHERS[name](tensors, meta)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, meta)
+    with pytest.raises(SystemExit, match="latent_head.safetensors"):
+        load_head(tmp_path, vlm, tokenizer, 4)
+
+
+def test_images_stand_at_their_marks(loaded, world):
+    vlm, tokenizer, processor = loaded
+    paths = [row["images"][0] for row in examples(world, 2)]
+    pad = vlm.config.image_token_id
+
+    def asked(question):
+        ids = encode(vlm, tokenizer, processor, {"images": paths, "question": question})["ids"]
+        runs = [
+            t for t, before in zip(ids.tolist(), [None, *ids.tolist()]) if t != pad or before != pad
+        ]
+        return tokenizer.decode(runs)
+
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"Left: {image} right: {image}." in asked("Left: <image> right: <image>.")
+    assert f"{image}{image}Which?" in asked("Which?")

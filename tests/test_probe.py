@@ -159,4 +159,4 @@ def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world)
         f"--out={tmp_path}/q",
         ok=False,
     )
-    assert "none" in text and not (tmp_path / "q").exists()
+    assert "none" in text and not (tmp_path / "q" / "probe.json").exists()

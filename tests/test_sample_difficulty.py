@@ -1,8 +1,11 @@
 """What can the base solve already? The rules, and counts that no kill or early stop changes."""
 
+import json
+import shutil
+
 from conftest import TOY, kill_when, run, sampling
 
-from data import read_lines
+from data import read_lines, write_lines
 from sample_difficulty import needs_latents
 
 
@@ -46,3 +49,24 @@ def test_sampling_refuses_other_settings(tmp_path, base, world):
     run("sample_difficulty.py", *sampling(base, world, out))
     text = run("sample_difficulty.py", *sampling(base, world, out, n_samples=4), ok=False)
     assert "difficulty.jsonl:1" in text and "other settings" in text
+
+
+def test_only_new_and_changed_questions_are_asked_again(tmp_path, world):
+    """And a base that was copied and touched is the same base."""
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    shutil.copytree(TOY, tmp_path / "base")
+    rows = [json.loads(line) for line in (copy / "train.jsonl").read_text().splitlines()]
+    write_lines(copy / "train.jsonl", rows[:6])
+    out = tmp_path / "d.jsonl"
+    run("sample_difficulty.py", *sampling(TOY, copy, out, n_samples=2))
+    before = {line["id"]: line for line in read_lines(out)}
+
+    rows[1]["answer"] = "another answer"
+    shutil.copy(copy / "train/0.png", copy / "train/2.png")  # redrawn under the old name
+    write_lines(copy / "train.jsonl", [rows[6], *rows[:6]])
+    text = run("sample_difficulty.py", *sampling(tmp_path / "base", copy, out, n_samples=2))
+    after = {line["id"]: line for line in read_lines(out)}
+    assert "3/3" in text  # the new one, the changed answer, the changed picture
+    assert [*after] == ["train-6"] + [f"train-{i}" for i in range(6)]
+    assert {i for i in before if after[i] != before[i]} == {"train-1", "train-2"}

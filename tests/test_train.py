@@ -1,7 +1,9 @@
 """The training loop: the global batch, not how it is split, decides a step; a resumed run is the
 uninterrupted one."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -186,3 +188,55 @@ def test_schedule():
     lrs = [train.lr_at(s, 1000, 1.0) for s in range(1000)]
     assert lrs[29] == pytest.approx(1.0) and lrs[0] == pytest.approx(1 / 30) and lrs[-1] < 1e-5
     assert max(lrs) == pytest.approx(1.0) and lrs[515] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_damaged_checkpoint_is_noticed(tmp_path, inputs):
+    """A flipped bit in the newest: the one before is used, and the end is the same."""
+    args = [*inputs, "--val_data=", "--max_steps=6", "--save_every=2", f"--out={tmp_path}/a"]
+    run("train.py", *args)
+    whole = load_file(tmp_path / "a" / "model.safetensors")
+    checkpoints = tmp_path / "a" / "ckpt"
+    (shard,) = (checkpoints / "step-0000006").glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 0x40
+    shard.write_bytes(content)
+    text = run("train.py", *args)
+    assert f"{shard}: damaged or missing" in text and "6 steps, from 4" in text
+    again = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(again[k], v) for k, v in whole.items())
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path, inputs):
+    """With step and cause; nothing broken is exported or logged, the checkpoints are finite."""
+    args = [*inputs, "--val_data=", "--max_steps=9", "--save_every=1", "--warmup_ratio=0"]
+    text = run("train.py", *args, "--lr=1e30", f"--out={tmp_path}/a", ok=False)
+    assert "not finite" in text and "step " in text
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+    assert all(math.isfinite(row["loss"]) for row in logged(tmp_path / "a")[1:])
+
+
+def test_a_run_goes_on_where_its_files_went(tmp_path, inputs, world):
+    """Moved, copied and touched it is the same run; fed another picture it is not."""
+    args = dict(arg.split("=", 1) for arg in inputs) | {"--val_data": "", "--max_steps": "4"}
+    copy = tmp_path / "copy"
+    shutil.copytree(world, copy / "world")
+    shutil.copytree(args["--base"], copy / "base")
+
+    def train(**change):
+        settings = args | {f"--{name}": str(value) for name, value in change.items()}
+        return [f"{name}={value}" for name, value in settings.items()]
+
+    run("train.py", *train(out=tmp_path / "a", save_every=2))
+    shutil.rmtree(tmp_path / "a" / "ckpt" / "step-0000004")
+    (tmp_path / "a").rename(tmp_path / "b")
+    elsewhere = {"base": copy / "base", "data": copy / "world" / ".." / "world" / "train.jsonl"}
+    text = run("train.py", *train(out=tmp_path / "b", save_every=2, **elsewhere))
+    assert "4 steps, from 2" in text
+
+    shutil.rmtree(tmp_path / "b" / "ckpt" / "step-0000004")
+    shutil.copy(copy / "world/train/1.png", copy / "world/train/4.png")
+    rest = {"difficulty": "", "method": "text"}
+    run("train.py", *train(out=tmp_path / "c", save_every=2, **rest))
+    shutil.rmtree(tmp_path / "c" / "ckpt" / "step-0000004")
+    text = run("train.py", *train(out=tmp_path / "c", save_every=2, **rest, **elsewhere), ok=False)
+    assert "the contents of data" in text

@@ -1,0 +1,188 @@
+"""What are the pixels of a picture?
+
+The same in every stage, and what a person sees: turned by its EXIF tag, transparency on white, 16
+bits and floats scaled to 8, palettes and CMYK as RGB. What can not be used is found before it is
+needed.
+"""
+
+import base64
+import binascii
+import io
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data import remembered
+
+# what Pillow raises for a broken file
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+MOST_NARROW = 200  # the processor takes no picture whose sides differ more
+ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """Why a picture can not be used."""
+
+
+def open_image(source):
+    """A picture as RGB: turned by its EXIF tag, transparency on white, 16 bits and floats scaled.
+
+    source: a path, encoded bytes, or a data URI. Raises SystemExit naming the file.
+    """
+    try:
+        return decode_image(source)
+    except BadImage as e:
+        raise SystemExit(f"{name_of(source)}: not a usable image ({e})") from None
+
+
+def image_size(source):
+    """(width, height) of a picture as it is shown, from its header alone. Raises as open_image."""
+    try:
+        with Image.open(image_file(source)) as image:
+            return shown_size(image)
+    except IMAGE_ERRORS as e:
+        raise SystemExit(f"{name_of(source)}: not a usable image ({e})") from None
+
+
+def decode_image(source):
+    """As open_image, but raises BadImage with the reason."""
+    try:
+        with Image.open(image_file(source)) as image:
+            # a picture that can not be used is refused before its pixels are read
+            shown_size(image)
+            turn = TURNED.get(orientation(image))
+            # now, while the file is open: Pillow reads pixels only when they are wanted
+            image.load()
+            if turn is not None:
+                image = image.transpose(turn)
+            return as_rgb(image)
+    except BadImage:
+        raise
+    except IMAGE_ERRORS as e:
+        raise BadImage(" ".join(str(e).split())) from None
+
+
+def image_file(source):
+    """What Pillow opens, for a path, encoded bytes or a data URI."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if str(source).startswith("data:"):
+        return io.BytesIO(image_bytes(source))
+    return source
+
+
+def name_of(source):
+    """A picture's name in messages."""
+    embedded = isinstance(source, bytes) or str(source).startswith("data:")
+    return "an embedded image" if embedded else source
+
+
+def image_bytes(text):
+    """The bytes of base64 text, with or without a data URI's prefix. Raises BadImage."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise BadImage(f"not base64: {e}") from None
+
+
+def orientation(image):
+    """The EXIF orientation of an opened picture, 1 to 8, without decoding its pixels."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    # a PNG may carry its tag before the pixels or behind them
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # getexif() would decode the whole picture to look for a tag behind its pixels
+    return image.getexif().get(ORIENTATION, 1)
+
+
+def shown_size(image):
+    """(width, height) after turning. Raises BadImage for one that the processor does not take."""
+    width, height = image.size
+    if max(width, height) > MOST_NARROW * min(width, height):
+        raise BadImage(f"{width} x {height}: aspect ratio above {MOST_NARROW}")
+    # the header counts as the camera was held, the decoder and the prompt as it is shown
+    if orientation(image) >= 5:  # turned by a quarter
+        return height, width
+    return width, height
+
+
+def as_rgb(image):
+    """A decoded picture of any mode as RGB."""
+    # scans, depth maps and medical pictures; convert() would clip them to white
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(as_bytes(np.asarray(image, dtype=np.float64))).convert("RGB")
+    if image.has_transparency_data:  # on white: RGB alone would show what lies beneath
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+    return image.convert("RGB")
+
+
+def as_bytes(grey):
+    """Grey values (h, w) of 0 to 1, of 8 or of 16 bits as 0 to 255; other ranges are stretched."""
+    # what a range means is not stored anywhere: 0 to 1, 8 bits and 16 bits are told by it
+    low, high = float(grey.min()), float(grey.max())
+    if not math.isfinite(high - low):
+        raise BadImage("grey values that are not finite")
+    if low < 0 or high > 65535:
+        grey = (grey - low) * (255 / max(high - low, 1e-12))
+    elif high > 255:
+        grey = grey // 256
+    elif high <= 1:
+        grey = grey * 255
+    return grey.astype(np.uint8)
+
+
+def usable_rows(rows, leave_out, fields=("images",)):
+    """The rows whose pictures can be decoded; the others are listed, all of them.
+
+    Raises SystemExit with the list unless `leave_out`. Each picture is decoded once and remembered.
+    """
+    # a picture that many questions share is decoded once
+    names = list(dict.fromkeys(path for row in rows for field in fields for path in row[field]))
+    # Pillow lets other threads run while it decodes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = pool.map(image_fault, names)
+        bar = tqdm(faults, total=len(names), desc="pictures", unit="image", leave=False, delay=5)
+        fault_of = {name: fault for name, fault in zip(names, bar) if fault}
+    # all of them in one message: one at a time would take a day to mend
+    good, lines = [], []
+    for row in rows:
+        bad = [path for field in fields for path in row[field] if path in fault_of]
+        lines += [f"{row.where}: {path}: not a usable image ({fault_of[path]})" for path in bad]
+        if not bad:
+            good.append(row)
+    if lines and not leave_out:
+        advice = "mend them, or leave the rows out with --skip_unusable=1"
+        raise SystemExit("\n".join([*lines, f"{len(lines)} unusable images; {advice}"]))
+    if lines:
+        print("\n".join([*lines, f"left out {len(rows) - len(good)} rows with unusable images"]))
+    return good
+
+
+def image_fault(path):
+    """Why a picture can not be used; "" if it can."""
+
+    def find(path):
+        try:
+            decode_image(path)
+        except BadImage as e:
+            return str(e)
+        return ""
+
+    return remembered(path, "fault", find)

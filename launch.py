@@ -1,0 +1,272 @@
+"""How is a script started?
+
+Settings are the plain lower-case values among a script's globals, edited inline or given as
+--key=value. Every script ends in one call of `start`. Here are also the ranks of a launch, the
+device, and the claim of a run on its output folder.
+"""
+
+import ast
+import errno
+import fcntl
+import inspect
+import io
+import math
+import os
+import re
+import sys
+import time
+import tokenize
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+USERS_ERRORS = {
+    errno.ENOENT,  # no such file
+    errno.EACCES,  # not allowed
+    errno.EPERM,
+    errno.EROFS,  # a read-only disk
+    errno.ENOSPC,  # a full disk
+    errno.EDQUOT,
+    errno.EISDIR,  # a folder where a file should be, and the other way round
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EPIPE,  # whoever read our output has gone
+}
+
+# settings by name: the least and the largest value that make sense, whatever script has them
+RANGES = {
+    **dict.fromkeys(("batch", "shard", "n_samples", "global_batch", "K", "workers"), (1, math.inf)),
+    **dict.fromkeys(("tries", "token_budget", "prompt_tokens", "latent_size"), (1, math.inf)),
+    **dict.fromkeys(("min_side", "max_bytes", "bomb_pixels", "repeats"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
+    **dict.fromkeys(("tau", "retained", "warmup_ratio", "val_share", "top_p"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2", "ema_beta"), (0, 1)),
+}
+# 0 has a meaning of its own where the script's default is 0, and none elsewhere
+SIZES = ("max_new_tokens", "min_pixels", "max_pixels")
+
+# --------------------------------------------------------------------------------------------------
+# starting
+
+
+def start(main=None, **commands):
+    """Run a script as its user starts it: [command] [--key=value ...], or --help.
+
+    The first argument may name one of `commands`; `main` is what runs without one. Arguments that
+    are no settings go to the command's function. What a user can cause (a missing file, a full
+    disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
+    script = vars(sys.modules["__main__"])  # the script's globals
+    args = sys.argv[1:]
+    # wherever it stands, and before anything else is looked at
+    if {"--help", "-h"} & set(args):
+        print(help_text(script))
+        return
+    run = main
+    if args and args[0].removeprefix("--") in commands:
+        run = commands[args.pop(0).removeprefix("--")]
+    if run is None:
+        name = Path(script["__file__"]).name
+        usage = f"usage: python {name} {' | '.join(commands)} [--key=value ...]"
+        raise SystemExit(f"{usage}; --help says what they do")
+    # a command that takes two folders (eval.py --compare A B) says so by its parameters
+    words = override(script, args, n_words=len(inspect.signature(run).parameters))
+    try:
+        run(*words)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None  # what a shell expects of Ctrl-C
+    except (OSError, SafetensorError) as e:
+        sentence = users_error(e)
+        if not sentence:
+            raise
+        raise SystemExit(sentence) from None
+
+
+def users_error(e):
+    """The sentence for an OSError or SafetensorError that a user can cause; "" for another."""
+    code, file = getattr(e, "errno", None), getattr(e, "filename", None)
+    said = re.search(r"os error (\d+)", str(e))  # safetensors keeps the number in its message
+    if said:
+        code = int(said[1])
+    if isinstance(e, FileNotFoundError):
+        code = errno.ENOENT
+    if code not in USERS_ERRORS:
+        return ""
+    return f"{file}: {os.strerror(code)}" if file else f"{os.strerror(code)}: {e}"
+
+
+# --------------------------------------------------------------------------------------------------
+# settings
+
+
+def settings_of(namespace):
+    """The settings among a script's globals. CONSTANTS are none; K and N, of one letter, are."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if type(value) in (int, float, str, bool)
+        and not name.startswith("_")
+        and (len(name) == 1 or not name.isupper())
+    }
+
+
+def override(script, args, n_words=0):
+    """Apply `--key=value` or `--key value` to a script's globals, cast to the default's type.
+
+    Returns the other arguments, of which there must be `n_words`. Raises SystemExit for a name that
+    the script does not have, for a value of another type and for one that makes no sense.
+    """
+    # the types and names are those of the values written in the script
+    defaults = settings_of(script)
+    args, words, given = list(args), [], set()
+    while args:
+        key, equals, value = args.pop(0).partition("=")
+        if not key.startswith("--") and not equals and len(words) < n_words:
+            words.append(key)
+            continue
+        # --max-steps and --max_steps are one setting
+        name = key.removeprefix("--").replace("-", "_")
+        if not key.startswith("--") or name not in defaults:
+            there = ", ".join(sorted(defaults))
+            raise SystemExit(f"unknown setting {key!r}; this script has: {there}")
+        if not equals and not args:
+            raise SystemExit(f"{key} needs a value, as in {key}=value")
+        # --key value, as other programs have it
+        value = value if equals else args.pop(0)
+        script[name] = cast(key, value, type(defaults[name]))
+        given.add(name)
+    if len(words) < n_words:
+        found = len(words)
+        raise SystemExit(f"expected {n_words} words before the settings, found {found}; see --help")
+    # the toy's validation rows are of no use beside one's own data
+    if "data" in given and "val_data" in defaults and "val_data" not in given:
+        if script["data"] != defaults["data"] and script["val_data"]:
+            print(f"no val_data: the default, {script['val_data']}, is the toy's; --val_data=FILE")
+            script["val_data"] = ""
+    check_ranges(script, defaults)
+    return words
+
+
+def cast(key, value, kind):
+    """The text of a setting as its default's type. Raises SystemExit where it is of another."""
+    if kind is bool:
+        # bool("False") is True
+        if value.lower() not in ("0", "1", "true", "false"):
+            raise SystemExit(f"{key}={value!r} is not a bool; use 0 or 1")
+        return value.lower() in ("1", "true")
+    try:
+        return kind(value)
+    except ValueError:
+        raise SystemExit(f"{key}={value!r} is not {kind.__name__}") from None
+
+
+def check_ranges(script, defaults):
+    """Raise SystemExit for a number that makes no sense, naming the setting and its range."""
+    for name, default in defaults.items():
+        value = script[name]
+        # a NaN passes every comparison below
+        if isinstance(value, float) and math.isnan(value):
+            raise SystemExit(f"{name}={value} is not a number")
+        if name in SIZES:
+            low, high = (1 if default else 0), math.inf
+        elif name in RANGES:
+            low, high = RANGES[name]
+        else:
+            continue
+        if not low <= value <= high or math.isinf(value):
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise SystemExit(f"{name}={value} makes no sense: expected {wanted}")
+    if script.get("min_pixels", 0) > script.get("max_pixels", 0) > 0:
+        low, high = script["min_pixels"], script["max_pixels"]
+        raise SystemExit(f"min_pixels={low} is above max_pixels={high}")
+
+
+def check_choices(settings, **choices):
+    """Raise SystemExit for a setting that is not one of its choices."""
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            there = ", ".join(allowed)
+            raise SystemExit(f"{name}={settings[name]!r} is not one of: {there}")
+
+
+def help_text(script):
+    """A script's docstring, then each setting with its default and the comment beside it."""
+    # the comments are not in the globals: they are read from the file
+    source = Path(script["__file__"]).read_text(encoding="utf-8")
+    comments = {}  # by line number
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    known = settings_of(script)
+    lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
+    for statement in ast.parse(source).body:
+        if not isinstance(statement, ast.Assign):
+            continue
+        comment = comments.get(statement.end_lineno, "")
+        for target in ast.walk(statement.targets[0]):
+            if isinstance(target, ast.Name) and target.id in known:
+                default = repr(known[target.id])
+                if len(default) > 40:
+                    default = default[:36] + "..."
+                lines.append(f"  --{target.id}={default}".ljust(46) + comment)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# ranks, device, clock
+
+
+def rank_and_world():
+    """This process's rank and the number of processes, as torchrun sets them (else 0 and 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device():
+    """The CUDA device of this local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def clock(device):
+    """Seconds for timing work: this process's own on a CPU, which others may share; else wall."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+# --------------------------------------------------------------------------------------------------
+# one folder, one writer
+
+HELD = []  # open lock files: held until this process ends, however it ends
+
+
+def claim(folder, name=".lock"):
+    """Make an output folder, and keep other launches of the stage out of it until this one ends.
+
+    Raises SystemExit if another launch has it. What a killed run left half-written is removed.
+    Rank 0 claims for all ranks of a launch.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] > 0:
+        return
+    # the kernel lets go of the lock when the process ends, however it ends
+    lock = open(folder / name, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(
+            f"{folder}: another process is writing here; wait, or give another out"
+        ) from None
+    HELD.append(lock)
+    # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
+    for tmp in folder.rglob(".*.tmp"):
+        writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
+        if tmp.is_file() and writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            tmp.unlink()

@@ -1,0 +1,235 @@
+"""How a script starts, what its settings may be, and how it stops."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TOY, run
+
+from launch import claim, override, settings_of
+
+# --- settings and folders
+
+
+def run_here(monkeypatch, path, *args):
+    """Run a script in this process, which has imported torch already. Returns its globals."""
+    monkeypatch.setattr(sys, "argv", [str(path), *args])
+    return runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "script,arg,words",
+    [
+        ("train.py", "--lrr=1", "unknown setting '--lrr'"),
+        ("train.py", "--epochs=two", "is not int"),
+        ("fit_pca.py", "--K=5", "not a square"),
+    ],
+)
+def test_unknown_settings(monkeypatch, script, arg, words):
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, ROOT / script, arg)
+    assert words in str(e.value)
+
+
+def test_unknown_folders(tmp_path, world):
+    args = [f"--base={tmp_path}", f"--data={world}/train.jsonl", "--val_data="]
+    args.append(f"--out={tmp_path}/o")
+    assert "config.json" in run("fit_pca.py", *args, ok=False)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "'llama'" in run("fit_pca.py", *args, ok=False)
+
+    (tmp_path / "bad.png").write_text("no image")
+    args = [f"--images={tmp_path}/bad.png", "--question=x", f"--model={TOY}"]
+    text = run("infer.py", *args, ok=False)
+    assert "bad.png: not a usable image" in text
+
+
+# --- starting a script and stopping it
+
+SCRIPTS = sorted(
+    path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_setting(script, monkeypatch, capsys):
+    namespace = run_here(monkeypatch, ROOT / script, "--help")  # SystemExit would fail the test
+    text = capsys.readouterr().out
+    question = namespace["__doc__"].strip().splitlines()[0]
+    assert text.splitlines()[0] == question
+    settings = settings_of(namespace)
+    assert settings
+    for name, value in settings.items():
+        default = repr(value)
+        if len(default) > 40:
+            default = default[:36] + "..."
+        lines = [line for line in text.splitlines() if line.startswith(f"  --{name}={default}")]
+        assert len(lines) == 1, (name, lines)
+
+
+def test_commands(monkeypatch):
+    """A script of commands without one says which it has; two dashes before one do no harm."""
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, ROOT / "toy.py")
+    assert str(e.value).startswith("usage: python toy.py data | base [--key=value ...]")
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, ROOT / "toy.py", "--data", "--n_trian=3")
+    assert str(e.value).startswith("unknown setting '--n_trian'; this script has: ")
+
+
+SCRIPT = '''
+"""Does one thing of what can go wrong."""
+import sys
+sys.path.insert(0, {root!r})
+from launch import start
+
+path = "absent.txt"  # a file to read
+
+def read():
+    print(open(path).read())
+
+def err():
+    return 1 + "one"
+
+start(read=read, err=err)
+'''
+
+
+def test_ends_in_a_sentence_or_a_traceback(tmp_path, monkeypatch):
+    """What a user causes ends in a sentence that names the file; a programming error is shown."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)))
+    absent = tmp_path / "absent.txt"
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, script, "read", f"--path={absent}")
+    assert e.value.code == f"{absent}: No such file or directory"
+    with pytest.raises(SystemExit) as e:  # a folder where a file should be
+        run_here(monkeypatch, script, "read", f"--path={tmp_path}")
+    assert e.value.code == f"{tmp_path}: Is a directory"
+    with pytest.raises(TypeError):
+        run_here(monkeypatch, script, "err")
+
+    done = finished(script, "err")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "line 13, in err" in done.stderr
+
+
+def test_out_below_a_file(tmp_path):
+    """A folder that can not be made, for root neither: exit code 1 and one line."""
+    (tmp_path / "file").write_text("")
+    done = finished(ROOT / "toy.py", "data", f"--data_folder={tmp_path}/file/toy")
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path}/file/toy/train: Not a directory\n"
+
+
+def finished(script, *args):
+    """A script as its user runs it, with its exit code."""
+    return subprocess.run(
+        [sys.executable, str(script), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def hear_interrupts():
+    """A shell starts what it runs in the background deaf to Ctrl-C; and so this test, it may be."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupt(tmp_path):
+    """Ctrl-C ends in one sentence and the exit code that a shell expects."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "toy.py"), "data", f"--data_folder={tmp_path}"]
+        + ["--n_train=1000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=hear_interrupts,
+    )
+    while not (tmp_path / "train" / "0.png").exists():
+        assert process.poll() is None, "toy.py ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert text.splitlines()[-1] == "stopped" and "Traceback" not in text
+
+
+# --- settings have ranges
+
+TRAIN = {
+    **{"batch": 4, "global_batch": 16, "save_every": 500, "epochs": 2, "lr": 1e-3, "top_p": 1.0},
+    **{"temperature": 1.0, "tau": 0.0, "max_new_tokens": 24, "min_pixels": 3136, "seed": 1},
+    **{"max_pixels": 1003520, "data": "toy.jsonl", "val_data": "val.jsonl", "limit": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["batch=0", "batch=-1", "global_batch=0", "save_every=-1", "epochs=-2", "lr=nan", "lr=-1"]
+    + ["lr=inf", "top_p=1.5", "top_p=-0.1", "temperature=-1", "temperature=nan", "tau=2"]
+    + ["max_new_tokens=0", "min_pixels=0", "min_pixels=2000000", "limit=-1"],
+)
+def test_settings_that_make_no_sense_are_named(setting):
+    with pytest.raises(SystemExit) as e:
+        override(dict(TRAIN), [f"--{setting}"])
+    assert setting.partition("=")[0] in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "setting", ["batch=1", "save_every=0", "epochs=0", "lr=0", "top_p=1", "tau=1", "limit=0"]
+)
+def test_the_ends_of_ranges_are_settings(setting):
+    script = dict(TRAIN)
+    override(script, [f"--{setting}"])
+    assert script[setting.partition("=")[0]] == float(setting.partition("=")[2])
+
+
+def test_the_toys_validation_file_stays_with_the_toy(capsys):
+    for args, val in (
+        ([], "val.jsonl"),
+        (["--data=toy.jsonl"], "val.jsonl"),
+        (["--data=mine.jsonl"], ""),
+        (["--data=mine.jsonl", "--val_data=mine-val.jsonl"], "mine-val.jsonl"),
+    ):
+        script = dict(TRAIN)
+        override(script, args)
+        assert script["val_data"] == val
+        assert ("no val_data" in capsys.readouterr().out) == (val == "")
+
+
+# --- one folder, one writer
+
+HOLD = """
+import sys
+sys.path.insert(0, {root!r})
+from launch import claim
+claim({folder!r})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_told_so(tmp_path):
+    """While the first lives; what a dead one left half-written goes, a living one's stays."""
+    folder = tmp_path / "out"
+    script = HOLD.format(root=str(ROOT), folder=str(folder))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", script], **pipes)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit, match="another process"):
+        claim(folder)
+    living, dead = folder / f".a.json.{os.getpid()}.tmp", folder / f".b.json.{first.pid}.tmp"
+    for path in (living, dead):
+        path.touch()
+    first.communicate()
+    claim(folder)
+    assert living.exists() and not dead.exists()
