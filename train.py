@@ -297,8 +297,23 @@ def train_step(model, optimizer, batches, counts, step, total, device):
 # checkpoints and export
 
 
+def check_weights(model, step):
+    """Raise SystemExit, on every rank, if a weight is not finite: it reaches no checkpoint."""
+    n_bad = torch.zeros(1, device=next(model.parameters()).device)
+    for parameter in model.parameters():
+        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        n_bad += (~here.isfinite()).sum().to(n_bad)
+    dist.all_reduce(n_bad)
+    if n_bad:
+        raise SystemExit(
+            f"step {step}: {int(n_bad)} weights are not finite; lr={lr} may be too high. The last "
+            f"checkpoint in {out}/ckpt, if there is one, is finite"
+        )
+
+
 def save_checkpoint(model, optimizer, step, settings):
     """Write ckpt/step-N under a temporary name, rename it, keep the last two."""
+    check_weights(model, step)
     folder = Path(out) / "ckpt"
     tmp, final = folder / ".tmp", folder / f"step-{step:07}"
     rank, _ = rank_and_world()
@@ -455,12 +470,6 @@ def start_ranks():
     return device
 
 
-def load_data(path, training, model):
-    """(rows of a data file as the method trains on them, ids that it left out)."""
-    examples = usable_rows(load_examples(path), skip_unusable)
-    return model.rows(examples, training)
-
-
 def report_lengths(model, rows):
     """Say how many rows are longer than a micro-batch or the model's context, and the longest."""
     if rank_and_world()[0] > 0:
@@ -490,7 +499,7 @@ def check_step(step, means, norm):
     if bad:
         raise SystemExit(
             f"step {step + 1}: {', '.join(bad)} not finite; lr={lr} may be too high. The last "
-            f"checkpoint in {out}/ckpt is finite"
+            f"checkpoint in {out}/ckpt, if there is one, is finite"
         )
 
 
@@ -505,15 +514,17 @@ def main():
     device = start_ranks()
     torch.manual_seed(seed)
 
-    # the model
+    # the data, before 16 GB of weights: what is wrong with it is said in seconds
+    examples = usable_rows(load_examples(data), skip_unusable)
+    val_examples = usable_rows(load_examples(val_data), skip_unusable) if val_data else []
+
+    # the model, and the rows as its method trains on them
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype))
     processor = load_processor(base, min_pixels, max_pixels)
     model = METHODS[method](vlm, tokenizer, processor, settings)
     vlm.train()
-
-    # the data
-    rows, left_out = load_data(data, True, model)
-    val_rows = load_data(val_data, False, model)[0] if val_data else []
+    rows, left_out = model.rows(examples, training=True)
+    val_rows, _ = model.rows(val_examples, training=False)
     if len(rows) < global_batch:
         raise SystemExit(
             f"{data}: {len(rows)} usable examples are fewer than global_batch={global_batch}"
