@@ -254,6 +254,8 @@ def lettered(options):
 def without_letters(options):
     """Option texts without their letters, where all have them in order: "B. blue" is "blue"."""
     texts = []
+    if len(options) > 26:
+        return options
     # all or none: of options like "A. Smith" and "blue" the first keeps its initial
     for i, option in enumerate(options):
         letter = chr(ord("A") + i)

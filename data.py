@@ -147,6 +147,8 @@ def in_one_form(raw, training, where):
             raise SystemExit(f"{where}: field {field!r} must be a list, found {value!r}")
         if field == "options":
             row[field] = without_letters([as_text(x, field, where) for x in value])
+            if len(value) > 26:
+                raise SystemExit(f"{where}: {len(value)} options; there are 26 letters")
         else:
             check_strings(value, field, where)
             row[field] = value
@@ -200,19 +202,24 @@ def find_images(row, folder):
         # a path that is absolute already stays as it is
         row[field] = [str(folder / path) for path in row[field]]
         for path in row[field]:
-            # a NUL byte is no name, and the system call would raise
-            if "\0" in path or not Path(path).is_file():
+            # not Path.is_file(), which raises for a NUL byte or an endless name
+            if not os.path.isfile(path):
                 raise SystemExit(f"{row.where}: {field}: no such image {path}")
 
 
 def check_text(row):
     """Raise SystemExit for one of Qwen's control tokens in a text."""
-    for field in ("question", "response", "system"):
-        found = RESERVED.search(row.get(field, ""))
+    for field in ("question", "response", "system", "options"):
+        found = RESERVED.search(as_one_text(row.get(field, "")))
         if found:
             raise SystemExit(
                 f"{row.where}: field {field!r} contains the reserved token {found[0]!r}"
             )
+
+
+def as_one_text(value):
+    """A text as it is, a list of texts as lines."""
+    return value if isinstance(value, str) else "\n".join(value)
 
 
 def check_response(row):
@@ -442,9 +449,15 @@ def digest_tensors(path):
 
 
 def weights_digest(folder):
-    """A hash of a model folder's weights: copied or touched they are the same."""
+    """A hash of what a model folder computes: its weights, configuration, tokenizer and template.
+
+    Copied or touched it is the same.
+    """
     files = sorted(Path(folder).glob("*.safetensors"))
-    return key_of([(file.name, tensors_digest(file)) for file in files])
+    digests = [(file.name, tensors_digest(file)) for file in files]
+    for pattern in ("*.json", "*.jinja"):
+        digests += [(file.name, file_digest(file)) for file in sorted(Path(folder).glob(pattern))]
+    return key_of(digests)
 
 
 def question_key(row):
@@ -468,14 +481,16 @@ def memory_file():
 def memory():
     """{(path, size, time, what): value} of what earlier runs found of files."""
     known = {}
-    path = memory_file()
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                *key, value = json.loads(line)
-                known[tuple(key)] = value
-            except (ValueError, TypeError):  # a line cut off by a kill: it is found out again
-                continue
+    try:
+        lines = memory_file().read_bytes().split(b"\n")
+    except OSError:  # none yet, or none that can be read: it is found out again
+        return known
+    for line in lines:
+        try:
+            *key, value = json.loads(line)
+            known[tuple(key)] = value
+        except (ValueError, TypeError):  # a line cut off by a kill
+            continue
     return known
 
 

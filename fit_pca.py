@@ -159,13 +159,23 @@ def pictures_of(row):
     return [file_digest(path) for path in row["aux_images"]]
 
 
-def is_made(path, key):
-    """Is a target file there, whole, and of these examples, pictures and settings?"""
+def is_made(path, key, digest=""):
+    """Is a target file there, whole, and of these examples, pictures and settings?
+
+    digest: that of the file when it was indexed, "" if it was not.
+    """
     try:
         with safe_open(path, "pt") as f:
-            return (f.metadata() or {}).get("key") == key
+            same = (f.metadata() or {}).get("key") == key
     except (OSError, SafetensorError):  # missing or cut off: it is made again
         return False
+    return same and digest in ("", tensors_digest(path))
+
+
+def indexed():
+    """{target file: its digest} as an earlier run wrote them down."""
+    path = Path(out) / "targets" / "index.json"
+    return read_json(path, shards=dict)["shards"] if path.exists() else {}
 
 
 def encode_shard(path, rows, key, vlm, processor):
@@ -291,6 +301,7 @@ def finish(shards, total, outer, n, made_by):
         raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
     mean, covariance = mean_and_covariance(total, outer, n)
     eigenvalues, vectors, k = fit(covariance, retained)
+    check_finite(eigenvalues, f"{out}: the eigenvalues of the fit")
     report(n, len(mean), index, rejected, norms, eigenvalues)
     if basis == "random":
         eigenvalues, vectors = random_basis(covariance)
@@ -373,12 +384,13 @@ def main():
     check_provenance(note, made_by)
     if rank == 0:
         write_json(note, made_by)
-    mine = shards[rank::world]
+    mine, digests = shards[rank::world], indexed()
     for path, rows, key in tqdm(mine, desc="targets", unit="shard", disable=rank > 0):
-        if path.exists() and not is_made(path, key):
+        if is_made(path, key, digests.get(path.name, "")):
+            continue
+        if path.exists():
             tqdm.write(f"{path}: damaged, or of other examples, pictures or settings; made anew")
-        if not is_made(path, key):
-            encode_shard(path, rows, key, vlm, processor)
+        encode_shard(path, rows, key, vlm, processor)
     if world > 1:
         dist.barrier()
 

@@ -65,22 +65,25 @@ def needs_latents(row, tau, rule):
 
 
 def read_counts(path):
-    """{id: line} of a difficulty file as sample_difficulty.py writes it.
-
-    Raises SystemExit naming line and field for a line that is none, or whose id occurs before.
-    """
-    # its lines are resumed and trusted, so each is checked as if a stranger had sent it
-    fields = {"id": str, "key": str, "base": str, "row": str, "n": int, "correct": int}
-    fields |= {"n_options": int, "lower_bound": bool}
+    """{id: line} of a finished difficulty file. Raises SystemExit for an id that occurs twice."""
     counts = {}
-    for line_number, line in enumerate(read_lines(path, **fields), 1):
-        where = f"{path}:{line_number}"
-        if not 0 <= line["correct"] <= line["n"] or line["n"] < 1:
-            raise SystemExit(f"{where}: {line['correct']} of {line['n']} answers correct")
+    for n, line in enumerate(read_count_lines(path), 1):
         if line["id"] in counts:
-            raise SystemExit(f"{where}: id {line['id']!r} occurs before")
+            raise SystemExit(f"{path}:{n}: id {line['id']!r} occurs before")
         counts[line["id"]] = line
     return counts
+
+
+def read_count_lines(path):
+    """The lines that sample_difficulty.py wrote. Raises SystemExit naming line and field."""
+    # they are resumed and trusted, so each is checked as if a stranger had sent it
+    fields = {"id": str, "key": str, "base": str, "row": str, "n": int, "correct": int}
+    fields |= {"n_options": int, "lower_bound": bool}
+    lines = read_lines(path, **fields)
+    for n, line in enumerate(lines, 1):
+        if not 0 <= line["correct"] <= line["n"] or line["n"] < 1:
+            raise SystemExit(f"{path}:{n}: {line['correct']} of {line['n']} answers correct")
+    return lines
 
 
 def solved_by(counts, examples, base, settings):
@@ -138,7 +141,8 @@ class Targets:
         self.index = read_json(self.index_file, **kinds)
         self.K, self.d = self.index["K"], self.index["d"]
         self.files = self.index["files"]  # {id: the file that holds it}
-        self.rejected = set(self.index["rejected"])  # ids with a degenerate auxiliary image
+        # ids with a degenerate auxiliary image
+        self.rejected = set(map(str, self.index["rejected"]))
         self.open = {}
 
     def check_files(self):

@@ -10,6 +10,7 @@ import binascii
 import io
 import math
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from data import remembered
 
 # what Pillow raises for a broken file
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)
+IMAGE_ERRORS += (Image.DecompressionBombError,)
 MOST_NARROW = 200  # the processor takes no picture whose sides differ more
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 TURNED = {
@@ -107,7 +109,11 @@ def orientation(image):
     # a PNG may carry its tag before the pixels or behind them
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1  # getexif() would decode the whole picture to look for a tag behind its pixels
-    return image.getexif().get(ORIENTATION, 1)
+    try:
+        turn = image.getexif().get(ORIENTATION, 1)
+    except IMAGE_ERRORS:  # a tag that no program can read turns nothing
+        return 1
+    return turn if turn in TURNED else 1
 
 
 def shown_size(image):
@@ -124,6 +130,9 @@ def shown_size(image):
 def as_rgb(image):
     """A decoded picture of any mode as RGB."""
     # scans, depth maps and medical pictures; convert() would clip them to white
+    if image.mode.startswith("I;16"):
+        high_byte = np.asarray(image, dtype=np.uint16) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(as_bytes(np.asarray(image, dtype=np.float64))).convert("RGB")
     if image.has_transparency_data:  # on white: RGB alone would show what lies beneath
@@ -176,13 +185,18 @@ def usable_rows(rows, leave_out, fields=("images",)):
 
 
 def image_fault(path):
-    """Why a picture can not be used; "" if it can."""
+    """Why a picture can not be used; "" if it can.
 
-    def find(path):
-        try:
-            decode_image(path)
-        except BadImage as e:
-            return str(e)
-        return ""
+    Only what can be used is remembered: a disk that was away for a moment is no fault of a picture.
+    """
+    try:
+        remembered(path, "usable", is_usable)
+    except BadImage as e:
+        return str(e)
+    return ""
 
-    return remembered(path, "fault", find)
+
+def is_usable(path):
+    """True; raises BadImage."""
+    decode_image(path)
+    return True

@@ -45,6 +45,7 @@ RANGES = {
     **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
     **dict.fromkeys(("tau", "retained", "warmup_ratio", "val_share", "top_p"), (0, 1)),
     **dict.fromkeys(("beta1", "beta2", "ema_beta"), (0, 1)),
+    "seed": (0, 2**63 - 1),
 }
 # 0 has a meaning of its own where the script's default is 0, and none elsewhere
 SIZES = ("max_new_tokens", "min_pixels", "max_pixels")
@@ -180,7 +181,7 @@ def check_ranges(script, defaults):
             low, high = RANGES[name]
         else:
             continue
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise SystemExit(f"{name}={value} makes no sense: expected {wanted}")
     if script.get("min_pixels", 0) > script.get("max_pixels", 0) > 0:
@@ -264,6 +265,8 @@ def claim(folder, name=".lock"):
         raise SystemExit(
             f"{folder}: another process is writing here; wait, or give another out"
         ) from None
+    except OSError as e:  # a network disk without locks
+        print(f"{folder}: no lock can be held here ({e.strerror}); start no second process on it")
     HELD.append(lock)
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.rglob(".*.tmp"):

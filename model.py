@@ -278,6 +278,8 @@ def load_head(folder, vlm, tokenizer, latent_size):
     try:
         # the PCA gives the head its shapes; the state dict holds it once more, with the weights
         pca = tensors | {"total_variance": float(meta["total_variance"])}
+        if not 0 < pca["total_variance"] < math.inf:
+            raise ValueError(f"total_variance is {meta['total_variance']}")
         head = HEADS[kind](pca, int(K))
         head.load_state_dict(tensors)
     except (RuntimeError, ValueError) as e:  # a weight that is missing, unknown or misshapen
@@ -327,6 +329,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     check_whole(folder, vlm, found)
     if not tokenizer.chat_template:
         tokenizer.chat_template = read_chat_template(folder)
+    check_prompt(folder, vlm, tokenizer)
     vlm.model.visual.config._attn_implementation = TOWER_ATTENTION  # in this process: never saved
     return vlm.to(device).eval(), tokenizer
 
@@ -345,6 +348,21 @@ def check_whole(folder, vlm, found):
         check_finite(weight, f"{folder}: {name}")
 
 
+def check_prompt(folder, vlm, tokenizer):
+    """Raise SystemExit unless the chat template has a place for an image, the model's own."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as e:  # a template is a program: it may raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        raise SystemExit(f"{folder}: no usable chat template: {reason}") from None
+    places = tokenizer(text)["input_ids"].count(vlm.config.image_token_id)
+    if places != 1:
+        token = vlm.config.image_token_id
+        raise SystemExit(f"{folder}: {places} places for an image (token {token}) in the prompt")
+
+
 def read_chat_template(folder):
     """The template of an older folder, which keeps it in a file of its own."""
     path = folder / "chat_template.json"
@@ -358,6 +376,8 @@ def load_processor(folder, min_pixels, max_pixels):
 
     Without torchvision there is no AutoProcessor. Raises SystemExit for a file that is none.
     """
+    if min_pixels > max_pixels:
+        raise SystemExit(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
     try:
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)

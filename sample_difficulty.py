@@ -33,7 +33,7 @@ from data import (
     weights_digest,
     write_lines,
 )
-from gap import RULES, is_solved, needs_latents, read_counts
+from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, make_prompts, to_text
 from images import usable_rows
 from launch import check_choices, claim, pick_device, rank_and_world, start
@@ -137,14 +137,15 @@ def finished(rows, key):
     wanted = {row["id"]: question_key(row) for row in rows}
     done = {}
     for path in [out, *part_files()]:
-        for n, (id, line) in enumerate(read_counts(path).items(), 1):
+        for n, line in enumerate(read_count_lines(path), 1):
             if line["key"] != key:
                 raise SystemExit(
                     f"{path}:{n}: sampled with other settings or another base than this run's; "
                     "choose another `out`, or delete it to start over"
                 )
-            if wanted.get(id) == line["row"]:
-                done[id] = line
+            # a question that changed between two sittings has a line of each
+            if wanted.get(line["id"]) == line["row"]:
+                done[line["id"]] = line
     return done
 
 

@@ -47,6 +47,7 @@ from tqdm import tqdm
 from data import (
     LATENT_SPAN,
     append,
+    check_fields,
     example_key,
     file_digest,
     key_of,
@@ -366,15 +367,20 @@ def checkpoint_fault(folder):
     checksums = sorted(folder.glob("checksums.*.json"))
     if not checksums:
         return f"{folder}: no checksums"
+    named = set()
     for file in checksums:
         try:
             sums = read_json(file)
         except SystemExit as e:
             return str(e)
+        named |= sums.keys()
         for name, digest in sums.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != digest:
                 return f"{path}: damaged or missing"
+    for path in [*folder.glob("__*"), folder / ".metadata"]:
+        if path.name not in named:
+            return f"{path}: no checksum"
     return ""
 
 
@@ -436,7 +442,10 @@ def open_log(first, settings):
     path = Path(out) / "log.jsonl"
     kept = []  # steps after the checkpoint are run again
     if first:
-        kept = [row for row in read_lines(path) if row.get("step", 0) <= first]
+        rows = read_lines(path)
+        for row in rows[1:]:
+            check_fields(row, {"step": int}, path)
+        kept = rows[:1] + [row for row in rows[1:] if row["step"] <= first]
     if not kept:
         kept = [settings | versions() | {"world": rank_and_world()[1]}]
     write_lines(path, kept)

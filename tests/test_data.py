@@ -1,6 +1,7 @@
 """Bad input ends in one sentence; a script starts and stops as its user expects."""
 
 import json
+import math
 import os
 import shutil
 
@@ -9,7 +10,23 @@ import torch
 from conftest import broken
 from safetensors.torch import save_file
 
-from data import load_examples, question_key, question_text, read_lines, weights_digest, write_json
+from data import (
+    check_fields,
+    example_key,
+    load_examples,
+    memory,
+    memory_file,
+    question_key,
+    question_text,
+    read_json,
+    read_lines,
+    read_safetensors,
+    remembered,
+    tensors_digest,
+    weights_digest,
+    write_json,
+    write_lines,
+)
 
 # --- a data file: the sentence names file, line and field
 
@@ -93,6 +110,9 @@ REFUSED = [
     (json.dumps(ROW | {"answer": {}}), "'answer'"),
     (json.dumps(ROW | {"id": None}), "'id'"),
     (json.dumps(ROW | {"options": "red"}), "'options'"),
+    (json.dumps(ROW | {"options": ["<|image_pad|>", "b"]}), "'options'"),
+    (json.dumps(ROW | {"options": [f"option {i}" for i in range(27)]}), "27 options"),
+    (json.dumps(ROW | {"images": ["x" * 300 + ".png"]}), "no such image"),
     (json.dumps(ROW | {"images": ["no\0.png"]}), "no such image"),
     (json.dumps(ROW | {"answer": "x"}).replace('"x"', "NaN"), "'answer'"),
     (json.dumps(ROW | {"answer": "x"}).replace('"x"', '"\\ud800"'), "not Unicode"),
@@ -201,3 +221,247 @@ def test_identity_is_content(tmp_path):
     assert question_key(row | {"images": [tmp_path / "q.png"]}) != key
     for change in ({"question": "R"}, {"answer": "B"}, {"options": ["A"]}):
         assert question_key(row | change) != key
+
+
+@pytest.mark.parametrize(
+    "change, read",
+    [
+        ({"images": ["a.png", "a.png"], "question": "<image> <image>\n Same?"}, "Same?"),
+        (
+            {"images": ["a.png", "a.png"], "question": "<image>Is it <image>?"},
+            "<image>Is it <image>?",
+        ),
+        ({"images": [], "question": "What is 2 + 2?"}, "What is 2 + 2?"),
+        ({"question": "<image>"}, ""),
+        ({"question": "one\u2028two\x85three\fend"}, "one\u2028two\x85three\fend"),
+        ({"question": "\U0001f600 <image> 字"}, "\U0001f600 <image> 字"),
+        ({"question": 5}, "5"),
+    ],
+)
+@pytest.mark.parametrize("ascii", [True, False])
+def test_questions_are_read_with_their_marks(tmp_path, change, read, ascii):
+    (tmp_path / "a.png").touch()
+    line = json.dumps(ROW | change, ensure_ascii=ascii)
+    (tmp_path / "data.jsonl").write_bytes(f"\n\n{line}".encode())  # no newline at the end
+    (row,) = load_examples(tmp_path / "data.jsonl")
+    assert row["question"] == read and row.where.endswith(":3")
+
+
+def test_joined_files_of_windows_editors(tmp_path):
+    """Each part brought its byte order mark along."""
+    (tmp_path / "a.png").touch()
+    lines = ["\ufeff" + json.dumps(ROW | {"id": n}) + "\r\n" for n in range(3)]
+    (tmp_path / "data.jsonl").write_bytes("".join(lines).encode())
+    assert [row["id"] for row in load_examples(tmp_path / "data.jsonl")] == ["0", "1", "2"]
+
+
+SPAN = "<think> <latent></latent> </think> <answer> 3 </answer>"
+
+
+@pytest.mark.parametrize("aux", ["a.png", ["a.png"]])
+def test_one_auxiliary_image_may_be_a_string(tmp_path, aux):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"response": SPAN, "aux_images": aux}))
+    (row,) = load_examples(tmp_path / "data.jsonl")
+    assert row["aux_images"] == [str(tmp_path / "a.png")]
+
+
+def test_a_question_needs_no_response(tmp_path):
+    (tmp_path / "a.png").touch()
+    asked = {name: ROW[name] for name in ("id", "images", "question", "answer")}
+    (tmp_path / "data.jsonl").write_text(json.dumps(asked) + "\n")
+    (row,) = load_examples(tmp_path / "data.jsonl", training=False)
+    assert "response" not in row and "aux_images" not in row
+    with pytest.raises(SystemExit, match="'response'"):
+        load_examples(tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["no examples"]),
+        ("\n \n", ["no examples"]),
+        ("[]", ["no examples"]),
+        ("[1]", ["item 1", "JSON object"]),
+        (json.dumps([ROW, [ROW]]), ["item 2", "JSON object"]),
+        (json.dumps([ROW | {"id": 17}, ROW | {"id": "17"}]), ["item 2", "'17'", "item 1"]),
+        (
+            json.dumps([ROW, ROW | {"id": "b", "question": "<image> <image>"}]),
+            ["item 2", "2 <image>"],
+        ),
+        (json.dumps([ROW])[:-1], ["not JSON"]),
+        ("\ufeff{", [":1", "not JSON"]),
+        (json.dumps(ROW | {"id": "\udc80"}), [":1", "not Unicode"]),
+        (json.dumps(ROW | {"\ud800": 1}), [":1", "not Unicode"]),
+        (json.dumps(ROW | {"note": ["x", {"y": "\udfff"}]}), [":1", "not Unicode"]),
+        (json.dumps(ROW | {"answer": False}), [":1", "'answer'", "False"]),
+        (json.dumps(ROW | {"response": None}), [":1", "'response'", "None"]),
+        (json.dumps(ROW | {"images": None}), [":1", "'images'"]),
+        (json.dumps(ROW | {"images": {"a": 1}}), [":1", "'images'"]),
+        (json.dumps(ROW | {"options": {"A": "x"}}), [":1", "'options'"]),
+        (json.dumps(ROW | {"options": ["x", True]}), [":1", "'options'", "True"]),
+        (json.dumps(ROW | {"options": ["x", None]}), [":1", "'options'", "None"]),
+        (json.dumps(ROW | {"system": ["x"]}), [":1", "'system'"]),
+        (json.dumps(ROW | {"system": "<|im_end|>"}), [":1", "'system'", "<|im_end|>"]),
+        (json.dumps(ROW | {"images": [""]}), [":1", "no such image"]),
+        (json.dumps(ROW | {"aux_images": "gone.png", "response": SPAN}), [":1", "gone.png"]),
+    ],
+)
+def test_files_that_are_no_data_are_refused_with_their_place(tmp_path, text, words):
+    (tmp_path / "a.png").touch()
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(text.encode("utf-8"))
+    with pytest.raises(SystemExit) as e:
+        load_examples(path)
+    for word in [str(path), *words]:
+        assert word in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "options, bare",
+    [
+        (["A) x", "B) y"], ["x", "y"]),
+        (["A: x", "B: y", "C: z"], ["x", "y", "z"]),
+        (["(A)x", "(B)y"], ["x", "y"]),
+        (["B. x", "A. y"], ["B. x", "A. y"]),  # not in order: texts that begin so
+        (["A. x\nmore", "B. y"], ["x\nmore", "y"]),
+        (["Apple", "Banana"], ["Apple", "Banana"]),
+        ([1.5, "2"], ["1.5", "2"]),
+        ([], []),
+    ],
+)
+def test_letters_of_options_are_no_part_of_them(tmp_path, options, bare):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"options": options}))
+    assert load_examples(tmp_path / "data.jsonl")[0]["options"] == bare
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (str, ["", "7", "é"], [7, None, ["7"], True, {}]),
+        (int, [0, -3, 2**70], [0.0, "0", True, None, [0]]),
+        (float, [0.5, -1e300], [math.nan, math.inf, -math.inf, "0.5", 1, None]),
+        ((int, float), [3, 0.5], [math.nan, True, "3"]),
+        (bool, [True, False], [0, 1, "true", None]),
+        (list, [[], [1]], [{}, "[]", None]),
+        (dict, [{}, {"a": 1}], [[], "{}", None]),
+    ],
+)
+def test_a_field_is_of_its_type(kind, good, bad):
+    for value in good:
+        check_fields({"x": value}, {"x": kind}, "f:1")
+    for row in [{"x": value} for value in bad] + [{}]:
+        with pytest.raises(SystemExit, match="f:1: field 'x' must be"):
+            check_fields(row, {"x": kind}, "f:1")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "[]", "{", "[" * 100_000, '{"K": "4"}', '{"J": 4}', "\xff"]
+)
+def test_a_json_file_of_another_kind_is_named(tmp_path, text):
+    path = tmp_path / "state.json"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(SystemExit, match="state.json"):
+        read_json(path, K=int)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [-math.inf], {"a": {"b": math.nan}}])
+def test_json_stays_json(tmp_path, value):
+    (tmp_path / "a.json").write_text("{}")
+    for write in (write_json, lambda path, x: write_lines(path, [{"a": 1}, {"x": x}])):
+        with pytest.raises(ValueError):
+            write(tmp_path / "a.json", value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]  # as it was, and alone
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (half, "not a readable safetensors file"),
+        (lambda path: path.write_bytes(b""), "not a readable safetensors file"),
+        (
+            lambda path: path.write_text("version https://git-lfs"),
+            "not a readable safetensors file",
+        ),
+        (lambda path: path.unlink(), "not a readable safetensors file"),
+        (lambda path: save_file({"b": torch.ones(2)}, path, {"K": "4"}), "lacks ['a']"),
+        (lambda path: save_file({"a": torch.ones(2)}, path), "lacks ['K']"),
+        (
+            lambda path: save_file({"a": torch.tensor([1, math.nan])}, path, {"K": "4"}),
+            "not finite",
+        ),
+        (lambda path: save_file({"a": torch.tensor(-math.inf)}, path, {"K": "4"}), "not finite"),
+    ],
+)
+def test_tensors_that_are_not_ours_are_named(tmp_path, spoil, words):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(6), "b": torch.tensor(True)}, path, {"K": "4"})
+    assert read_safetensors(path, ["a"], ["K"])[1] == {"K": "4"}
+    spoil(path)
+    with pytest.raises(SystemExit) as e:
+        read_safetensors(path, ["a"], ["K"])
+    assert str(path) in str(e.value) and words in str(e.value)
+
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    "tensors, meta",
+    [
+        (TENSORS | {"a": TENSORS["a"].view(3, 2)}, {"x": "1"}),
+        (TENSORS | {"b": torch.ones(4, dtype=torch.int32)}, {"x": "1"}),
+        (TENSORS | {"b": torch.tensor([1, 1, 1, 1.0000001])}, {"x": "1"}),
+        ({"b": TENSORS["a"], "a": TENSORS["b"]}, {"x": "1"}),
+        ({"a": TENSORS["a"]}, {"x": "1"}),
+        (TENSORS | {"c": torch.zeros(0)}, {"x": "1"}),
+        (TENSORS, {"x": "2"}),
+        (TENSORS, None),
+    ],
+)
+def test_other_tensors_have_another_digest(tmp_path, tensors, meta):
+    save_file(TENSORS, tmp_path / "one", {"x": "1"})
+    save_file(tensors, tmp_path / "two", meta)
+    assert tensors_digest(tmp_path / "one") != tensors_digest(tmp_path / "two")
+
+
+def test_a_file_is_read_once(tmp_path):
+    """Until it changes, whatever its path's spelling; a torn memory costs nothing."""
+    calls = []
+
+    def size(path):
+        calls.append(path)
+        return len(path.read_bytes())
+
+    path = tmp_path / "a b.bin"
+    path.write_bytes(b"123")
+    (tmp_path / "link").symlink_to(path)
+    for name in ("a b.bin", "./a b.bin", "../" + tmp_path.name + "/a b.bin", "link"):
+        assert remembered(tmp_path / name, "size", size) == 3
+    assert len(calls) == 1
+    with open(memory_file(), "ab") as f:
+        f.write(b'["half a li\n\xff\n7\n[]\n[["a"], 1]\n')
+    memory.cache_clear()  # as the next run finds it
+    assert remembered(path, "size", size) == 3 and len(calls) == 1
+    path.write_bytes(b"1234")
+    assert remembered(path, "size", size) == 4
+    path.write_bytes(b"5678")
+    os.utime(path, ns=(0, 10**18))
+    assert remembered(path, "size", size) == 4 and len(calls) == 3
+
+
+def test_what_a_row_teaches_is_its_content(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"1")
+    row = ROW | {"images": [str(tmp_path / "a.png")]}
+    (tmp_path / "elsewhere").mkdir()
+    moved = row | {"images": [str(shutil.copy(tmp_path / "a.png", tmp_path / "elsewhere/b.png"))]}
+    assert example_key(moved) == example_key(row)
+    for name in ("id", "question", "answer", "response"):
+        assert example_key(row | {name: "another"}) != example_key(row)
+    assert example_key(row | {"images": row["images"] * 2}) != example_key(row)
+    assert example_key(row | {"note": "to myself"}) == example_key(row)

@@ -4,8 +4,11 @@ scores by hand, the comparison."""
 import base64
 import json
 import math
+import os
 import random
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 
 import eval as evaluate
 from benchmarks import BENCHMARKS
-from data import read_lines
+from data import read_lines, write_lines
 
 # --- a JSONL test set
 
@@ -236,3 +239,67 @@ def test_compare(tmp_path):
     (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
     assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
     assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
+
+
+# --- an answer belongs to its question and pixels
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A test set of one question of two pictures, and its answer on the disk."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    images = [str(tmp_path / f"{name}.png") for name in ("a", "b")]
+    row = {"id": "1", "question": "Which?", "options": ["x", "y"], "answer": "x", "images": images}
+    test = evaluate.TestSet("t", [row], tmp_path / "out", evaluate.JSONL, {}, "key")
+    line = {"id": "1", "key": evaluate.row_key("key", row), "raw": "x", "truncated": False}
+    write_lines(tmp_path / "out" / "predictions.rank0.jsonl", [line | {"tokens": 3, "latents": 0}])
+    return test
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda row: row.update(answer="y"), True),  # graded anew, not asked anew
+        (lambda row: row.update(category="more"), True),
+        (lambda row: row.update(images=[str(Path(p)) for p in row["images"]]), True),
+        (lambda row: os.utime(row["images"][0], (0, 0)), True),
+        (lambda row: row.update(images=[shutil.copy(p, p + ".copy") for p in row["images"]]), True),
+        (lambda row: row.update(question="Which one?"), False),
+        (lambda row: row.update(options=["y", "x"]), False),
+        (lambda row: row.update(options=None), False),
+        (lambda row: row["images"].reverse(), False),
+        (lambda row: row["images"].pop(), False),
+        (lambda row: Path(row["images"][1]).write_bytes(b"redrawn"), False),
+    ],
+)
+def test_an_answer_belongs_to_its_question(asked, change, same):
+    assert list(evaluate.read_predictions(asked)) == ["1"]
+    change(asked.rows[0])
+    assert list(evaluate.read_predictions(asked)) == ["1"] * same
+
+
+def test_an_answer_stands_over_a_failure_and_another_runs_line(asked):
+    (answer,) = read_lines(asked.out / "predictions.rank0.jsonl")
+    failed = {"id": "1", "key": answer["key"], "error": "out of memory"}
+    others = [answer | {"key": "another", "raw": "z"}, answer | {"id": "2", "raw": "z"}]
+    write_lines(asked.out / "predictions.rank1.jsonl", [failed, *others])
+    assert evaluate.read_predictions(asked)["1"]["raw"] == "x"
+    write_lines(asked.out / "predictions.rank0.jsonl", [])
+    assert evaluate.read_predictions(asked)["1"] == failed
+    with open(asked.out / "predictions.rank0.jsonl", "a") as f:
+        f.write('{"id": "1", "key": "')  # cut off by a kill
+    assert evaluate.read_predictions(asked)["1"] == failed
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("id", 1), ("key", None), ("raw", 7), ("truncated", 0), ("tokens", "3"), ("latents", 1.5)],
+)
+def test_an_answer_of_another_kind_is_named(asked, field, value):
+    path = asked.out / "predictions.rank0.jsonl"
+    (answer,) = read_lines(path)
+    write_lines(path, [answer | {field: value}])
+    with pytest.raises(SystemExit, match="predictions.rank0.jsonl") as e:
+        evaluate.read_predictions(asked)
+    assert repr(field) in str(e.value)

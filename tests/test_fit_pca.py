@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 from conftest import PIXELS, broken, run
 from PIL import Image
@@ -132,8 +133,10 @@ def test_targets_belong_to_their_pictures(tmp_path, base, world):
     run("fit_pca.py", *args, f"--out={out}")
     first = {path: tensors_digest(path) for path in out.rglob("*.safetensors")}
     times = {path: path.stat().st_mtime_ns for path in (out / "targets").glob("*.safetensors")}
+    index = (out / "targets" / "index.json").read_bytes()
     run("fit_pca.py", *args, f"--out={out}")
     assert {path: tensors_digest(path) for path in first} == first
+    assert (out / "targets" / "index.json").read_bytes() == index  # a half-done training's inputs
     assert all(path.stat().st_mtime_ns == t for path, t in times.items())
 
     shutil.copy(copy / "train/0-aux.png", copy / "train/30-aux.png")
@@ -145,9 +148,75 @@ def test_targets_belong_to_their_pictures(tmp_path, base, world):
     assert [path.name for path in made_again] == ["train-00001.safetensors"]
     run("train.py", *train, f"--out={tmp_path}/a")
 
+    # a flipped bit in a target file that was indexed: made anew, to the same PCA
+    path = out / "targets" / "train-00000.safetensors"
+    pca = tensors_digest(out / "pca.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x40
+    path.write_bytes(content)
+    assert "made anew" in run("fit_pca.py", *args, f"--out={out}")
+    assert tensors_digest(out / "pca.safetensors") == pca
+
     # one fit's PCA beside another's targets
     write_lines(copy / "fewer.jsonl", read_lines(copy / "train.jsonl")[:30])
     run("fit_pca.py", *args, f"--data={copy}/fewer.jsonl", f"--out={tmp_path}/fewer")
     shutil.copy(tmp_path / "fewer" / "pca.safetensors", out / "pca.safetensors")
     text = run("train.py", *train, f"--out={tmp_path}/a", ok=False)
     assert "fitted on other targets" in text
+
+
+def test_a_target_file_is_of_its_key(tmp_path):
+    path = tmp_path / "train-00000.safetensors"
+    assert not fit_pca.is_made(path, "k")
+    save_file({"a": torch.ones(1, 4, 8)}, path, {"key": "k"})
+    assert fit_pca.is_made(path, "k") and not fit_pca.is_made(path, "another")
+    for content in (
+        path.read_bytes()[:-1],
+        path.read_bytes()[:20],
+        b"",
+        b"version https://git-lfs",
+    ):
+        path.write_bytes(content)
+        assert not fit_pca.is_made(path, "k")
+    save_file({"a": torch.ones(1, 4, 8)}, path)  # not ours
+    assert not fit_pca.is_made(path, "k")
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        (lambda rows, folder: shutil.copy(folder / "p0.png", folder / "moved.png"), True),
+        (lambda rows, folder: rows[0].update(question="another", answer="another"), True),
+        (lambda rows, folder: (folder / "p0.png").write_bytes(b"redrawn"), False),
+        (lambda rows, folder: rows[0].update(id="another"), False),
+        (lambda rows, folder: rows[0]["aux_images"].append(str(folder / "p1.png")), False),
+        (lambda rows, folder: rows.reverse(), False),
+        (lambda rows, folder: rows.pop(), False),
+    ],
+)
+def test_a_target_file_is_made_again_where_its_pictures_change(tmp_path, change, same):
+    def key(made_by="settings"):
+        ((_, _, key),) = fit_pca.split_to_shards({"train": rows}, made_by)
+        return key
+
+    rows = []
+    for n in range(3):
+        (tmp_path / f"p{n}.png").write_bytes(f"picture {n}".encode())
+        rows.append({"id": str(n), "aux_images": [str(tmp_path / f"p{n}.png")]})
+    before = key()
+    change(rows, tmp_path)
+    if (tmp_path / "moved.png").exists():
+        rows[0]["aux_images"] = [str(tmp_path / "moved.png")]
+    assert (key() == before) == same
+    assert key("other settings") not in (before, key())
+
+
+@pytest.mark.parametrize("text", ["[]", "", "7", '{"K": 9, "mode": "pool"}', '{"K": 4}'])
+def test_targets_made_in_another_way_are_refused(tmp_path, text):
+    made_by, note = {"K": 4, "mode": "pool"}, tmp_path / "made_by.json"
+    fit_pca.check_provenance(note, made_by)  # none there
+    note.write_text('{"mode": "pool", "K": 4}')
+    fit_pca.check_provenance(note, made_by)
+    note.write_text(text)
+    with pytest.raises(SystemExit, match="made_by.json"):
+        fit_pca.check_provenance(note, made_by)

@@ -1,12 +1,18 @@
 """GAP as a method: which rows keep what, and what belongs together."""
 
+import json
+import shutil
+
 import pytest
+import torch
 from conftest import PIXELS
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.stats import binom
 
-from data import load_examples
-from gap import GAP, is_solved
-from model import load_processor, load_vlm
+from data import Row, load_examples, question_key, write_json, write_lines
+from gap import GAP, Targets, check_same_space, is_solved, read_counts, solved_by
+from model import load_pca, load_processor, load_vlm
 
 
 @pytest.mark.parametrize("keep, write", [(True, True), (False, True), (True, False)])
@@ -49,3 +55,196 @@ def test_guess_rule_against_scipy():
         for c in range(9):
             improbable = binom.sf(c - 1, 8, 1 / n_options) < 0.05
             assert is_solved(c, 8, n_options, 0.0, "guess") == improbable
+
+
+# --- what a stage wrote belongs to what the next one reads
+
+LINE = {"id": "a", "key": "k", "base": "b", "row": "r", "n": 8, "correct": 2, "n_options": 0}
+LINE |= {"lower_bound": False}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"correct": 9}, "9 of 8"),
+        ({"correct": -1}, "-1 of 8"),
+        ({"n": 0, "correct": 0}, "0 of 0"),
+        ({"n": "8"}, "'n'"),
+        ({"n": 8.0}, "'n'"),
+        ({"correct": True}, "'correct'"),
+        ({"lower_bound": 0}, "'lower_bound'"),
+        ({"row": None}, "'row'"),
+        ({"id": 3}, "'id'"),
+        ({"id": "first"}, "'first' occurs before"),
+    ],
+)
+def test_counts_of_another_kind_are_named(tmp_path, change, words):
+    path = tmp_path / "difficulty.jsonl"
+    write_lines(path, [LINE | {"id": "first"}, LINE])
+    assert list(read_counts(path)) == ["first", "a"]
+    write_lines(path, [LINE | {"id": "first"}, LINE | change])
+    with pytest.raises(SystemExit) as e:
+        read_counts(path)
+    assert f"{path}:2" in str(e.value) and words in str(e.value)
+
+
+def asked(world, n=3):
+    """Rows, and counts of them as they are: the first solved, the last stopped early."""
+    rows = load_examples(world / "train.jsonl")[:n]
+    counts = {row["id"]: LINE | {"row": question_key(row), "correct": 0} for row in rows}
+    counts[rows[0]["id"]]["correct"] = 8
+    return rows, counts
+
+
+def solved(rows, counts, tau=0.0, base="b"):
+    settings = {"difficulty": "d.jsonl", "tau": tau, "rule": "paper", "data": "x.jsonl"}
+    return solved_by(counts, rows, base, settings)
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "options", "system", "images"])
+def test_a_count_belongs_to_its_question(world, field):
+    rows, counts = asked(world)
+    assert solved(rows, counts) == {rows[0]["id"]}
+    change = {"options": ["x", "y"], "images": rows[2]["images"]}.get(field, "another")
+    rows[1][field] = change
+    with pytest.raises(SystemExit, match="another question, answer or picture") as e:
+        solved(rows, counts)
+    assert rows[1].where in str(e.value) and rows[1]["id"] in str(e.value)
+
+
+def test_a_count_belongs_to_its_base_and_threshold(world):
+    rows, counts = asked(world)
+    with pytest.raises(SystemExit, match="another base"):
+        solved(rows, counts, base="other")
+    counts[rows[2]["id"]] |= {"correct": 1, "lower_bound": True}
+    assert solved(rows, counts) == {rows[0]["id"], rows[2]["id"]}
+    with pytest.raises(SystemExit, match="stopped early"):
+        solved(rows, counts, tau=0.5)
+    del counts[rows[1]["id"]]
+    with pytest.raises(SystemExit, match="lacks 1 examples"):
+        solved(rows, counts)
+
+
+def test_counts_follow_copies_of_the_pictures(tmp_path, world):
+    rows, counts = asked(world)
+    shutil.copytree(world, tmp_path / "copy")
+    (tmp_path / "copy" / "train.jsonl").touch()
+    copies = load_examples(tmp_path / "copy" / "train.jsonl")[:3]
+    assert solved(copies, counts) == {rows[0]["id"]}
+
+
+@pytest.fixture
+def fitted(inputs, tmp_path):
+    """A copy of the folder that fit_pca.py left."""
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
+    shutil.copytree(given["pca"], tmp_path / "pca")
+    return tmp_path / "pca"
+
+
+def test_targets_belong_to_each_picture(fitted, world, tmp_path):
+    targets = Targets(fitted)
+    targets.check_files()
+    rows = load_examples(world / "train.jsonl")
+    assert all(targets.has(row) for row in rows)
+    two = rows[3]  # of two auxiliary images
+    assert targets.read(two["id"], 2).shape == (8, 128)
+    copy = shutil.copy(two["aux_images"][0], tmp_path / "copy.png")
+    assert targets.has(two | {"aux_images": [str(copy), two["aux_images"][1]]})
+
+    a, b = two["aux_images"]
+    for pictures in ([b, a], [a], [a, b, b], [a, rows[0]["aux_images"][0]]):
+        row = Row(two | {"aux_images": pictures})
+        row.where = "mine.jsonl:4"
+        with pytest.raises(SystemExit, match="mine.jsonl:4: .* run fit_pca.py again"):
+            targets.has(row)
+    row = Row(two | {"id": "new"})
+    row.where = "mine.jsonl:9"
+    with pytest.raises(SystemExit, match="mine.jsonl:9: .*'new'"):
+        targets.has(row)
+    with pytest.raises(SystemExit, match="train-3"):
+        targets.read(two["id"], 1)
+
+
+def rewritten(path, change):
+    """Write a safetensors file again, changed."""
+    with safe_open(path, "pt") as f:
+        tensors, meta = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    change(tensors)
+    save_file(tensors, path, meta)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: rewritten(path, lambda t: t["train-3"].fill_(0)),
+        lambda path: rewritten(path, lambda t: t.pop("train-3")),
+        lambda path: rewritten(path, lambda t: t.update(more=torch.ones(1, 4, 128))),
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+)
+def test_target_files_are_those_of_the_index(fitted, spoil):
+    path = fitted / "targets" / "train-00000.safetensors"
+    rewritten(path, lambda tensors: None)  # in another order of bytes, it may be
+    Targets(fitted).check_files()
+    spoil(path)
+    with pytest.raises(SystemExit, match="train-00000.safetensors"):
+        Targets(fitted).check_files()
+
+
+def test_targets_that_are_not_finite_are_named(fitted):
+    path = fitted / "targets" / "train-00000.safetensors"
+    rewritten(path, lambda t: t["train-3"].view(-1)[7:8].fill_(torch.nan))
+    assert Targets(fitted).read("train-2", 1).isfinite().all()
+    with pytest.raises(SystemExit, match="train-00000.safetensors: .*'train-3'.* not finite"):
+        Targets(fitted).read("train-3", 2)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("K", "4"), ("K", None), ("d", 1.5), ("tower", 5), ("files", []), ("pictures", None)]
+    + [("shards", "x"), ("rejected", {}), ("mode", 1)],
+)
+def test_an_index_of_another_kind_is_named(fitted, field, value):
+    path = fitted / "targets" / "index.json"
+    write_json(path, json.loads(path.read_text()) | {field: value})
+    with pytest.raises(SystemExit, match=f"index.json: field '{field}'"):
+        Targets(fitted)
+
+
+def test_a_pca_belongs_to_its_tower_and_targets(fitted, base):
+    vlm, targets = load_vlm(base)[0], Targets(fitted)
+    file = fitted / "pca.safetensors"
+    pca, meta = load_pca(file)
+    check_same_space(vlm, base, targets, file, pca, meta)
+    for field, value, words in (
+        ("tower", "0" * 16, "vision tower"),
+        ("K", "9", "has K = 4"),
+        ("mode", "resize", "has mode = pool"),
+        ("targets", "0" * 16, "other targets"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            check_same_space(vlm, base, targets, file, pca, meta | {field: value})
+    targets.index["degenerate"] = 0.5  # another fit's index beside it
+    with pytest.raises(SystemExit, match="other targets"):
+        check_same_space(vlm, base, targets, file, pca, meta)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("basis"), "lacks"),
+        (lambda t: t.update(basis=t["basis"].T.contiguous()), "shapes"),
+        (lambda t: t.update(mean=t["mean"][:64].clone()), "shapes"),
+        (lambda t: t.update(eigenvalues=t["eigenvalues"][:1].clone()), "shapes"),
+        (lambda t: t["mean"].fill_(torch.nan), "not finite"),
+        (lambda t: t["eigenvalues"].fill_(torch.inf), "not finite"),
+        (lambda t: t["eigenvalues"].fill_(0), "sum to 0"),
+    ],
+)
+def test_a_pca_that_is_none_is_named(fitted, change, words):
+    rewritten(fitted / "pca.safetensors", change)
+    with pytest.raises(SystemExit, match="pca.safetensors") as e:
+        load_pca(fitted / "pca.safetensors")
+    assert words in str(e.value)

@@ -35,6 +35,14 @@ def test_turned_as_pillow_turns(kind, turn):
     assert image_size(content) == upright.size
 
 
+@pytest.mark.parametrize("turn", [0, 9, 99])
+def test_a_tag_that_says_nothing_turns_nothing(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    content = saved(noise(), "PNG", exif=exif)
+    assert image_size(content) == decode_image(content).size == (40, 24)
+
+
 def over_white(colour, alpha):
     """Alpha compositing on white, by the formula."""
     return (colour * (alpha / 255.0) + 255 * (1 - alpha / 255.0)).round()
@@ -126,9 +134,95 @@ def test_all_unusable_pictures_are_listed_once(tmp_path, monkeypatch, capsys):
     assert all(f"data.jsonl:{n}: {tmp_path}/{n}.png" in str(e.value) for n in range(1, 6))
     assert "5 unusable images" in str(e.value)
 
-    def never(source):
-        raise AssertionError("decoded again")
+    decode, again = images.decode_image, []
 
-    monkeypatch.setattr(images, "decode_image", never)  # what was found is remembered
+    def counted(source):
+        again.append(source)
+        return decode(source)
+
+    monkeypatch.setattr(images, "decode_image", counted)
     assert usable_rows(rows, leave_out=True) == [rows[0], rows[-1]]
     assert "left out 5 rows" in capsys.readouterr().out
+    assert len(again) == 5  # what can be used is remembered; what can not may have been mended
+
+
+ALPHA = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+SEE_THROUGH = {  # a picture with something to see through, and the colour of one clear place
+    "one grey of L": (Image.fromarray(GREY), "PNG", {"transparency": 7}, (7, 0)),
+    "one colour of RGB": (noise(), "PNG", {"transparency": noise().getpixel((3, 2))}, (3, 2)),
+    "a bit": (Image.fromarray(GREY > 99), "PNG", {"transparency": 0}, (0, 0)),
+    "a GIF": (noise().quantize(4), "GIF", {"transparency": noise().quantize(4).getpixel((5, 5))})
+    + ((5, 5),),
+    "a WebP": (Image.merge("RGBA", [*noise(16, 16).split(), Image.fromarray(ALPHA)]), "WEBP")
+    + ({"lossless": True, "exact": True}, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", SEE_THROUGH)
+def test_what_lies_under_a_clear_place_is_not_seen(name):
+    image, kind, options, clear = SEE_THROUGH[name]
+    decoded = decode_image(saved(image, kind, **options))
+    assert decoded.mode == "RGB" and decoded.size == image.size
+    assert decoded.getpixel(clear) == (255, 255, 255)
+    shown = np.asarray(image.convert("RGB"))
+    if name in ("one grey of L", "one colour of RGB", "a GIF"):  # the rest is as it was
+        same = (np.asarray(decoded) == shown).all(-1) | (np.asarray(decoded) == 255).all(-1)
+        assert same.all() and (shown != np.asarray(decoded)).any()
+
+
+def test_a_palette_with_degrees_of_transparency():
+    image = noise().quantize(4)
+    degrees = bytes([0, 85, 170, 255])
+    decoded = np.asarray(decode_image(saved(image, transparency=degrees)), dtype=float)
+    alpha = np.array(list(degrees))[np.asarray(image)][..., None]
+    shown = np.asarray(image.convert("RGB"), dtype=float)
+    assert np.abs(decoded - over_white(shown, alpha)).max() <= 1
+
+
+def test_big_endian_and_bilevel_pictures():
+    big = Image.frombytes("I;16B", (16, 16), (GREY.astype(">u2") * 257).tobytes())
+    assert np.abs(np.asarray(decode_image(saved(big, "TIFF")), int) - GREY[..., None]).max() <= 1
+    bits = decode_image(saved(Image.fromarray(GREY > 99)))
+    assert np.array_equal(np.asarray(bits), np.repeat((GREY > 99)[..., None] * np.uint8(255), 3, 2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_grey_values_that_are_not_finite_are_refused(value):
+    grey = GREY.astype(np.float32)
+    grey[3, 3] = value
+    with pytest.raises(BadImage, match="not finite"):
+        decode_image(saved(Image.fromarray(grey), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    "text", ["data:image/png;base64,%%%", "data:image/png;base64,QUJ", "data:"]
+)
+def test_a_data_uri_that_holds_no_picture_is_refused(text):
+    for read in (open_image, image_size):
+        with pytest.raises(SystemExit, match="an embedded image: not a usable image"):
+            read(text)
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name != "cut off"])
+def test_a_header_that_is_none_is_named(tmp_path, name):
+    """Of the cut-off picture the header is whole: its pixels are what is missing."""
+    path = tmp_path / "a.png"
+    path.write_bytes(BROKEN[name])
+    with pytest.raises(SystemExit, match="a.png: not a usable image"):
+        image_size(path)
+
+
+def test_shared_and_auxiliary_pictures_are_checked_once(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(saved(noise()) if name != "c" else b"none")
+    paths = [str(tmp_path / f"{name}.png") for name in "abc"]
+    rows = [Row(id=str(n), images=[paths[0]], aux_images=[paths[1]]) for n in range(5)]
+    rows.append(Row(id="bad", images=[paths[0]], aux_images=[paths[2]]))
+    decoded = []
+    real = decode_image
+    monkeypatch.setattr(images, "decode_image", lambda path: decoded.append(path) or real(path))
+    assert usable_rows(rows, leave_out=False) == rows  # nobody asked for the auxiliary ones
+    assert capsys.readouterr().out == ""
+    fields = ("images", "aux_images")
+    assert usable_rows(rows, leave_out=True, fields=fields) == rows[:5]
+    assert sorted(decoded) == sorted(paths)

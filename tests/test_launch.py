@@ -1,5 +1,6 @@
 """How a script starts, what its settings may be, and how it stops."""
 
+import math
 import os
 import runpy
 import signal
@@ -10,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT, TOY, run
 
-from launch import claim, override, settings_of
+from launch import RANGES, SIZES, claim, override, settings_of
 
 # --- settings and folders
 
@@ -233,3 +234,66 @@ def test_a_second_writer_is_told_so(tmp_path):
     first.communicate()
     claim(folder)
     assert living.exists() and not dead.exists()
+
+
+def ends_of(name, default):
+    """(values of a setting that make no sense, values that do)."""
+    if name in SIZES:
+        low, high = (1 if default else 0), math.inf
+    else:
+        low, high = RANGES[name]
+    if isinstance(default, int):
+        beyond = [] if high == math.inf else [high + 1]
+        return [low - 1, -7, *beyond], [low, low + 1]
+    beyond = [] if high == math.inf else [high + 0.01]
+    return [low - 0.01, "nan", "inf", "-inf", *beyond], [low, low + 0.5]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_scripts_numbers_have_ranges(script, monkeypatch, capsys):
+    namespace = run_here(monkeypatch, ROOT / script, "--help")
+    capsys.readouterr()
+    settings = settings_of(namespace)
+    for name in settings.keys() & {*RANGES, *SIZES}:
+        refused, taken = ends_of(name, settings[name])
+        for value in refused:
+            with pytest.raises(SystemExit) as e:
+                override(dict(namespace), [f"--{name}={value}"])
+            assert str(e.value).startswith(f"{name}=") and "\n" not in str(e.value), (name, value)
+        for value in taken:
+            # a limit of pixels is held against the other one
+            other = {"min_pixels": ["--max_pixels=9999999"], "max_pixels": ["--min_pixels=1"]}
+            other = other.get(name, []) if settings.keys() >= {"min_pixels", "max_pixels"} else []
+            override(dict(namespace), [f"--{name}={value}", *other])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_float_may_be_nan(script, monkeypatch, capsys):
+    namespace = run_here(monkeypatch, ROOT / script, "--help")
+    capsys.readouterr()
+    for name, value in settings_of(namespace).items():
+        if type(value) is float:
+            with pytest.raises(SystemExit) as e:
+                override(dict(namespace), [f"--{name}=nan"])
+            assert name in str(e.value)
+
+
+def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
+    """A launch has one writer; what a user put there is not cleaned up, however deep."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    deep = tmp_path / "targets" / "deep"
+    deep.mkdir(parents=True)
+    kept = [".tmp", ".a.tmp", ".notes.2024x.tmp", f"a.{ended.pid}.tmp", f".a.{ended.pid}.txt"]
+    for name in kept:
+        (deep / name).touch()
+    (deep / f".a.json.{ended.pid}.tmp").touch()
+    (deep / f".folder.{ended.pid}.tmp").mkdir()
+
+    claim(tmp_path)
+    assert sorted(p.name for p in deep.iterdir()) == sorted([*kept, f".folder.{ended.pid}.tmp"])
+    with pytest.raises(SystemExit, match="another process"):
+        claim(tmp_path)
+    claim(tmp_path, ".another.lock")  # a stage of its own in the same folder
+    monkeypatch.setenv("RANK", "1")
+    claim(tmp_path)

@@ -328,6 +328,8 @@ FOLDERS = {
     "config a list": lambda f: (f / "config.json").write_text("[]"),
     "another model": lambda f: with_json(f, "config.json", lambda c: c | {"model_type": "llama"}),
     "no template": lambda f: (f / "chat_template.jinja").unlink(),
+    "a template for text": lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
+    "a broken template": lambda f: (f / "chat_template.jinja").write_text("{% if %}"),
     "tokenizer a list": lambda f: (f / "tokenizer.json").write_text("[]"),
 }
 
@@ -481,3 +483,202 @@ def test_images_stand_at_their_marks(loaded, world):
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert f"Left: {image} right: {image}." in asked("Left: <image> right: <image>.")
     assert f"{image}{image}Which?" in asked("Which?")
+
+
+def as_shards(folder):
+    """Two shards with an index, as large folders are released; returns the second."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(weights), {}
+    for n in (1, 2):
+        part = names[n - 1 :: 2]
+        file = f"model-{n:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder / file
+
+
+def infinite(weights):
+    (name,) = [
+        x for x in weights if x.endswith(("model.norm.weight", "language_model.norm.weight"))
+    ]
+    weights[name][5] = -torch.inf
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+MORE_FOLDERS = {
+    "an infinity": lambda f: with_weights(f, infinite),
+    "a layer is missing": lambda f: with_weights(
+        f, lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name]
+    ),
+    "half of the weights": lambda f: cut(f / "model.safetensors", 2_000_000),
+    "half of a header": lambda f: cut(f / "model.safetensors", 500),
+    "empty weights": lambda f: cut(f / "model.safetensors", 0),
+    "a shard is gone": lambda f: as_shards(f).unlink(),
+    "a shard is a pointer": lambda f: as_shards(f).write_text(POINTER),
+    "a shard is cut off": lambda f: cut(as_shards(f), 300_000),
+    "config a pointer": lambda f: (f / "config.json").write_text(POINTER),
+    "config empty": lambda f: (f / "config.json").write_text(""),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "tokenizer a pointer": lambda f: (f / "tokenizer.json").write_text(POINTER),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "an empty template": lambda f: (f / "chat_template.jinja").write_text(""),
+}
+
+
+@pytest.mark.parametrize("name", MORE_FOLDERS)
+def test_half_downloads_and_pointers_are_refused_by_name(base, tmp_path, name):
+    folder = copied(base, tmp_path)
+    MORE_FOLDERS[name](folder)
+    with pytest.raises(SystemExit) as e:
+        load_vlm(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", [None, "[]", "", POINTER, '{"size": 3}'])
+def test_a_processor_file_that_is_none_is_named(base, tmp_path, text):
+    folder = copied(base, tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    if text is not None:
+        (folder / "preprocessor_config.json").write_text(text)
+    try:
+        processor = load_processor(folder, 3136, 50_176)
+    except SystemExit as e:
+        assert str(folder) in str(e) and "\n" not in str(e)
+    else:  # what the file says of sizes does not matter
+        assert text == '{"size": 3}' and processor.size["longest_edge"] == 50_176
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"min_pixels": 4 * 784, "max_pixels": 16384 * 784},
+        {"min_pixels": 1},
+        {"max_pixels": 10**9},
+        {"size": {"shortest_edge": 4 * 784, "longest_edge": 16384 * 784}},
+        {"size": {"min_pixels": 4 * 784, "max_pixels": 16384 * 784}},
+        {"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 1, "max_pixels": 3},
+        {},
+    ],
+)
+def test_no_file_has_a_say_in_the_limits(base, tmp_path, size):
+    folder = copied(base, tmp_path)
+    with_json(folder, "preprocessor_config.json", lambda c: {**c, "size": None, **size})
+    processor = load_processor(folder, 16 * 784, 36 * 784)
+    for shape, cells in (((2000, 2000), 36), ((28, 28), 16), ((140, 140), 25)):
+        image = Image.new("RGB", shape)
+        grid = processor(images=[image], return_tensors="pt")["image_grid_thw"][0]
+        assert int(grid.prod()) // 4 == cells
+    processor.save_pretrained(tmp_path / "again")  # what is exported says the same
+    again = load_processor(tmp_path / "again", 16 * 784, 36 * 784)
+    assert again.size == processor.size
+
+
+@pytest.mark.parametrize("place", ["chat_template.json", "tokenizer_config.json"])
+def test_the_template_counts_wherever_it_lies(base, tmp_path, place):
+    folder = copied(base, tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    content = {}
+    if (folder / place).exists():
+        content = json.loads((folder / place).read_text())
+    (folder / place).write_text(json.dumps(content | {"chat_template": template}))
+    row = {"images": [], "question": "Which?", "system": "Be brief."}
+    found = []
+    for where in (folder, base):
+        vlm, tokenizer = load_vlm(where)
+        found.append(encode(vlm, tokenizer, load_processor(where, *PIXELS), row)["ids"])
+    assert torch.equal(*found)
+
+
+def test_added_rows_change_no_old_logit(base, tmp_path):
+    """Where none are spare, and where some are; a second call adds nothing."""
+    folder = copied(base, tmp_path)
+    n = len(load_vlm(base)[1])
+
+    def cut_rows(weights):
+        for name in weights:
+            if name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                weights[name] = weights[name][:n].clone()
+
+    def narrow(config):
+        return config | {"text_config": config["text_config"] | {"vocab_size": n}}
+
+    with_weights(folder, cut_rows)
+    with_json(folder, "config.json", narrow)
+    ids = torch.arange(14, 44)[None]
+    pos = torch.arange(30).expand(3, 1, -1)
+    for where in (folder, base):
+        vlm, tokenizer = load_vlm(where)
+
+        def logits(vlm=vlm):
+            h = vlm.model.language_model(inputs_embeds=embed(vlm, ids), position_ids=pos)
+            return vlm.lm_head(h.last_hidden_state)
+
+        before = logits()
+        add_latent_tokens(vlm, tokenizer)
+        after = logits()
+        assert torch.equal(after[..., :n], before[..., :n]) and after.shape[-1] >= n + 3
+        assert tokenizer.convert_tokens_to_ids(LATENT_PAD) == n + 1
+        table = vlm.get_input_embeddings().weight.detach().clone()
+        add_latent_tokens(vlm, tokenizer)
+        assert len(tokenizer) == n + 3
+        assert torch.equal(vlm.get_input_embeddings().weight, table)
+
+
+MORE_HEADS = {
+    "an empty basis": lambda t, m: t.update(basis=t["basis"][:, :0]),
+    "a basis on its side": lambda t, m: t.update(basis=t["basis"].T),
+    "fewer eigenvalues": lambda t, m: t.update(eigenvalues=t["eigenvalues"][:3]),
+    "a matrix for a mean": lambda t, m: t.update(mean=t["mean"][None]),
+    "an unknown weight": lambda t, m: t.update(other=torch.ones(1)),
+    "a narrower weight": lambda t, m: t.update({"up.weight": t["up.weight"][:3]}),
+    "an infinite weight": lambda t, m: t["proj.weight"].fill_(-torch.inf),
+    "K of 0": lambda t, m: m.update(K="0"),
+    "K below 0": lambda t, m: m.update(K="-4"),
+    "K a share": lambda t, m: m.update(K="4.0"),
+    "K not there": lambda t, m: m.pop("K"),
+    "the full head's name": lambda t, m: m.update(kind="lh"),
+    "the output's name": lambda t, m: m.update(kind="output"),
+    "a variance in words": lambda t, m: m.update(total_variance="much"),
+    "no variance": lambda t, m: m.pop("total_variance"),
+    "no mean": lambda t, m: t.pop("mean"),
+}
+
+
+@pytest.mark.parametrize("name", MORE_HEADS)
+def test_a_head_that_makes_no_sense_is_refused(tmp_path, loaded, name):
+    vlm, tokenizer, _ = loaded
+    head = PCAHead(random_pca(), 4)
+    save_head(tmp_path, head, head.state_dict(), {"mode": "pool", "tower": tower_fingerprint(vlm)})
+    path = tmp_path / "latent_head.safetensors"
+    with safe_open(path, "pt") as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+    MORE_HEADS[name](tensors, meta)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, meta)
+    with pytest.raises(SystemExit, match="latent_head.safetensors") as e:
+        load_head(tmp_path, vlm, tokenizer, 4)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("spoil", [lambda p: cut(p, 200), lambda p: p.write_text(POINTER)])
+def test_a_head_file_that_is_cut_off_is_named(tmp_path, loaded, spoil):
+    head = PCAHead(random_pca(), 4)
+    save_head(tmp_path, head, head.state_dict(), {"mode": "pool", "tower": "x"})
+    spoil(tmp_path / "latent_head.safetensors")
+    with pytest.raises(SystemExit, match="latent_head.safetensors: not a readable"):
+        load_head(tmp_path, *loaded[:2], 4)
+
+
+def test_a_head_needs_its_tokens(tmp_path, base):
+    vlm, tokenizer = load_vlm(base)
+    head = PCAHead(random_pca(), 4)
+    save_head(tmp_path, head, head.state_dict(), {"mode": "pool", "tower": tower_fingerprint(vlm)})
+    with pytest.raises(SystemExit, match="latent_start"):
+        load_head(tmp_path, vlm, tokenizer, 4)

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import pytest
 from conftest import TOY, kill_when, run, sampling
 
-from data import read_lines, write_lines
+import sample_difficulty
+from data import load_examples, question_key, read_lines, write_lines
 from sample_difficulty import needs_latents
 
 
@@ -62,6 +64,8 @@ def test_only_new_and_changed_questions_are_asked_again(tmp_path, world):
     run("sample_difficulty.py", *sampling(TOY, copy, out, n_samples=2))
     before = {line["id"]: line for line in read_lines(out)}
 
+    # as a kill leaves it: the lines still in the rank's own file, which is appended to
+    out.rename(f"{out}.rank000")
     rows[1]["answer"] = "another answer"
     shutil.copy(copy / "train/0.png", copy / "train/2.png")  # redrawn under the old name
     write_lines(copy / "train.jsonl", [rows[6], *rows[:6]])
@@ -70,3 +74,78 @@ def test_only_new_and_changed_questions_are_asked_again(tmp_path, world):
     assert "3/3" in text  # the new one, the changed answer, the changed picture
     assert [*after] == ["train-6"] + [f"train-{i}" for i in range(6)]
     assert {i for i in before if after[i] != before[i]} == {"train-1", "train-2"}
+
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch, world):
+    """(rows, a way to write lines of them to a file, the output's path)."""
+    out = tmp_path / "d.jsonl"
+    monkeypatch.setattr(sample_difficulty, "out", str(out))
+    rows = load_examples(world / "train.jsonl")[:4]
+
+    def write(name, *lines):
+        found = []
+        for row, change in lines:
+            line = {"id": row["id"], "key": "k", "base": "b", "row": question_key(row), "n": 8}
+            line |= {"correct": 0, "n_options": 0, "lower_bound": False}
+            found.append(line | change)
+        write_lines(tmp_path / name, found)
+
+    return rows, write
+
+
+def test_counts_of_all_files_are_found(sampled):
+    rows, write = sampled
+    assert sample_difficulty.finished(rows, "k") == {}
+    write("d.jsonl", (rows[0], {}), (rows[1], {"correct": 3}))
+    write("d.jsonl.rank000", (rows[2], {}))
+    write("d.jsonl.rank001", (rows[3], {}))
+    found = sample_difficulty.finished(rows, "k")
+    assert sorted(found) == sorted(row["id"] for row in rows)
+    assert found[rows[1]["id"]]["correct"] == 3
+    # rows that are gone are forgotten
+    assert list(sample_difficulty.finished(rows[1:2], "k")) == [rows[1]["id"]]
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "options", "system", "images"])
+def test_only_a_changed_row_is_new(sampled, field):
+    rows, write = sampled
+    write("d.jsonl", *[(row, {}) for row in rows])
+    rows[1][field] = {"options": ["x"], "images": rows[2]["images"]}.get(field, "another")
+    found = sample_difficulty.finished(rows, "k")
+    assert sorted(found) == sorted(row["id"] for row in rows if row is not rows[1])
+    write("d.jsonl.rank000", (rows[1], {"correct": 8}))  # asked again: the new line counts
+    assert sample_difficulty.finished(rows, "k")[rows[1]["id"]]["correct"] == 8
+
+
+@pytest.mark.parametrize("file", ["d.jsonl", "d.jsonl.rank000"])
+def test_counts_of_other_settings_are_named(sampled, file):
+    rows, write = sampled
+    write(file, (rows[0], {}), (rows[1], {"key": "another"}))
+    with pytest.raises(SystemExit, match=f"{file}:2: sampled with other settings"):
+        sample_difficulty.finished(rows, "k")
+
+
+CHANGED = {"instruction": "x", "n_samples": 4, "temperature": 0.5, "top_p": 0.9, "seed": 1}
+CHANGED |= {"max_new_tokens": 25, "min_pixels": 4000, "max_pixels": 5000, "dtype": "bfloat16"}
+CHANGED |= {"early_stop": False, "tau": 0.5, "rule": "guess"}
+
+
+def test_the_key_is_of_what_changes_a_count(tmp_path, monkeypatch):
+    """Every setting of the sampling and the weights; not the batch, and not the folder's name."""
+    monkeypatch.setattr(sample_difficulty, "base", str(TOY))
+    key = sample_difficulty.run_key()
+    seen = {key}
+    for name, value in CHANGED.items():
+        with monkeypatch.context() as m:
+            m.setattr(sample_difficulty, name, value)
+            seen.add(sample_difficulty.run_key())
+    assert len(seen) == len(CHANGED) + 1
+    shutil.copytree(TOY, tmp_path / "copy")
+    monkeypatch.setattr(sample_difficulty, "base", str(tmp_path / "copy"))
+    monkeypatch.setattr(sample_difficulty, "batch", 3)
+    assert sample_difficulty.run_key() == key
+    monkeypatch.setattr(sample_difficulty, "early_stop", False)  # a full count fits every tau
+    full = sample_difficulty.run_key()
+    monkeypatch.setattr(sample_difficulty, "tau", 0.5)
+    assert sample_difficulty.run_key() == full

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train
+from data import file_digest, write_json
 
 close = torch.testing.assert_close
 
@@ -240,3 +242,115 @@ def test_a_run_goes_on_where_its_files_went(tmp_path, inputs, world):
     shutil.rmtree(tmp_path / "c" / "ckpt" / "step-0000004")
     text = run("train.py", *train(out=tmp_path / "c", save_every=2, **rest, **elsewhere), ok=False)
     assert "the contents of data" in text
+
+
+# --- a checkpoint's files, and the run that it is of
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder as save_checkpoint leaves it, of two ranks' shards."""
+    folder = tmp_path / "step-0000004"
+    folder.mkdir()
+    names = {
+        "0": ["__0_0.distcp", "__0_1.distcp"],
+        "1": ["__1_0.distcp"],
+        "metadata": [".metadata"],
+    }
+    for part, files in names.items():
+        for n, name in enumerate(files):
+            (folder / name).write_bytes(bytes(range(256)) * (n + 1))
+        sums = {name: file_digest(folder / name) for name in files}
+        write_json(folder / f"checksums.{part}.json", sums)
+    write_json(folder / "settings.json", {"lr": 1e-3, "out": "a", "inputs": {"data": "1"}})
+    return folder
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "__0_1.distcp", "__1_0.distcp", ".metadata"])
+@pytest.mark.parametrize(
+    "spoil",
+    [flip, Path.unlink, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-1])],
+)
+def test_every_file_of_a_checkpoint_counts(checkpoint, file, spoil):
+    assert train.checkpoint_fault(checkpoint) == ""
+    spoil(checkpoint / file)
+    assert file in train.checkpoint_fault(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "settings.json").unlink(),
+        lambda folder: (folder / "checksums.1.json").write_text(""),
+        lambda folder: (folder / "checksums.1.json").write_text("[]"),
+        lambda folder: (folder / "checksums.0.json").write_text('{"__0_0.distcp": 7}'),
+        lambda folder: [path.unlink() for path in folder.glob("checksums.*")],
+        lambda folder: [path.unlink() for path in folder.iterdir()],
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_named(checkpoint, spoil):
+    spoil(checkpoint)
+    fault = train.checkpoint_fault(checkpoint)
+    assert str(checkpoint) in fault and "\n" not in fault
+
+
+def test_a_copied_checkpoint_is_whole(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, (0, 0))
+    assert train.checkpoint_fault(tmp_path / "copy") == ""
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({}, ""),
+        ({"out": "b"}, ""),  # a path; what lies there is in `inputs`
+        ({"save_every": 7, "token_budget": 1}, ""),
+        ({"lr": 2e-3}, "'lr': (0.001, 0.002)"),
+        ({"tau": 0.5}, "'tau': (None, 0.5)"),
+        ({"inputs": {"data": "2"}}, "the contents of data"),
+        ({"inputs": {"data": "1", "pca": "3"}}, "the contents of pca"),
+        ({"inputs": {}}, "the contents of data"),
+    ],
+)
+def test_a_run_is_its_settings_and_contents(checkpoint, change, words):
+    settings = {"lr": 1e-3, "out": "a", "inputs": {"data": "1"}} | change
+    if not words:
+        train.check_same_run(checkpoint, settings)
+        return
+    with pytest.raises(SystemExit) as e:
+        train.check_same_run(checkpoint, settings)
+    assert "settings.json" in str(e.value) and words in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"inputs": []}', "nonsense"])
+def test_settings_of_a_checkpoint_are_read_by_their_fields(checkpoint, text):
+    (checkpoint / "settings.json").write_text(text)
+    with pytest.raises(SystemExit, match="settings.json"):
+        train.check_same_run(checkpoint, {"inputs": {}})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["ce", "latent", "grad_norm"])
+def test_a_number_that_is_not_finite_is_named_with_its_step(bad, name):
+    numbers = {"ce": 1.0, "latent": 0.0, "grad_norm": 1e30}
+    means = {key: value for key, value in numbers.items() if key != "grad_norm"}
+    train.check_step(6, means, numbers["grad_norm"])
+    numbers[name] = bad
+    with pytest.raises(SystemExit) as e:
+        train.check_step(
+            6, {"ce": numbers["ce"], "latent": numbers["latent"]}, numbers["grad_norm"]
+        )
+    assert str(e.value).startswith(f"step 7: {name} not finite")
+
+
+def test_an_interval_of_0_is_never():
+    assert not any(train.is_due(step, 0) for step in range(100))
+    assert [step for step in range(9) if train.is_due(step, 3)] == [2, 5, 8]
