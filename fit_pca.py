@@ -159,23 +159,23 @@ def pictures_of(row):
     return [file_digest(path) for path in row["aux_images"]]
 
 
-def is_made(path, key, digest=""):
-    """Is a target file there, whole, and of these examples, pictures and settings?
-
-    digest: that of the file when it was indexed, "" if it was not.
-    """
+def is_made(path, key):
+    """Is a target file there, whole, and of these examples, pictures and settings?"""
     try:
         with safe_open(path, "pt") as f:
-            same = (f.metadata() or {}).get("key") == key
+            return (f.metadata() or {}).get("key") == key
     except (OSError, SafetensorError):  # missing or cut off: it is made again
         return False
-    return same and digest in ("", tensors_digest(path))
 
 
-def indexed():
-    """{target file: its digest} as an earlier run wrote them down."""
-    path = Path(out) / "targets" / "index.json"
-    return read_json(path, shards=dict)["shards"] if path.exists() else {}
+def check_indexed():
+    """Refuse a target file that is another than when an earlier run wrote down its digest."""
+    index = Path(out) / "targets" / "index.json"
+    digests = read_json(index, shards=dict)["shards"] if index.exists() else {}
+    for name, digest in digests.items():
+        path = index.with_name(name)
+        if path.exists() and tensors_digest(path) != digest:
+            raise SystemExit(f"{path}: damaged or exchanged since it was made; delete it")
 
 
 def encode_shard(path, rows, key, vlm, processor):
@@ -384,12 +384,13 @@ def main():
     check_provenance(note, made_by)
     if rank == 0:
         write_json(note, made_by)
-    mine, digests = shards[rank::world], indexed()
+    check_indexed()
+    mine = shards[rank::world]
     for path, rows, key in tqdm(mine, desc="targets", unit="shard", disable=rank > 0):
-        if is_made(path, key, digests.get(path.name, "")):
+        if is_made(path, key):
             continue
         if path.exists():
-            tqdm.write(f"{path}: damaged, or of other examples, pictures or settings; made anew")
+            tqdm.write(f"{path}: of other examples, pictures or settings; made anew")
         encode_shard(path, rows, key, vlm, processor)
     if world > 1:
         dist.barrier()

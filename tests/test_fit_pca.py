@@ -148,13 +148,16 @@ def test_targets_belong_to_their_pictures(tmp_path, base, world):
     assert [path.name for path in made_again] == ["train-00001.safetensors"]
     run("train.py", *train, f"--out={tmp_path}/a")
 
-    # a flipped bit in a target file that was indexed: made anew, to the same PCA
+    # a flipped bit in a target file that was indexed: refused; without the file the same PCA
     path = out / "targets" / "train-00000.safetensors"
     pca = tensors_digest(out / "pca.safetensors")
     content = bytearray(path.read_bytes())
     content[-9] ^= 0x40
     path.write_bytes(content)
-    assert "made anew" in run("fit_pca.py", *args, f"--out={out}")
+    text = run("fit_pca.py", *args, f"--out={out}", ok=False)
+    assert f"{path}: damaged or exchanged" in text
+    path.unlink()
+    run("fit_pca.py", *args, f"--out={out}")
     assert tensors_digest(out / "pca.safetensors") == pca
 
     # one fit's PCA beside another's targets
