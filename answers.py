@@ -126,6 +126,7 @@ def declared_letter(text, options):
     # with what Markdown and brackets put around it: "**Answer:** (B)"
     opening = r"[\s*_]*(?:is|:)[\s*_:(\[]*(?:option\s+)?[(*]*"
     not_an_article = r"(?!a\s+\w)"  # "the answer is a dog"
+    # the last one counts: a model may name an option, and think better of it
     said = re.findall(
         rf"(?i:{noun}{opening}){not_an_article}({either_case(options)})(?![\w'])", text
     )
@@ -160,6 +161,7 @@ def option_within(text, options):
     # two options in one answer choose nothing
     held = []
     for letter, option in options.items():
+        # whole words: "art" is not in "start"
         telling = len(option) > 1 or option.isdigit()  # "a" is in most sentences
         if telling and re.search(rf"(?<!\w){re.escape(option.lower())}(?!\w)", text):
             held.append(letter)
@@ -228,8 +230,10 @@ def extract_answer(text, options=None, kind="text"):
         return letter, tag or rule
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
         return find_kind(source, kind), tag or kind
+    # an empty tag was meant as the answer, and says nothing
     if tag:
         return inside or None, tag
+    # the last one, as of tags and boxes: what was declared before may have been taken back
     declared = DECLARED.findall(said)
     if declared:
         return declared[-1].strip() or None, "declared"
@@ -254,6 +258,7 @@ def lettered(options):
 def without_letters(options):
     """Option texts without their letters, where all have them in order: "B. blue" is "blue"."""
     texts = []
+    # no letters beyond Z: such a list is compared by its texts alone
     if len(options) > 26:
         return options
     # all or none: of options like "A. Smith" and "blue" the first keeps its initial
@@ -268,6 +273,7 @@ def without_letters(options):
 
 def letter_of(text):
     """The option letter that an answer starts with, as in "B", "(b)", "B. 12 cm", or None."""
+    # a letter with a mark after it, or alone: "Apples" is no A
     m = re.match(r"\s*\(?([A-Za-z])(?:\)|[.:)]|\s*$)", text)
     return m[1].upper() if m else None
 
@@ -290,6 +296,7 @@ def normalise(text):
     # 1,000 and 1000 are one number
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain):
+        # 1000.0, 1000. and 1000 become one text; 15 digits are what a float holds for sure
         return f"{float(plain):.15g}"
     return text
 
@@ -303,6 +310,7 @@ def is_correct(answer, row):
         return False
     if normalise(answer) == normalise(row["answer"]):
         return True
+    # the gold may be a letter or a text, and so may the answer: both become a place in the list
     options = row.get("options") or []
     options = without_letters(options)
     said = option_index(answer, options)
@@ -353,6 +361,7 @@ def math_equal(a, b):
 
     if bare(a) == bare(b):
         return True
+    # 6.28 is right where 2\pi is: rounded, as the official script does
     x, y = latex_value(a.strip(" .")), latex_value(b.strip(" ."))
     return x is not None and y is not None and round(x, 2) == round(y, 2)
 
@@ -381,6 +390,7 @@ def latex_value(text):
     text = LATEX_LAYOUT.sub("", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)  # \frac12 is a half
     tokens = LATEX_TOKEN.findall(text)
+    # a sign that is no token: the text is no expression
     if "".join(tokens) != text or not 0 < len(tokens) <= MOST_TOKENS:
         return None
     try:
@@ -416,6 +426,7 @@ class LatexParser:
 
     def whole(self):
         value = self.sum()
+        # nothing may be left over: "2)" is no value
         self.take("")
         return value
 
@@ -430,6 +441,7 @@ class LatexParser:
 
     def product(self):
         value = self.power()
+        # only these end a product: whatever else comes next is one more factor
         while not self.next_is("+", "-", "^", ")", "}", "]", ""):
             sign = self.take() if self.next_is("*", "/") else "*"
             if sign == "/":
@@ -445,6 +457,7 @@ class LatexParser:
         value = self.atom()
         if self.next_is("^"):
             self.take()
+            # not **, by which a root of -1 is complex; such an expression has no value here
             value = math.pow(value, self.power())
         return value
 

@@ -88,6 +88,7 @@ device = pick_device()
 
 
 def clock():
+    # a GPU works on after the call has returned: without this, only the launch is timed
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -97,11 +98,13 @@ def versus(name, ours, theirs):
     """Run both in turn and print the ratio of their median times."""
     times = {ours: [], theirs: []}
     for i in range(repeats + 1):
+        # in turn, so that a machine that slows down slows both
         for f in (ours, theirs):
             began = clock()
             f()
             if i > 0:  # the first is a warm-up
                 times[f].append(clock() - began)
+    # medians: one hiccup of a shared machine does not count
     a, b = statistics.median(times[ours]), statistics.median(times[theirs])
     print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
 
@@ -114,6 +117,7 @@ def in_processes(part, name):
         done = subprocess.run(
             [sys.executable, __file__, *settings], capture_output=True, text=True, check=True
         )
+        # the last line: libraries may print warnings before it
         found.append(json.loads(done.stdout.splitlines()[-1]))
     a, b = (x["s"] for x in found)
     print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
@@ -136,6 +140,7 @@ def report_side(f, n, where):
 def random_pca(d, k):
     """A PCA of k random components of width d."""
     return {
+        # numbers do not matter for time, but columns are orthonormal, as a PCA's are
         "basis": torch.linalg.qr(torch.randn(d, k))[0],
         "mean": torch.zeros(d),
         "eigenvalues": torch.ones(k),
@@ -146,16 +151,19 @@ def random_pca(d, k):
 # --------------------------------------------------------------------------------------------------
 # (a) sampling
 
+# top_k=0 and top_p=1: from the whole distribution, as ours
 HF_SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
 
 
 def sampling():
     vlm, tokenizer = load_vlm(base, device=device)
     stock, _ = load_vlm(base, device=device)
+    # load_vlm gives both our attention in the vision tower: this one gets HF's own back
     stock.model.visual.config._attn_implementation = "sdpa"
     rows = load_examples(data)
     small = load_processor(base, *PIXELS)
     large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
+    # the longer the prompt, the more it saves to run it once for eight samples
     for name, processor in (("short prompts", small), ("256 image tokens", large)):
         batch = (tokenizer, processor, rows[:questions])
         versus(
@@ -219,7 +227,9 @@ def their_job(stock, tokenizer, processor, rows):
         part = rows[i : i + questions]
         batch = hf_batch(stock, tokenizer, processor, part)
         out = stock.generate(**batch, max_new_tokens=24, **HF_SAMPLING)
+        # (8 a question, new tokens): HF returns the prompts, too
         new = out[:, batch["input_ids"].shape[1] :]
+        # the samples of a question are neighbours
         for j, ids in enumerate(new.tolist()):
             is_right(tokenizer, part, j // 8, j % 8, ids)
 
@@ -235,6 +245,7 @@ def hf_batch(vlm, tokenizer, processor, rows):
     T = max(len(e["ids"]) for e in examples)
     ids = torch.full((len(rows), T), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
+    # generation goes on at the right end of every row, so the padding stands at the left
     for i, e in enumerate(examples):
         ids[i, T - len(e["ids"]) :] = e["ids"]
         mask[i, T - len(e["ids"]) :] = 1
@@ -297,9 +308,11 @@ def our_backward(job):
     for part in train.micro_batches(lengths, 1, 2048):  # for one rank, of 2,048 padded tokens
         ids = pad([job.ids[i] for i in part], 0)  # (B, T)
         labels = pad([job.labels[i] for i in part], IGNORE)
+        # the vision tower is frozen, here and in train.py
         with torch.no_grad():
             v, grids = encode_images(job.vlm, job.processor, [job.images[i] for i in part])
         rows = zip(part, grids.tolist())
+        # each (3, T); padded along T, it must be (T, 3)
         pos = pad([positions(job.vlm, job.ids[i], [grid]).T for i, grid in rows], 0)
         t = job.targets[part].flatten(0, 1)  # (M, d)
         x = embed(job.vlm, ids, torch.cat(v), t, job.latent)
@@ -311,15 +324,18 @@ def our_backward(job):
         on = labels != IGNORE
         ce = cross_entropy(h[on], labels[on], job.vlm.lm_head) / n
         error = job.head.squared_error(h[ids == job.latent], t).sum()
+        # at once, so that a micro-batch's activations are gone before the next one's
         (ce + error / job.targets.numel()).backward()
 
 
 def their_backward(job):
     """HF's own loss on the whole batch, padded to the longest; targets encoded in the step."""
     ids, labels = pad(job.ids, 0), pad(job.labels, IGNORE)
+    # 1 where a token stands: HF's attention needs to be told of the padding
     mask = pad([torch.ones_like(x) for x in job.ids], 0)
     with torch.no_grad():
         v, grids = encode_images(job.vlm, job.processor, job.images)
+        # as a trainer does that keeps no targets on the disk
         t = grid_features(job.vlm, job.processor, job.aux, SPAN, "pool").flatten(0, 1)
     is_image = (ids == job.vlm.config.image_token_id).int()
     pos, _ = job.vlm.model.get_rope_index(ids, is_image, grids, attention_mask=mask)
@@ -342,6 +358,7 @@ def pad(rows, value):
 def narrow_job(attention):
     """A Training of width 256 with Qwen's vocabulary on noise; `attention` is the tower's."""
     tokenizer = toy.make_tokenizer()
+    # both processes make the same weights and examples
     torch.manual_seed(0)
     vlm = narrow_vlm(tokenizer)
     add_latent_tokens(vlm, tokenizer)
@@ -369,6 +386,7 @@ def narrow_job(attention):
 def narrow_vlm(tokenizer):
     """Random weights: 4 layers of width 256 below a head of VOCABULARY rows."""
     at = tokenizer.convert_tokens_to_ids
+    # narrow, so that the 152,064 logits a token weigh as they do nowhere else: what (b) is about
     text = dict(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -376,6 +394,7 @@ def narrow_vlm(tokenizer):
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        # the sections add up to half of a head's 64 dims
         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
     )
     vision = dict(
@@ -414,6 +433,7 @@ def random_example(image, tokenizer, rng):
     after = random_words(rng, rng.randrange(20, 100))
     span = [at(LATENT_START), *[at(LATENT_PAD)] * SPAN, at("<|latent_end|>")]
     answer = [*before, *span, *after]
+    # latents are regressed, not classified; the question is not learned
     labels = [IGNORE if t == at(LATENT_PAD) else t for t in answer]
     return torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + labels)
 
@@ -442,6 +462,7 @@ def latent_mode():
     run = partial(step_times, vlm, head, tokenizer, prompts, max_new_tokens=128)
     latent, text = [], []
     for i in range(repeats + 1):
+        # latents from the first token to the last, against text alone: zero never opens a span
         of_latent = run(suppress=all_but_start, intervention="clean")
         of_text = run(suppress=text_only, intervention="zero")
         if i > 0:  # the first is a warm-up
@@ -468,6 +489,7 @@ GRID_RAGGED = (1, 250, 286)
 
 
 def vision():
+    # the toy's tower, then 7B's
     for heads, dim in ((4, 16), (16, 80)):
         for name, grid in (("4K", GRID_4K), ("4K, ragged", GRID_RAGGED)):
             versus(
@@ -490,6 +512,7 @@ def tower_side():
 
     The layer of full attention takes nearly all of the time.
     """
+    # once, without a warm-up: it is the peak memory that this side is for
     ours, theirs = forwards(make_tower(4, 16, 4, [3]).to(device), GRID_4K)
     report_side(ours if side == "ours" else theirs, 1, device)
 
@@ -510,6 +533,7 @@ def make_tower(heads, dim, depth, full):
 def forwards(tower, grid):
     """Two functions that run a tower over one image of noise: our attention, and the stock one."""
     grids = torch.tensor([grid], device=device)
+    # (patches, 1176): 3 colours, 2 frames, 14 x 14 pixels
     pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
 
     @torch.inference_mode()
@@ -533,6 +557,7 @@ def window_attention(heads, dim, grid):
     def ours():
         return tower_attention(layer, q, k, v, None, scaling, 0.0, cu_seqlens)
 
+    # as transformers does it without a flash kernel: split, one call a window, join
     def theirs():
         lengths = cu_seqlens.diff().tolist()
         windows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
@@ -569,6 +594,7 @@ def seven_b():
     vlm = shaped_vlm()
     decoding(vlm, toy.make_tokenizer())
     forward_and_backward(vlm)
+    # 7b-smoke: eight layers, of which one has full attention
     heads, dim, depth, grid = 4, 16, 8, (1, 50, 62)
     if shape == "7b":
         heads, dim, depth, grid = 16, 80, 32, GRID_4K
@@ -592,6 +618,7 @@ def shaped_vlm():
         out_hidden_size=text["hidden_size"],
     )
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    # made where and as it stays: a copy of 7B in float32 alone would take 30 GB
     torch.set_default_dtype(torch.bfloat16)
     with device:
         vlm = Qwen2_5_VLForConditionalGeneration(config).eval()
@@ -601,6 +628,7 @@ def shaped_vlm():
 
 def decoding(vlm, tokenizer):
     """A decode step at 4, 32 and 128 rows; it reads all of the decoder's weights once."""
+    # not the embedding, of which a step reads one row a token
     read = [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
     size = sum(p.numel() * p.element_size() for p in read)  # bytes
     prompt = {
@@ -620,6 +648,7 @@ def decoding(vlm, tokenizer):
             n_samples=n_samples,
             suppress=no_stop,
         )
+        # the first steps warm up
         s = statistics.median(times[8:])
         rows = 4 * n_samples
         print(
@@ -635,6 +664,7 @@ def forward_and_backward(vlm):
     """
     lm = vlm.train().model.language_model
     for i, layer in enumerate(lm.layers):
+        # as train.py wraps them: a layer's activations are computed again in the backward
         lm.layers[i] = checkpoint_wrapper(layer)
     ids = torch.randint(20, 400, (4, 1024), device=device)
     pos = torch.arange(1024, device=device).expand(3, 4, -1)
@@ -656,6 +686,7 @@ def forward_and_backward(vlm):
 
 def main():
     torch.set_num_threads(threads)
+    # in_processes starts this file anew, once a side
     if side:
         {"b": training_side, "d": tower_side}[only]()
     elif shape in TEXT:

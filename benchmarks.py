@@ -55,7 +55,9 @@ def hidden_options(text):
                 run = [mark]
             elif run and letter == string.ascii_uppercase[len(run)]:
                 run.append(mark)
+        # a lone "(A)" may be a point of the figure that the question is about
         if len(run) > 1:
+            # an option ends where the next one begins
             ends = [mark.start() for mark in run[1:]] + [len(text)]
             return {
                 mark[1].upper(): text[mark.end() : end].strip(" ,;\n")
@@ -79,6 +81,7 @@ def literal(cell):
         return cell
     if cell is None or str(cell) in NA:
         return []
+    # VLMEvalKit takes what stands between quotes, which breaks on an apostrophe in an option
     return list(ast.literal_eval(cell))
 
 
@@ -96,8 +99,10 @@ def mcq(r, folder):
         prompt = f"Hint: {r['hint']}\n" + prompt
     if options:
         listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())
+        # the space and the line break at its end are the harness's
         ask = "Please select the correct answer from the options above. \n"
         prompt += f"Options:\n{listed}{ask}"
+    # some files write the options into the question itself; the last resort is A to D
     return {
         "question": prompt,
         "options": options or hidden_options(r["question"]) or IN_THE_IMAGE,
@@ -105,6 +110,7 @@ def mcq(r, folder):
 
 
 def mme_realworld(r, folder):
+    # the official prompt as it is, though "only the letter" is hard on a model that thinks first
     options = option_list(literal(r["multi-choice options"]))
     listed = "\n".join(f"({letter}) {text}" for letter, text in options.items())
     return {
@@ -136,11 +142,13 @@ def mathvista(r, folder):
     The question of the TSV is the prompt.
     """
     choice = r["question_type"] == "multi_choice"
+    # what the prompt's hint asks for, which decides how an answer is read and compared
     kinds = {"integer": "number", "float": "number", "list": "list"}
     row = {
         "options": lettered(literal(r["choices"])) if choice else None,
         "kind": kinds.get(r["answer_type"], "text"),
     }
+    # the official file, whose 6,141 prompts are read rather than built anew
     if "pid" in r:
         row["question"] = mathvista_prompts(folder)[str(r["pid"])]
         row["images"] = [folder / r["image"]]
@@ -151,13 +159,16 @@ def mathvista(r, folder):
 
 
 def wemath(r, folder):
+    # a problem has several rows: only its ID and the step's key together name one
     row = {"id": f"{r['ID']}/{r['key']}", "step": r["key"]}
     if "option" not in r:  # VLMEvalKit's TSV
         return mcq(r, folder) | row
     dot = r"\s*[.．、:]"
+    # all options stand in one text, "A. 12; B. 15; C. none"
     listed = re.findall(rf"([A-H]){dot}\s*(.*?)\s*(?=;\s*[A-H]{dot}|$)", r["option"], re.DOTALL)
     options = dict(listed)
     listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())
+    # no instruction after the options: VLMEvalKit has none here either
     return row | {
         "options": options,
         "images": [folder / r["image_path"]],
@@ -174,6 +185,7 @@ def vsi(r, folder):
 
     The frames are frames/<dataset>/<scene_name>/000.jpg to 031.jpg.
     """
+    # the official prompt, which lmms-eval has too; VLMEvalKit words it otherwise
     options = option_list(r["options"] or [])
     if options:
         listed = "\n".join(r["options"])
@@ -181,6 +193,7 @@ def vsi(r, folder):
         tail = f"Options:\n{listed}\n{ask}"
     else:
         tail = "Please answer the question using a single word or phrase."
+    # 32 is the official number of frames; VLMEvalKit's may be 16 to 128
     frames = folder / "frames" / r["dataset"] / r["scene_name"]
     return {
         "question": f"These are frames of a video.\n{r['question']}\n{tail}",
@@ -203,6 +216,7 @@ DISCLAIMER = (
 def blink(r, folder):
     """The official rows as JSON lines, image_1 to image_4 being file names."""
     before = DISCLAIMER if r["sub_task"] in DISCLAIMED else ""
+    # subtasks have one to four images, and their order is part of the question
     names = [r[f"image_{i}"] for i in (1, 2, 3, 4) if r.get(f"image_{i}")]
     return {
         "question": before + r["prompt"],
@@ -212,6 +226,7 @@ def blink(r, folder):
 
 
 def vstar(r, folder):
+    # not from the .json beside each image: there the right option is always the first one
     return {
         "question": r["text"],
         "answer": r["label"],
@@ -221,6 +236,7 @@ def vstar(r, folder):
 
 
 def mmvp(r, folder):
+    # letters are small in this file; hidden_options and check_letter take them as capitals
     return {
         "question": f"{r['Question']} {r['Options']}",
         "answer": r["Correct Answer"],
@@ -230,10 +246,12 @@ def mmvp(r, folder):
 
 
 def mmhal(r, folder):
+    # image_src is an address on the web: its last part is the name of the file
     return {"images": [folder / "images" / Path(r["image_src"]).name], "answer": r["gt_answer"]}
 
 
 def mathvision(r, folder):
+    # "options" in the official file, "choices" in VLMEvalKit's TSV; the prompt is lmms-eval's
     options = option_list(literal(r.get("options", r.get("choices"))))
     ask = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
     prompt = ask + r["question"]
@@ -241,12 +259,14 @@ def mathvision(r, folder):
         listed = "".join(f"\n{letter}. {text}" for letter, text in options.items())
         prompt += f"\nChoices:{listed}"
     row = {"options": options, "question": prompt}
+    # one file an item, even where a question has several <imageN>
     if "images" not in r:  # of the TSV they are in the table
         row["images"] = [folder / r["image"]]
     return row
 
 
 def visualpuzzles(r, folder):
+    # the harness's prompt, which asks for thoughts; lmms-eval has one without them, too
     options = option_list(literal(r["options"]))
     if options:
         listed = "Options:" + "".join(f"\n({letter}) {text}" for letter, text in options.items())
@@ -294,6 +314,7 @@ MATH_V = "github.com/mathllm/MATH-V, data/; images.zip: " + HF + "MathLLMs/MathV
 
 # fmt: off
 BENCHMARKS = {
+    # each question in several orders of its options: the score is a mean over these
     "HRBench4K": Benchmark(
         (File("hr_bench_4k.tsv", "f6b041b03d49543494b8a56d2e35be65", HF + "DreamMr/HR-Bench",
               "index, question, answer, category, cycle_category, image", mcq),),
@@ -331,6 +352,7 @@ BENCHMARKS = {
         (File("POPE.tsv", "c12f5acb142f2ef1f85a26ba2fbe41d5", OC + "POPE.tsv",
               "index, image, question, answer, category", pope),),
         check=check_yesno, score=score_pope),
+    # the JSON lines, since no parquet reader is among the dependencies
     "VSI-Bench": Benchmark(
         (File("VSI-Bench/test.jsonl", "",
               HF + "nyu-visionx/VSI-Bench; extract 32 frames a video yourself",
@@ -354,6 +376,7 @@ BENCHMARKS = {
          File("MMVP.tsv", "8cb732b141a0cba5b42159df2839e557", OC + "MMVP.tsv",
               "index, image, question, answer", mcq)),
         score=score_mmvp),
+    # VaLR does not say which of the two splits its numbers are of
     "MathVision": Benchmark(
         (File("MathVision/test.jsonl", "", MATH_V,
               "id, question, options, image, answer, level, subject", mathvision),
@@ -366,6 +389,7 @@ BENCHMARKS = {
          File("MathVision_MINI.tsv", "060fe4fa5d868987ce179307bd5f8a33", OC + "MathVision_MINI.tsv",
               "index, image, question, choices, answer, category", mathvision)),
         check=check_mathvision, score=score_categories("subject", "level", "category")),
+    # no rule grades it: eval.py writes the response file for its own judge
     "MMHal-Bench": Benchmark(
         (File("MMHal-Bench/response_template.json", "",
               HF + "Shengcao1006/MMHal-Bench, and the images that image_src names",
@@ -381,6 +405,7 @@ JSONL = Benchmark(
     (), check=check_answer, pixels=(56 * 56, 1280 * 28 * 28), max_new_tokens=128)
 
 GAP_TABLE = "HRBench4K,MMStar,MME-RealWorld-Lite,MathVista,WeMath,POPE"
+# section 5.1: MME-RealWorld-Lite as a whole counts as perception, not its Perception part
 AVERAGES = {
     "Avg-P": ("HRBench4K/overall", "MMStar/overall", "MME-RealWorld-Lite/overall"),
     "Avg-R": ("MathVista/overall", "WeMath/strict", "WeMath/loose"),
@@ -440,6 +465,7 @@ def load_benchmark(name, data_root):
     rows, ids = [], set()
     for n, official in enumerate(raw):
         row = our_row(name, path, file, n, official)
+        # refused, not left out: a score of fewer questions would pass for the benchmark's
         wrong = what_is_wrong(row, ids)
         if wrong:
             raise SystemExit(f"{path}: row {n} {wrong} ({file.source})")
@@ -474,6 +500,7 @@ def our_row(name, path, file, n, r):
         there = ", ".join(map(str, r))
         raise SystemExit(f"{path}: row {n} lacks {', '.join(lacks)}; it has {there}")
     try:
+        # what the function says goes over the file's own columns, and these over the defaults
         row = {"options": None, "kind": "text"} | r | file.row(r, path.parent)
     except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as e:
         raise SystemExit(
@@ -498,6 +525,7 @@ def what_is_wrong(row, ids):
         return f"repeats the id {row['id']!r}"
     if missing:
         return f"names {missing[:1]}, which is not there"
+    # the tokenizer would make an image or a latent of it
     if RESERVED.search(row["question"]):
         return "has a reserved token in its question"
     return ""

@@ -20,11 +20,13 @@ PARSER = re.compile(r"<parser>(.*?)</parser>", re.DOTALL)
 
 def check_example(row):
     """The form that data.load_examples demands, on one row, and that no field is empty."""
+    # first, since all that follows counts and searches in texts
     check_types(row)
     for field in ("question", "answer", "images"):
         if not row[field]:
             raise Reject(f"{field} is empty")
     for field in ("question", "response"):
+        # in a text it would become a special token: an image or a latent where none is
         if found := RESERVED.search(row[field]):
             raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
 
@@ -33,8 +35,10 @@ def check_example(row):
     if not TAG_ORDER.fullmatch(tags) or not WHOLE.fullmatch(response):
         raise Reject("tags missing or out of order", None, tags)
     spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
+    # only an empty pair is a span: its latents are fed, not written
     if spans != tags.count("<latent>"):
         raise Reject("text inside a latent span", None, tags)
+    # the k-th span is trained on the k-th auxiliary image
     if spans != images:
         detail = f"{spans} spans, {images} images"
         raise Reject("spans and auxiliary images differ", spans - images, detail)
@@ -45,6 +49,7 @@ def check_types(row):
     for field in ("id", "question", "answer", "response"):
         if not isinstance(row.get(field), str):
             raise wrong_type(row, field, "str")
+    # options may be missing, but not be something else
     for field in ["images", "aux_images"] + ["options"] * ("options" in row):
         value = row.get(field)
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
@@ -59,6 +64,7 @@ def wrong_type(row, field, expected):
 
 def check_answer(row):
     """The response's answer is the gold answer."""
+    # read as a text: is_correct takes a letter as well as an option in words
     answer, _ = extract_answer(row["response"])
     if not is_correct(answer, row):
         detail = f"{answer!r}, gold {row['answer']!r}"
@@ -88,9 +94,11 @@ def check_parser(text, row, words_min, words_max, repeats):
     check_length(text, words_min, words_max)
     check_lines(text)
     question = row["question"]
+    # a question of digits alone has no script that a parser text could miss
     if script(question) and script(text) != script(question):
         scripts = f"{script(text)}, {script(question)}"
         raise Reject("parser in another script than the question", None, scripts)
+    # what the question says already is no reading of a picture
     said, asked = words(text), words(question)
     overlap = len(said & asked) / max(1, len(said | asked))
     if overlap >= repeats:
@@ -111,6 +119,7 @@ def check_length(text, words_min, words_max):
         count = len(re.findall(r"\w", text)) // 2
     if count < words_min:
         raise Reject("parser too short", count, text)
+    # without the text, which would fill the file of rejects
     if count > words_max:
         raise Reject("parser too long", count)
 
@@ -148,10 +157,12 @@ def check_auxiliary(image, queries, blank, same_as_query):
     blank, same_as_query: grey levels of the standard deviation, and of the largest difference on a
     coarse grid, below which it does not.
     """
+    # image models now and then return one flat colour
     pixels = np.asarray(image, dtype=float)  # (height, width, 3)
     deviation = float(pixels.std(axis=(0, 1)).max())  # of the liveliest channel
     if deviation < blank:
         raise Reject("auxiliary image is blank", round(deviation, 3))
+    # an edit that changed nothing shows nothing that the question's image did not
     for query in queries:
         difference = largest_difference(image, query)
         if difference < same_as_query:

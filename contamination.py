@@ -25,6 +25,7 @@ def load_tests(names, data_root):
             rows, _ = load_benchmark(name, data_root)
         else:
             rows = load_examples(name, training=False)
+        # an id is unique within its benchmark only
         tests |= {(name, row["id"]): row for row in rows}
     return tests
 
@@ -45,12 +46,15 @@ def find_copies(rows, tests, ours, theirs, near):
     # where two test rows share a question or an image, the last stands for both
     by_question = {asked_in(row): key for key, row in tests.items()}
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
+    # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
     findings = []
     for row in rows:
         key = by_question.get(asked_in(row))
         if key:
+            # a question is no image of the test's row: None
             findings.append(finding("question", row, None, (*key, None), None))
+        # auxiliary images, too: they are what the latents are trained on
         for name in row["images"] + row["aux_images"]:
             # an image that could not be read has no fingerprint
             same = by_pixels.get(ours[name][0]) if name in ours else None
@@ -71,9 +75,11 @@ def asked_in(row):
 
 def near_copies(ours, theirs, near):
     """{our image: (where in theirs, bits that differ)} of those with a copy at most `near` away."""
+    # nothing has no nearest
     if not ours or not theirs:
         return {}
     distances, indices = nearest(ours.values(), theirs.values())  # (n,), (n,)
+    # in the order of its values: index i of these is place i
     places = list(theirs)
     found = {}
     for name, distance, index in zip(ours, distances, indices):
@@ -102,14 +108,17 @@ def write_pairs(path, findings, tests, folder, most, decode):
     Our images lie in `folder`; decode(content) gives the RGB image of encoded bytes.
     """
     pairs = [f for f in findings if f["kind"] == "near"]
+    # the nearest are the likeliest copies; nobody looks at thousands
     pairs = sorted(pairs, key=lambda f: f["distance"])[:most]
     cards = []
     for pair in pairs:
         ours = (Path(folder) / pair["image"]).read_bytes()
         test = tests[pair["benchmark"], pair["benchmark_id"]]
         theirs = images_of(test)[pair["benchmark_image"]]
+        # from a table it comes as bytes, else as a path
         if not isinstance(theirs, bytes):
             theirs = Path(theirs).read_bytes()
+        # 255 and not 256: the hash leaves its first bit unset
         cards.append(
             f"<p>{pair['distance']} of 255 bits differ</p>"
             + figure(decode(ours), pair["id"])

@@ -21,6 +21,7 @@ COSINES = np.cos(PHASES * np.arange(LOW)[:, None])  # (LOW, SIDE)
 
 def grey(image, side):
     """An image's grey levels on a side x side grid, each the mean of its patch."""
+    # BOX is the plain mean; filters with negative weights would ring at edges
     return np.asarray(image.convert("L").resize((side, side), Image.BOX), dtype=float)
 
 
@@ -57,6 +58,7 @@ def fingerprints(images, total, name, folder, workers, decode):
         key = content_key(content)
         if key in known:
             return where, key, known[key]
+        # read by the worker, so that only as many images as workers are in memory
         encoded = content if isinstance(content, bytes) else Path(content).read_bytes()
         try:
             return where, key, fingerprint(decode(encoded))
@@ -66,6 +68,7 @@ def fingerprints(images, total, name, folder, workers, decode):
     with open_append(path) as f:
         results = each(one, images, workers)
         for where, key, print_ in tqdm(results, total=total, desc=name, unit="image"):
+            # two workers may have read the same content: one line is enough
             if key not in known:
                 known[key] = print_
                 append(f, {"key": key, "print": print_})
@@ -82,6 +85,7 @@ def content_key(content):
     """What tells a picture's encoded bytes, or its file, from the next without decoding it."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()[:16]
+    # hashing the bytes would mean to read every file again, which is what is to be saved
     stat = os.stat(content)
     file = {"path": os.path.realpath(content), "size": stat.st_size, "time": stat.st_mtime_ns}
     return key_of(file)
@@ -97,6 +101,7 @@ def nearest(ours, theirs, block=128):
     for i in tqdm(range(0, len(ours), block), desc="near-duplicates", unit="block"):
         here = slice(i, i + block)
         bits = 0  # that differ: (block, m); never bit 0, so at most 255, and uint8 holds that
+        # a word at a time: (block, m) at once, and never (block, m, 4)
         for w in range(4):
             differ = ours[here, None, w] ^ theirs[None, :, w]
             bits = bits + np.bitwise_count(differ)
@@ -119,6 +124,7 @@ def groups_of(rows, prints):
 
     def find(i):
         while leader[i] != i:
+            # halves the way to the leader for whoever asks next
             leader[i] = leader[leader[i]]
             i = leader[i]
         return i
@@ -127,6 +133,7 @@ def groups_of(rows, prints):
     for i, row in enumerate(rows):
         for name in row["images"] + row["aux_images"]:
             pixels = prints[name][0] if name in prints else name
+            # this row's group joins that of the first row with the image
             leader[find(i)] = find(first.setdefault(pixels, i))
     groups = defaultdict(list)
     for i, row in enumerate(rows):

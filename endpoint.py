@@ -22,6 +22,7 @@ def answered(call, url, tries, first_pause=0.5, key=""):
     for n in range(tries):
         try:
             return call()
+        # a setting of this machine, which no pause changes
         except OfflineModeIsEnabled:
             raise SystemExit(
                 f"HF_HUB_OFFLINE is set, and the client then does not ask {url}; unset it"
@@ -38,6 +39,7 @@ def answered(call, url, tries, first_pause=0.5, key=""):
             if last or is_refusal(status):
                 raise
             told = "" if response is None else response.headers.get("retry-after", "")
+            # Retry-After may also be a date; the growing pause does as well
             pause = float(told) if told.isdigit() else first_pause * 2**n
             time.sleep(min(pause, LONGEST_PAUSE) * random.uniform(1, 1.2))  # not all at once
 

@@ -149,6 +149,7 @@ def load_test_set(name):
         made_by["donor"] = weights_digest(donor)
     if name:
         made_by["md5"] = md5  # its pictures lie in the file
+    # after the whole file was read: a short run finds the same faults in it as a full one
     return TestSet(
         name=name or Path(data).stem,
         rows=rows[:limit] if limit else rows,
@@ -161,6 +162,7 @@ def load_test_set(name):
 
 def row_key(key, row):
     """The key of one answer: the run's settings, the question as it is put, and its pictures."""
+    # of a Cell where it lies in the table, whose MD5 is in `key`; of a file what it holds
     pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
     return key_of([key, row["id"], question_text(row), pictures])
 
@@ -180,6 +182,7 @@ def read_predictions(test):
     answers, errors = {}, {}
     for path in sorted(test.out.glob("predictions.rank*.jsonl")):
         for line in read_lines(path, id=str, key=str):
+            # a line of an error has a message in place of an answer
             if "error" not in line:
                 check_fields(line, ANSWER_FIELDS, path)
             if keys.get(line["id"]) == line["key"]:
@@ -207,6 +210,7 @@ def batches(rows, prepare, failed):
             continue
         length = len(prompt["ids"])
         padded = max(longest, length) * (len(part) + 1)
+        # a prompt that is longer than all of the limit is still answered, alone
         if part and (len(part) == batch or padded > prompt_tokens):
             yield part
             part, longest = [], 0
@@ -218,6 +222,7 @@ def batches(rows, prepare, failed):
 
 def check_feed(test, donors):
     """Raise SystemExit if what the intervention feeds in place of a row's latents is not there."""
+    # with one file a question might be fed its own latents, and nothing would be shuffled
     if intervention == "shuffle" and len(donors) < 2:
         raise SystemExit(
             f"shuffle feeds other examples' latents: donor={donor!r} must be the latents/ folder "
@@ -274,6 +279,7 @@ class Answerer:
             ema_beta=ema_beta,
             after=after_latents,
         )
+        # shared evenly: what one question takes alone is seen with --batch=1
         seconds = (clock(self.vlm.device) - began) / len(part)
         for row, (answer,) in zip(rows, answers):  # one sample a question
             if save_latents:  # before the line that says it is done
@@ -299,6 +305,7 @@ class Answerer:
             return [self.donated(row) for row in rows]
         if not intervention.startswith("oracle"):
             return None
+        # as fit_pca.py made the targets that the head was trained on: pool or resize
         _, meta = read_safetensors(Path(model) / HEAD_FILE, ())
         images = [open_image(path) for row in rows for path in row["aux_images"]]
         with torch.inference_mode():
@@ -324,6 +331,7 @@ def answer_all(test, vlm, tokenizer, head):
     done = {id for id, line in read_predictions(test).items() if "error" not in line}
     # by position in the file, not among the missing: ranks that start late still split alike
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
+    # one a test set: their pixel limits differ, and change HRBench and V* most
     processor = load_processor(model, test.settings["min_pixels"], test.settings["max_pixels"])
     donors = sorted(Path(donor).glob("*.safetensors")) if donor else []
     check_feed(test, donors)
@@ -341,6 +349,7 @@ def answer_all(test, vlm, tokenizer, head):
             bar.update(len(part))
 
         def failed(row, e):
+            # cut, since some libraries quote all that they were given
             record(row, {"error": f"{type(e).__name__}: {e}"[:1000]})
             bar.update()
 
@@ -369,6 +378,7 @@ def wilson(correct, n, z=1.96):
         return 0.0, 1.0
     # not p +- 1.96 sd, which leaves 0 and 1 no width
     p, q = correct / n, z * z / n
+    # the middle is drawn towards 1/2, the more the fewer questions there are
     middle = (p + q / 2) / (1 + q)
     half = z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
     return middle - half, middle + half
@@ -383,6 +393,7 @@ def mcnemar(a, b):
     plus = sum(x > y for x, y in zip(a, b))
     minus = sum(x < y for x, y in zip(a, b))
     n, least = plus + minus, min(plus, minus)
+    # twice the tail of n throws of a fair coin, on the side of the rarer outcome
     at_most_least = sum(math.comb(n, i) for i in range(least + 1))
     return min(1.0, 2 * at_most_least / 2**n)
 
@@ -415,8 +426,10 @@ def summary(rows):
     """Accuracy with its interval, and what else a reader needs to trust it."""
     n, correct = len(rows), sum(row["correct"] for row in rows)
     found = {"n": n, "accuracy": correct / n}
+    # the interval is one of counts, which VSI-Bench's relative accuracies are not
     if all(row["correct"] in (0, 1) for row in rows):
         found["interval"] = wilson(correct, n)
+    # what no rule reads counts as wrong, and is counted; VLMEvalKit puts a random option there
     return found | {
         "n_unparsed": sum(row["extracted"] is None for row in rows),
         "n_truncated": sum(row["truncated"] for row in rows),
@@ -453,6 +466,7 @@ def score(test, predictions):
     # from the files alone: --score_only=1 comes here directly
     graded = grade(test, predictions)
     failures = [row for row in graded if "error" in row]
+    # all of them failed: that is a fault of the set-up, not a model that scores zero
     if len(failures) == len(graded):
         raise SystemExit(
             f"{test.out}: all {len(graded)} questions failed, the first with {failures[0]['error']}"
@@ -477,6 +491,7 @@ def score(test, predictions):
 
 def judged_scores(test, graded):
     """The scores with a judge's reading of what no rule could read."""
+    # beside the rule's scores, not in their place: another judge gives other numbers
     endpoint = Endpoint(judge_url, judge_model, judge_key, judge_workers, judge_tries)
     judged = judge(test, graded, endpoint)
     return {
@@ -509,6 +524,7 @@ def write_mmhal_responses(test, graded):
     """MMHal-Bench's own response file, for the judge that defines its score."""
     responses = []
     for row in graded:
+        # the final text alone: the judge is not to rate thoughts and parser texts
         said = {"model_answer": extract_final(row["raw"])}
         responses.append(columns_of(row, MMHAL_COLUMNS) | said)
     path = test.out / "response.json"
@@ -564,10 +580,12 @@ def headlines():
         # the folder may hold runs of other models
         run = record["settings"]
         same = all(run[name] == globals()[name] for name in ("model", "intervention", "ema_beta"))
+        # a score of some of the answers is no headline
         if same and not record["missing"]:
             for name, m in record["scores"].items():
                 ours[f"{path.parent.name}/{name}"] = 100 * m["accuracy"]
     for name, parts in AVERAGES.items():
+        # over fewer benchmarks than the paper's, an average would compare with nothing
         if all(part in ours for part in parts):
             ours[name] = mean(ours[part] for part in parts)
     return ours
@@ -579,6 +597,7 @@ def paper_table():
     if not any(metric in ours for metric, _, _ in PAPER):
         return
 
+    # a dash: we have not run it, or the paper does not say
     def cell(percent):
         return f"{'-' if percent is None else f'{percent:.2f}':>9}"
 
@@ -600,6 +619,7 @@ def compare(a, b):
         )
     for name in names:
         one, two = read_grades(Path(a) / name), read_grades(Path(b) / name)
+        # of other questions the difference would be the questions', not the models'
         if one.keys() != two.keys() or not one:
             raise SystemExit(
                 f"{Path(a) / name} and {Path(b) / name} hold other questions ({len(one)} and "
@@ -642,6 +662,7 @@ def main():
     if unknown:
         raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: gap, {', '.join(BENCHMARKS)}")
     claim(out)
+    # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
 

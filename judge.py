@@ -17,6 +17,7 @@ from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
 from endpoint import FAILURES, NO_KEY, answered, hidden
 
+# whose own harness has a judge, and what ours is asked for in its place
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
 JUDGE_PROMPTS = {
     "letter": (
@@ -39,6 +40,7 @@ JUDGE_PROMPTS = {
         'all. Explain briefly and end with one line, "Rating: " and the number.'
     ),
 }
+# as VLMEvalKit has it: no benchmark's options go so far
 NO_ANSWER = "Z"
 LONGEST_REPLY = 512  # tokens
 TIMEOUT = 120  # seconds for a reply
@@ -88,6 +90,7 @@ def judge(test, graded, endpoint):
 
 def is_open(row, kind):
     """Is there an answer that no rule could read, or one whose score is a rating?"""
+    # nothing was said to the end: a judge could only guess
     if "error" in row or row["method"] in ("truncated", "empty"):
         return False
     return kind == "rating" or row["extracted"] is None
@@ -99,6 +102,7 @@ def ask_all(test, prompts, keys, endpoint):
     path = test.out / "judge.jsonl"
     replies = {line["key"]: line["reply"] for line in read_lines(path, key=str, reply=str)}
     todo = [id for id in prompts if keys[id] not in replies]
+    # from the environment: a command line can be read by everyone on the machine
     api_key = os.environ.get(endpoint.key) or NO_KEY
     client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
 
@@ -110,6 +114,7 @@ def ask_all(test, prompts, keys, endpoint):
         new = pool.map(ask, todo)
         for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
             reply = next(new)
+            # by this thread alone, so that no two replies share a line
             replies[keys[id]] = reply
             append(f, {"id": id, "key": keys[id], "reply": reply})
     return replies
@@ -119,12 +124,14 @@ def ask_judge(client, prompt, endpoint, api_key):
     """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
 
     def call():
+        # greedy: who asks again should read the same
         reply = client.chat_completion(
             [{"role": "user", "content": prompt}],
             model=endpoint.model or None,
             temperature=0,
             max_tokens=LONGEST_REPLY,
         )
+        # a judge that refuses may send none; an empty reply chooses nothing
         return reply.choices[0].message.content or ""
 
     try:
@@ -149,9 +156,11 @@ def read_again(row, reply, kind, check):
     # the judge may say that nothing was chosen: it is not asked to guess
     if reply == NO_ANSWER:
         answer = None
+    # MathVista is asked for a value, and its choices are letters all the same
     elif kind == "letter" or row["options"]:
         answer, _ = find_letter(reply, row["options"])
     else:
         answer = find_kind(reply, row["kind"])
     row = row | {"judgement": reply, "extracted": answer, "method": "judge"}
+    # no answer is wrong before the check, which of MathVista would take the nearest choice
     return row | {"correct": answer is not None and bool(check(row))}

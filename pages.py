@@ -8,6 +8,7 @@ import re
 from data import TAGS, write_then_rename
 
 THUMBNAIL = (320, 320)  # pixels: a picture is at most as large on a page
+# in the page, as its pictures are: one file can be sent around and opens without a network
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}\n"
     "article{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}"
@@ -47,6 +48,7 @@ def coloured(response):
         shown = html.escape(piece)
         if not TAGS.fullmatch(piece):
             pieces.append(shown)
+        # the tag is shown within the colour that it ends
         elif piece.startswith("</"):
             pieces.append(f'<b class="tag">{shown}</b></span>')
         else:
@@ -57,8 +59,10 @@ def coloured(response):
 
 def write_page(path, title, cards):
     """Write a page of cards (HTML, one below the other) under a title (text)."""
+    # a name of a run or a file may hold any sign
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = f"<h1>{title}</h1>" + "".join(f"<article>{card}</article>" for card in cards)
     page = f'<!doctype html><html lang="en">{head}{body}</html>'
+    # bytes, since a text would be written in the system's own encoding
     write_then_rename(path, lambda p: p.write_bytes(page.encode()))

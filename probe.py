@@ -68,6 +68,7 @@ def layer_norms(vlm, x, pos):
     logs = []
 
     def keep(state):
+        # (T), in float32: bfloat16 keeps two to three digits of a norm
         logs.append(state[0].float().norm(dim=-1).log())
 
     def hook(module, args, state):
@@ -75,8 +76,10 @@ def layer_norms(vlm, x, pos):
 
     keep(x)  # not by a hook: the decoder is called with embeddings, not with ids
     hooks = [layer.register_forward_hook(hook) for layer in lm.layers]
+    # pos is (3, T), and (3, 1, T) for the one sequence
     out = lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False)
     keep(out.last_hidden_state)
+    # else the next answer would call these hooks, too
     for handle in hooks:
         handle.remove()
     return torch.stack(logs)
@@ -86,12 +89,14 @@ def mean_and_std(moments):
     """Mean and standard deviation, both (...), from count, sum and sum of squares (..., 3)."""
     n, total, squares = moments.unbind(-1)
     mean = total / n
+    # rounding can leave a little less than nothing
     return mean, (squares / n - mean**2).clamp(min=0).sqrt()
 
 
 def inside(v, mean, basis):
     """The share (M) of the energy of v - mu that lies in the subspace of P_k (d, k); v (M, d)."""
     r = v - mean  # (M, d)
+    # P_k is orthonormal: coefficients have the energy of what they rebuild
     return (r @ basis).pow(2).sum(-1) / r.pow(2).sum(-1)
 
 
@@ -122,6 +127,7 @@ def retrieval(predicted, real):
     same = distances(real, real) <= 1e-3 * real.norm(dim=-1).mean()  # (N, N): of one picture
     nearest = distances(predicted, real).argmin(1)  # (N)
     found = same[torch.arange(len(real)), nearest]
+    # a span drawn at random is a span's own as often as real spans equal each other
     return float(found.float().mean()), float(same.float().mean())
 
 
@@ -142,6 +148,7 @@ def geometry(spans, mean, basis):
         "latents": len(v),
         "mean_log": float(logs.mean()),
         "std_log": float(logs.std(correction=0)),
+        # without a PCA there is no subspace to lie in
         "inside": float(inside(v, mean, basis).mean()) if basis.numel() else None,
         "effective_rank": average([effective_rank(span) for span in about_mu]),
         "cosine": average([pairwise_cosine(span) for span in about_mu]),
@@ -175,6 +182,7 @@ def spans_of(ids, latents, pad):
     runs, before = [], None
     for t in ids:
         if t == pad:
+            # two spans never touch: the tokens that end and begin one stand between them
             if before != pad:
                 runs.append(0)
             runs[-1] += 1
@@ -220,7 +228,9 @@ def measure(rows, vlm, head, tokenizer, processor):
     Returns the moments (L + 2, kinds, 3) of the log norms, the spans (m, d) that were written, and
     pairs of predicted and real spans (K, d).
     """
+    # the inputs, the states after each of L layers, and those after the final norm
     n_states = len(vlm.model.language_model.layers) + 2
+    # in float64: a variance is the small difference of two large sums
     moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
     written, pairs = [], []
     _, pad, _ = latent_ids(tokenizer)
@@ -286,6 +296,7 @@ def norms_by_stage(moments):
 def growth_of(stages):
     """How many times its input's norm a state has before and after the final norm."""
     first, *_, last, normed = (stage["mean_log"] for stage in stages.values())
+    # of mean logs: a ratio of geometric means, which a few huge states do not rule
     return {"before": math.exp(last - first), "after": math.exp(normed - first)}
 
 
@@ -319,6 +330,7 @@ def draw(folder, norms):
     matplotlib.use("Agg")  # draws without a screen
     from matplotlib import pyplot as plt
 
+    # norms.png: what the layers add to a state, kind by kind
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for kind, stages in norms.items():
         *layers, _ = stages.values()  # without the state after the final norm
@@ -334,6 +346,7 @@ def draw(folder, norms):
     ax.legend()
     write_then_rename(folder / "norms.png", lambda tmp: fig.savefig(tmp, format="png", dpi=150))
 
+    # latents.png: what a system could feed back, beside what the decoder is used to
     bars = {}
     for kind, stages in norms.items():
         first, *_, last, normed = stages.values()
@@ -357,6 +370,7 @@ def subspace(head, d):
 
     k = 0 where there is neither. Raises SystemExit for a PCA of another width.
     """
+    # one PCA for several checkpoints makes their numbers comparable, output-as-input's too
     if pca:
         space, _ = load_pca(pca)
         mean, basis = space["mean"], space["basis"]
@@ -374,6 +388,7 @@ def main():
     claim(out)
     rows = load_examples(data, training=False)
     if limit:
+        # the first ones, so that all checkpoints are probed on the same questions
         rows = rows[:limit]
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     processor = load_processor(model, min_pixels, max_pixels)

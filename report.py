@@ -70,6 +70,7 @@ SCORES = [
         ("95 % beats 90 %",          "LH+PCA",       "retained 90%"),
         ("85 % beats the full head", "retained 85%", "LH"),
     ]),
+    # zero and noise are the paper's: what is left of the gain without what the latents say?
     Table("Interventions on GAP's latents", column="7B: mean of two", reference="GAP*", rows={
         "base":            "68.31",
         "text*":           "68.79",
@@ -86,6 +87,7 @@ SCORES = [
         ("zero beats noise",             "GAP*/zero", "GAP*/noise"),
         ("zero beats dense-caption SFT", "GAP*/zero", "text*"),
     ]),
+    # an upper bound: what would latents be worth that predicted their picture without an error?
     Table("The real auxiliary features in place of the latents",
           column="", reference="GAP", rows={
         "output/oracle": "",
@@ -99,6 +101,7 @@ SCORES = [
         ("better latents would help LH+PCA",          "LH+PCA/oracle", "LH+PCA"),
         ("GAP reads real features as well as LH+PCA", "GAP/oracle",    "LH+PCA/oracle"),
     ]),
+    # pooled to more latents than it has cells, a picture only repeats them: hence resize K=16
     Table("Latent budget (the toy's picture has four cells: 36 is too many; "
           "here without difficulty-aware data)",
           column="7B: Avg-3 at 0, 4, 16, 36, 64, 144", reference="LH+PCA", rows={
@@ -117,6 +120,7 @@ SCORES = [
         ("four beat one",          "LH+PCA", "K=1"),
         ("too many cost",          "LH+PCA", "K=36"),
     ]),
+    # a gain over LH could come of fewer weights or of any small subspace: a control for each
     Table("Controls that the paper lacks (without difficulty-aware data)",
           column="what differs from LH+PCA", reference="LH+PCA", rows={
         "LH+PCA":             "",
@@ -139,6 +143,7 @@ SCORES = [
         ("with 36 latents the PCA head beats the full one",   "K=36",   "LH K=36"),
         ("16 latents of a larger picture beat four cells repeated", "resize K=16", "K=16"),
     ]),
+    # tau also changes how many spans are trained on: "GAP n=500" has about as many as LH+PCA
     Table("Which questions get latents", column="", reference="GAP", rows={
         "GAP":            "tau = 0",
         "guess-aware":    "tau = 1/8 here",
@@ -205,6 +210,7 @@ def right(line, kind, measure, easy):
     `measure` picks the questions: hard, easy, all, or a category by its name.
     """
     answers = []
+    # {category: (how many questions, their bits as one hexadecimal number)}
     for category, (n, digits) in line["evals"][kind]["right"].items():
         group = "easy" if category == easy else "hard"
         if measure in (category, group, "all"):
@@ -228,6 +234,7 @@ def value(line, kind, measure, easy):
             return sum(answers) / len(answers)
     found = line  # what is left is a path from the top of the line
     for field in measure.split("."):
+        # a run that was not probed has nothing on the way there
         found = found.get(field) if found else None
     return found
 
@@ -246,7 +253,8 @@ def values(study, what, measure="hard"):
 # --------------------------------------------------------------------------------------------------
 # statistics over seeds
 
-# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; the last one serves for more, too
+# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; the last one serves for more, too,
+# which makes the interval of more than ten seeds a little too wide, never too narrow
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -262,6 +270,7 @@ class Difference(NamedTuple):
 def mean_interval(x):
     """The mean of a few numbers, one a seed, and its 95 % t-interval; infinitely wide for one."""
     mean = sum(x) / len(x)
+    # one seed says nothing of what another would give
     if len(x) == 1:
         return mean, -math.inf, math.inf
     freedom = len(x) - 1
@@ -276,6 +285,7 @@ def difference(study, a, b, measure="hard"):
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
         return None
+    # what a seed does to both runs, such as the order of the data, cancels
     gaps = [of_a[seed] - of_b[seed] for seed in seeds]
     return Difference(*mean_interval(gaps), len(gaps))
 
@@ -284,6 +294,7 @@ def paired_p(study, a, b):
     """McNemar's p of the answers to the hard questions, those of all common seeds together."""
     (name_a, kind_a), (name_b, kind_b) = run_and_evaluation(a), run_and_evaluation(b)
     lines_a, lines_b = study.lines[name_a], study.lines[name_b]
+    # a question counts once a seed: each seed's model has answered it anew
     answers_a, answers_b = [], []
     for seed in sorted(lines_a.keys() & lines_b.keys()):
         answers_a += right(lines_a[seed], kind_a, "hard", study.easy)
@@ -321,6 +332,7 @@ def mean_sd(numbers, digits=3):
     if not x:
         return ""
     text = f"{sum(x) / len(x):.{digits}f}"
+    # one seed, or a count that no seed changes: "± 0.000" would say nothing
     if len(set(x)) > 1:
         text += f" ± {statistics.stdev(x):.{digits}f}"
     return text
@@ -355,6 +367,7 @@ def sentences(study, claims, paper):
     whole += f"; {undecided} undecided"
     if absent:
         whole += f", {absent} not run yet"
+    # what was not run is counted above and not listed
     each = [f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d.seeds}" for text, d in found if d]
     return [whole + ".", "", *each]
 
@@ -377,12 +390,14 @@ def scores(study, table):
             continue
         # R2 is the run's, from its training log: an evaluation shows that of its run
         accuracies = [mean_sd(values(study, what, m)) for m in ("hard", "easy", "val_r2")]
+        # the reference against itself, or runs without a common seed: no difference, and no test
         d = difference(study, what, reference) if what != reference else None
         p = p_shown(paired_p(study, what, reference)) if d else ""
         cells.append([what, len(study.lines[name]), *accuracies, shown(d), p, last])
     easy = study.easy or "easy"
     head = ["run", "seeds", "hard", easy, "R2", f"hard, minus {reference}", "p", table.column]
 
+    # the hard questions, where the claim names no others: only these need latents
     claims = []  # with the star filled in, and the questions
     for text, more, less, *measure in table.claims:
         claims.append((text, study.named(more), study.named(less), *(measure or ["hard"])))
@@ -406,6 +421,7 @@ DIAGNOSIS_HEAD = [
     "run", "text state / input", "image state / input", "log norm of latents", "of real features",
     "in the subspace", "effective rank", "pairwise cosine", "R2", "retrieval at 1 (chance)",
 ]
+# measured on Monet-7B and HRBench4K, and before the final norm only; the norm of latents is GAP's
 DIAGNOSIS_OF_PAPER = ["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""]
 DIAGNOSIS_CLAIMS = [
     ("GAP's latents lie deeper in the subspace than the full head's",
@@ -441,6 +457,7 @@ def diagnosis_row(study, name):
         return mean_sd(values(study, name, f"probe.{path}"), digits)
 
     def growth(kind):
+        # output-as-input feeds what comes after the final norm, so both are shown
         before, after = cell(f"growth.{kind}.before", 1), cell(f"growth.{kind}.after", 1)
         return f"{before}; {after}"
 
@@ -468,6 +485,7 @@ CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
 def by_category(study):
     """Longer chains feed back more of their own latents: does the subspace stop the drift?"""
     found = set()
+    # whatever categories the test set has: the report knows none by name
     for name in CHAINS:
         for line in study.lines.get(name, {}).values():
             found |= line["evals"]["clean"]["right"].keys()
@@ -503,6 +521,7 @@ def costs(study):
     for starred in COSTS:
         what = study.named(starred)
         name, kind = run_and_evaluation(what)
+        # no line for what was not run: the tables of accuracies name it
         if name not in study.lines:
             continue
         speed = time = ""
@@ -540,6 +559,7 @@ def scarcity(study):
     def was_run(n):
         return any(at(name, n) in study.lines for name in study.methods)
 
+    # a size that no method was trained on would be an empty column
     sizes = [n for n in sorted({*study.sizes, study.examples}) if was_run(n)]
     rows = [[name, *(mean_sd(values(study, at(name, n))) for n in sizes)] for name in study.methods]
     conclusions = []
@@ -563,6 +583,7 @@ def scarcity(study):
 
 def where_it_pays(gaps):
     """In words, of {number of examples: Difference or None}: where a head pays, and where not."""
+    # any Difference is true, of zeros too; only None is not
     if not any(gaps.values()):
         return "has not been run"
     parts = []
@@ -578,6 +599,7 @@ def where_it_pays(gaps):
 
 def preamble(study, lines):
     """How many runs there are, how they were made, and how to read the tables."""
+    # all runs answer one test set: any line tells its size
     hard = len(right(lines[0], "clean", "hard", study.easy))
     easy = len(right(lines[0], "clean", "easy", study.easy))
     text = (

@@ -29,6 +29,7 @@ class Unanswered(Reject):
 
 def clean(text):
     """One line of text that any file can hold, of at most 500 characters."""
+    # a lone surrogate, which JSON may bring along, can stand in no file
     return " ".join(str(text).encode("utf-8", "replace").decode().split())[:500]
 
 
@@ -37,6 +38,7 @@ def each(work, items, workers):
 
     Few items are held at a time, so `items` may be a generator that reads them as they are needed.
     """
+    # not `with`, which would wait for all that was submitted even where the caller has stopped
     pool = ThreadPoolExecutor(workers)
     running = set()
     try:
@@ -46,6 +48,7 @@ def each(work, items, workers):
             if len(running) >= 2 * workers:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in ended)
+        # no more items: what still runs, as it ends
         yield from (future.result() for future in as_completed(running))
     finally:  # also where the caller stops early: what has not begun never does
         pool.shutdown(cancel_futures=True)
@@ -60,11 +63,13 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
     """
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
+    # of the whole row: one that an earlier stage has changed is worked on again
     keys = [key_of(settings | {"row": row}) for row in rows]
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)
     done = {line["key"]: line for line in read_lines(path) if line["key"] in wanted}
+    # what an earlier run has finished is not asked, and not paid, again
     todo = [(key, row) for key, row in zip(keys, rows) if key not in done]
     unanswered, in_a_row = {}, 0
 
@@ -78,6 +83,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
             if "again" in line:  # not written down, so the next run asks again
                 unanswered[line["key"]] = line
                 in_a_row += 1
+                # in a row: a few failures are normal, and so many mean that nobody is there
                 if in_a_row == give_up:
                     raise SystemExit(endpoint_is_down(give_up, line["reject"]))
             else:
@@ -89,6 +95,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
     lines = [done.get(key) or unanswered[key] for key in keys]
     kept = [line["row"] for line in lines if "row" in line]
     rejected = [line["reject"] for line in lines if "reject" in line]
+    # written whole, and only now: a killed run leaves the files of the last one that ended
     write_lines(folder / rejects, rejected)
     write_lines(folder / f"{name}.jsonl", kept)
     print_outcome(name, kept, rejected, unanswered)
@@ -99,6 +106,7 @@ def outcome_of(work, key, row):
     """The line that says what became of a row."""
     try:
         return {"key": key, "row": work(row)}
+    # returned and not raised: one bad item must not end the others' run
     except Reject as e:
         reject = {
             "id": clean(row["id"]),
@@ -124,6 +132,7 @@ def print_outcome(name, kept, rejected, unanswered):
     """How many rows were kept, and for each reason how many were not and the first of them."""
     total = len(kept) + len(rejected)
     print(f"{name}: kept {len(kept)} of {total}, rejected {len(rejected)}")
+    # one to look at for each reason: a threshold that is wrong is seen at its first victim
     for reason, n in Counter(r["reason"] for r in rejected).most_common():
         first = next(r["id"] for r in rejected if r["reason"] == reason)
         print(f"  {n:7} {reason:34} e.g. {first}")

@@ -88,6 +88,7 @@ class Tally:
             "key": key,
             "base": weights_digest(base),
             "row": question_key(self.rows[q]),
+            # N, not how many were drawn: where sampling stopped, the accuracy is a lower bound
             "n": n_samples,
             "correct": self.correct[q],
             "accuracy": self.correct[q] / n_samples,
@@ -187,10 +188,12 @@ def sample_all(rows):
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
     processor = load_processor(base, min_pixels, max_pixels)
     bar = tqdm(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
+    # a file a rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
         for i in range(0, len(mine), batch):
             part = mine[i : i + batch]
             tally = sample(part, vlm, tokenizer, processor)
+            # once the whole batch has ended: a kill costs one batch
             for q in range(len(part)):
                 append(f, tally.line(q, key))
             bar.update(len(part))
@@ -203,6 +206,7 @@ def merge(rows):
     found = finished(rows, run_key())
     merged = [found[row["id"]] for row in rows]
     write_lines(out, merged)
+    # a kill before this costs nothing: a line that stands in two files is one line, by its id
     for path in part_files():
         path.unlink()
     return merged
@@ -219,6 +223,7 @@ def report(merged):
         bar = "#" * round(50 * counts[c] / total)
         print(f"  {c} of {n_samples} {counts[c]:7} {bar}")
 
+    # both, whichever is used: who guesses among four is right once in eight tries with p = .90
     for name, title in (("paper", "paper rule"), ("guess", "guess-aware rule")):
         n = sum(needs_latents(line, tau, name) for line in merged)
         used = "  <- used" if name == rule else ""

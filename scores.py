@@ -47,16 +47,20 @@ def check_mathvista(row, strict=False):
         text = None if strict else extract_answer(row["raw"])[0]
         if text is None:
             return False
+        # officially so, and it pays: a third of the answers that reach this come out right
         nearest = min(row["options"].values(), key=lambda choice: levenshtein(text, choice))
         return nearest == gold
     # a list or a text; the kinds below were read as numbers
     if answer is None or row["answer_type"] not in ("integer", "float"):
         return answer == gold
     value = float(answer)
+    # so many digits that no float holds them
     if not math.isfinite(value):
         return False
+    # officially cut, not rounded: 32.5 is right where 32 is
     if row["answer_type"] == "integer":
         return str(int(value)) == gold
+    # VLMEvalKit's TSV names no precision: as many decimals as the gold has
     digits = row.get("precision") or len(gold.partition(".")[2])
     return str(round(value, int(float(digits)))) == gold
 
@@ -86,9 +90,11 @@ def check_mathvision(row):
 
 def mean_relative_accuracy(predicted, gold):
     """MRA of VSI-Bench: the share of the ten thresholds theta with |p - t| / t <= 1 - theta."""
+    # nothing is relative to zero
     if gold == 0:
         return float(predicted == 0)
-    # the ten confidence thresholds .50, .55, ... .95
+    # the ten confidence thresholds .50, .55, ... .95,
+    # not .5 + .05 * i, whose rounding turns ties: 9 against 10 would score .8 and not .9
     theta = np.linspace(0.5, 0.95, 10)
     return float(np.mean(abs(predicted - gold) / abs(gold) <= 1 - theta))
 
@@ -166,6 +172,7 @@ def score_hrbench(rows):
 def score_mmstar(rows):
     # files with either spelling are about
     fine = group_by(rows, "l2_category") or group_by(rows, "l2-category")
+    # the headline is VLMEvalKit's, over rows; lmms-eval's is the mean over 18 kinds
     return {"overall": rows, "mean of l2": macro(fine)} | group_by(rows, "category")
 
 
@@ -218,6 +225,7 @@ def score_wemath(rows):
         else:
             count["IG" if all(single) else "IK"] += 1
 
+    # a short run may hold no whole problem: then all shares are 0
     n = max(1, len(problems))
     found = {kind: (count[f"{kind} CM"] + count["IG"] / 2) / n for kind in ("strict", "loose")}
     for name in ("IK", "IG", "strict CM", "strict RM", "loose CM", "loose RM"):
@@ -265,6 +273,7 @@ def score_vsi(rows):
 
 
 def score_blink(rows):
+    # officially 14 subtasks weigh alike; VLMEvalKit's Overall, over rows, is printed beside it
     tasks = group_by(rows, "sub_task") or group_by(rows, "category")
     return {"overall": macro(tasks), "micro": rows} | tasks
 
@@ -296,6 +305,7 @@ def score_mmvp(rows):
 
 def score_mmhal(rows):
     """With a judge: its mean rating, 0 to 6, and the share of answers rated below 3."""
+    # without a judge there is no score, only the response file
     rated = [row["rating"] for row in rows if row.get("rating") is not None]
     if not rated:
         return {}

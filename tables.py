@@ -48,6 +48,7 @@ class Lines:
             self.digest.update(line)
             self.offset += len(line)
             self.number += 1
+            # else a byte order mark would be part of the first column's name
             yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
 
 
@@ -57,6 +58,7 @@ def read_table(path, delimiter="\t"):
     An `image` column becomes `images`, a list of Cells. Raises SystemExit naming file and line.
     """
     rows = []
+    # bytes, not text: what finds a row again is where it begins in the file
     with open(path, "rb") as f:
         lines = Lines(f)
         try:
@@ -67,6 +69,7 @@ def read_table(path, delimiter="\t"):
             # where the next row begins: its images are read from there, when they are wanted
             start = lines.offset
             for cells in cells_of_rows:
+                # most often a cut download, or a quote that is never closed
                 if len(cells) != len(columns):
                     raise SystemExit(
                         f"{path}:{lines.number}: {len(cells)} cells where the header names "
@@ -76,6 +79,7 @@ def read_table(path, delimiter="\t"):
                 if image is not None:
                     row["images"] = image_cells(row.pop("image"), path, start, image)
                 rows.append(row)
+                # the reader has taken this row's lines and no more
                 start = lines.offset
         except (csv.Error, ValueError, SyntaxError, RecursionError, MemoryError) as e:
             # the last three: what parsing a cell that looks like a list may end in
@@ -112,6 +116,7 @@ def follow_references(rows, path):
     by_index = {row.get("index"): row for row in rows}
 
     def followed(image):
+        # a reference may lead to another; one that comes back to itself leads nowhere
         seen = set()
         while not isinstance(image, Cell):
             if image in seen or image not in by_index or not by_index[image]["images"]:
@@ -137,6 +142,7 @@ def read_cell(image):
     with open(image.path, "rb") as f:
         # one row of the file, however large the file is
         f.seek(image.offset)
+        # a tab: of the official files only the TSVs have images inside
         cells = next(csv.reader((line.decode() for line in f), delimiter="\t"))
     return image_bytes(cell_items(cells[image.column])[image.item])
 
@@ -152,6 +158,7 @@ def read_json_rows(path):
     except ValueError as e:
         raise SystemExit(f"{path}: not JSON ({e})") from None
     if isinstance(rows, dict):  # of rows by id
+        # MathVista's; what the ids say, the rows say as well
         rows = list(rows.values())
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SystemExit(f"{path}: expected a list of JSON objects")

@@ -19,6 +19,7 @@ from data import SURROGATE, append
 from endpoint import answered, hidden, is_refusal
 from resume import Reject, Unanswered
 
+# many threads ask at once, and all write into one file of costs
 LOCK = threading.Lock()
 
 
@@ -42,6 +43,7 @@ def usable(served, call):
     """
     for n in range(served.tries):
         try:
+            # an unusable answer costs a try, too: an endpoint that only babbles is left in the end
             left = served.tries - n
             return answered(call, served.url, left, served.first_pause, served.key)
         except Reject as e:  # the server is well, its answer is not: draw another
@@ -59,6 +61,7 @@ def failed(error, key):
     """The Reject of a refused request; the Unanswered of one that may be answered another day."""
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else 0
+    # refused for what it is, such as an image that a filter dislikes: another day changes nothing
     if is_refusal(status):
         return Reject("refused by the endpoint", status, hidden(str(error), key))
     detail = hidden(f"{type(error).__name__}: {error}", key)
@@ -69,6 +72,7 @@ def edit_image(served, prompt, png):
     """The encoded image that an image model makes of a PNG by a prompt. One request."""
     start = time.monotonic()
     try:
+        # plain HTTP: the client's own image calls speak another protocol than OpenAI's
         response = get_session().post(
             f"{served.url.rstrip('/')}/images/edits",
             timeout=served.timeout,
@@ -79,6 +83,7 @@ def edit_image(served, prompt, png):
     finally:  # a request that fails has cost time, too
         log_cost(served, start)
     hf_raise_for_status(response)
+    # strictly: else signs that do not belong there are dropped, and broken pixels come out
     return base64.b64decode(response.json()["data"][0]["b64_json"], validate=True)
 
 
@@ -87,6 +92,7 @@ def write_text(served, prompt, pngs, max_tokens, temperature):
     content = [{"type": "image_url", "image_url": {"url": data_url(png)}} for png in pngs]
     content.append({"type": "text", "text": prompt})
     client = InferenceClient(base_url=served.url, api_key=served.key, timeout=served.timeout)
+    # None where the request fails: seconds are known then, tokens are not
     start, usage = time.monotonic(), None
     try:
         reply = client.chat_completion(
@@ -99,11 +105,14 @@ def write_text(served, prompt, pngs, max_tokens, temperature):
     finally:
         log_cost(served, start, usage)
     choice = reply.choices[0]
+    # a text without its end has no answer; a new draw may be shorter
     if choice.finish_reason == "length":
         raise Reject("teacher was cut off", max_tokens)
     text = choice.message.content
+    # half of a character pair can be written to no file
     if not isinstance(text, str) or SURROGATE.search(text):
         raise Reject("teacher wrote no text")
+    # an endpoint may echo its request, and this text becomes training data
     return hidden(text, served.key)
 
 
@@ -116,6 +125,7 @@ def log_cost(served, start, usage=None):
     """A line a request in `costs`: what was paid is known after a kill, too."""
     line = {"model": served.model, "seconds": round(time.monotonic() - start, 3)}
     for name in ("prompt_tokens", "completion_tokens"):
+        # not every server counts tokens
         line[name] = getattr(usage, name, None) or 0
     with LOCK, open(served.costs, "ab") as f:
         append(f, line)
