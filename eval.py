@@ -51,7 +51,15 @@ from data import (
     write_json,
     write_lines,
 )
-from generate import INTERVENTIONS, generate, load_latents_file, save_latents_file, see, to_text
+from generate import (
+    INTERVENTIONS,
+    check_intervention,
+    generate,
+    load_latents_file,
+    save_latents_file,
+    see,
+    to_text,
+)
 from images import open_image, usable_rows
 from judge import JUDGED, Endpoint, judge
 from launch import check_choices, claim, clock, pick_device, rank_and_world, start
@@ -674,6 +682,7 @@ def main():
                 f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model "
                 "with latents"
             )
+        check_intervention(intervention, head)
         for test in tests:
             answer_all(test, vlm, tokenizer, head)
 

@@ -78,9 +78,12 @@ class Decoder:
     The S samples of a question attend to *one* prompt cache (Q, H, T, D) and each to its own new
     positions (Q, H, S, t, D), H being key-value heads: the prompt is neither run nor stored nor
     read once a sample.
+
+    `ahead` are A tokens that are read after every prompt and then forgotten: what the model would
+    think there, `self.ahead` (Q, A, d), costs no step of its own.
     """
 
-    def __init__(self, vlm, prompts, n_samples, pad_id):
+    def __init__(self, vlm, prompts, n_samples, pad_id, ahead=()):
         self.lm = vlm.model.language_model
         if self.lm.has_sliding_layers:
             advice = "set use_sliding_window to false"
@@ -91,7 +94,9 @@ class Decoder:
 
         # the prefill: one forward over all prompts, images included, padded on the left, so that
         # all prompts end, and all answers begin, at one column
-        ids, pos, mask = (x.to(vlm.device) for x in left_padded(prompts, pad_id))
+        A = len(ahead)
+        read = [followed_by(p, ahead) for p in prompts] if A else prompts
+        ids, pos, mask = (x.to(vlm.device) for x in left_padded(read, pad_id))
         vision = [p["vision"] for p in prompts if p["vision"] is not None]
         vision = torch.cat(vision) if vision else None
         x = embed(vlm, ids, vision)  # (Q, T, d)
@@ -99,17 +104,20 @@ class Decoder:
         mask_given = mask if padded else None
         out = self.lm(inputs_embeds=x, position_ids=pos, attention_mask=mask_given, use_cache=True)
 
-        # what every later position reads
+        # what every later position reads: all but what was read ahead
+        T = ids.shape[1] - A
+        mask = mask[:, :T]
         cache = out.past_key_values.layers
-        self.prompt = [(layer.keys, layer.values) for layer in cache]  # (Q, H, T, D) each
+        self.prompt = [(layer.keys[:, :, :T], layer.values[:, :, :T]) for layer in cache]
         self.bias = None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
         if padded:
             bias = torch.where(mask, 0.0, -torch.inf).to(x)
             self.bias = bias[:, None, None, None]
-        last = out.last_hidden_state[:, -1:]
+        self.ahead = out.last_hidden_state[:, T:]  # (Q, A, d)
+        last = out.last_hidden_state[:, T - 1 : T]
         self.h = last.expand(-1, n_samples, -1)  # (Q, S, d)
         # text has one position on all three axes of mRoPE: they go on from the largest
-        self.next_pos = pos.amax(dim=(0, 2)) + 1  # (Q)
+        self.next_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
         self.keys = [NewPositions() for _ in cache]
         self.values = [NewPositions() for _ in cache]
         self.t = 0  # how many new positions every row has by now
@@ -198,6 +206,15 @@ class NewPositions:
         self.buffer = kept.transpose(1, 2).contiguous()
 
 
+def followed_by(prompt, ids):
+    """An encoded prompt with more text after it."""
+    after = prompt["pos"].max() + 1 + torch.arange(len(ids))  # text goes on by one
+    return prompt | {
+        "ids": torch.cat([prompt["ids"], torch.tensor(ids)]),
+        "pos": torch.cat([prompt["pos"], after.expand(3, -1)], 1),
+    }
+
+
 def left_padded(prompts, pad_id):
     """ids (Q, T), pos (3, Q, T) and mask (Q, T) of prompts that all end at the last column."""
     lengths = [len(p["ids"]) for p in prompts]
@@ -246,15 +263,17 @@ def intervene(kind, head, v_hat, noise=None, fed=None):
     """What is fed in place of the predicted latents v_hat (M, d) (section 5).
 
     noise (M, k): standard normal draws, scaled to the training coefficients' own standard
-    deviations, reconstructed and rescaled to the predicted norm. fed (M, d): another example's
-    latents (shuffle) or the real features (oracle).
+    deviations, reconstructed and rescaled to the predicted norm; (M, d) for a head without a PCA,
+    rescaled alone. fed (M, d): another example's latents (shuffle) or the real features (oracle).
     """
     if kind == "mean":
         return head.mean.expand_as(v_hat)
     if kind == "noise":
-        # the spread of the training coefficients along each component
-        std = head.eigenvalues.clamp(min=0).sqrt()
-        w = head.reconstruct(noise * std)
+        w = noise
+        if head.basis.numel():
+            # the spread of the training coefficients along each component
+            std = head.eigenvalues.clamp(min=0).sqrt()
+            w = head.reconstruct(noise * std)
         norm = v_hat.norm(dim=-1, keepdim=True)
         return w * norm / w.norm(dim=-1, keepdim=True)
     if kind in ("shuffle", "oracle"):
@@ -312,7 +331,9 @@ class Tokens:
 
 
 class Latents:
-    """The latents of all rows: predicted by the head, or what an intervention feeds instead.
+    """The latents of all rows: what the head says, or what an intervention feeds instead.
+
+    A head says them one by one, each from the state before it, or all at once before the answer.
 
     fed: (m, K, d) a question, for `shuffle` and `oracle`. n_bar: the norm that EMA calibration
     gives a question's latents, or 0. generators: one a row, for `noise`.
@@ -323,17 +344,32 @@ class Latents:
         self.fed, self.n_bar, self.generators = fed, n_bar, generators
         self.n_samples = n_samples
         self.written = [[] for _ in range(len(n_bar) * n_samples)]  # a list of (d) a row
+        self.planned = None  # (all rows, K, d) where they are said before the answer
+
+    def plan(self, h, temperature):
+        """Say all latents of all rows from the states h (Q, K, d) that their slots would have."""
+        h = h.repeat_interleave(self.n_samples, 0)  # (all rows, K, d)
+        noise = None
+        if temperature:
+            # a row's draws are its own, as those of its tokens
+            draws = [torch.randn(h.shape[1], self.head.m, generator=g) for g in self.generators]
+            noise = temperature * torch.stack(draws).to(h.device)
+        self.planned = self.head(h, noise)
 
     def next(self, h, rows):
         """The next latents (M, d) of `rows` (M ints), whose states are h (M, d)."""
         noise = given = None
         if self.intervention == "noise":
-            k = self.head.basis.shape[1]
+            d, k = self.head.basis.shape
+            k = k or d
             draws = [torch.randn(k, generator=self.generators[row]) for row in rows]
             noise = torch.stack(draws).to(h.device)
         if self.intervention in ("shuffle", "oracle", "oracle_pca"):
             given = torch.stack([self.stand_in(row) for row in rows]).to(h.device)
-        v_hat = self.head(h)
+        if self.planned is None:
+            v_hat = self.head(h)
+        else:
+            v_hat = torch.stack([self.planned[row, len(self.written[row])] for row in rows])
         v = intervene(self.intervention, self.head, v_hat, noise, given)
         n_bar = [self.n_bar[row // self.n_samples] for row in rows]
         if any(n_bar):
@@ -376,8 +412,9 @@ def generate(
 
     Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the
     head's output for the state before it, then `<|latent_end|>` and the text `after` are forced
-    (section 3.4; forced end [ours]); a Monet model may also end its span itself. With no head, or
-    under `zero`, a span can not open.
+    (section 3.4; forced end [ours]); a Monet model may also end its span itself. Where the head
+    fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
+    other span opens. With no head, or under `zero`, none does.
 
     seeds: Q * n_samples ints that fix each row's draws. fed: a (m, K, d) tensor a question, which
     `shuffle` and `oracle` feed. ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress`
@@ -395,9 +432,13 @@ def generate(
     ends_early = not closed and not head.fixed_length
     stops = stop_ids(vlm, tokenizer)
 
-    # what a span forces after its start: latents, its end, the text after it
+    # what a span forces: its start, latents, its end, the text after it
     after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
-    span = torch.tensor([] if closed else [latent_pad] * head.K + after_span)
+    K = 0 if closed else head.K
+    span = torch.tensor([] if closed else [start] + [latent_pad] * K + after_span)
+    # slots that are filled before the answer: the prompt is read with them
+    before_answer = not closed and head.before_answer
+    ahead = [start] + [latent_pad] * K if before_answer else []
 
     # a generator a row: its draws do not depend on who else is in the batch
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
@@ -405,7 +446,7 @@ def generate(
     if temperature:
         u = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
     never = [latent_pad, end, *suppress]
-    if closed:
+    if closed or before_answer:
         never.append(start)
     never = [token for token in never if token is not None]
     tokens = Tokens(vlm, tokenizer, never, temperature, top_p, u)
@@ -416,22 +457,25 @@ def generate(
     latents = Latents(head, intervention, fed, n_bar, generators, n_samples)
 
     # the prompt is read once; from here on a step is one position
-    decoder = Decoder(vlm, prompts, n_samples, tokenizer.pad_token_id)
+    decoder = Decoder(vlm, prompts, n_samples, tokenizer.pad_token_id, ahead)
     h = decoder.h  # (Q, S, d)
     rows = torch.arange(n_rows).view(-1, n_samples)  # which row a slot writes
     alive = torch.ones_like(rows, dtype=torch.bool)
     left = torch.zeros_like(rows)  # positions of its span that a slot has yet to write
+    if before_answer:
+        latents.plan(decoder.ahead[:, 1:].float(), temperature)
+        left[:] = len(span)
     ids = [[] for _ in range(n_rows)]
 
     for n in range(max_new_tokens):
         # 1. a slot writes text, a latent, or what is forced after a span's latents
         text = alive & (left == 0)
-        inside = alive & (left > len(after_span))
+        inside = alive & is_latent(left, K, len(after_span))
         if ends_early and inside.any():
             # Monet's way: the LM head is asked at every latent
             ended = tokens.would_write(end, h[inside], rows[inside], n)
             left[inside] = torch.where(ended, len(after_span), left[inside])
-            inside = alive & (left > len(after_span))
+            inside = alive & is_latent(left, K, len(after_span))
 
         # 2. its token, forced or drawn
         # what a finished row is fed does not matter
@@ -456,7 +500,7 @@ def generate(
         left = (left - 1).clamp(min=0)
         if not closed:
             # the start was just written: its span is still to come
-            left[text & (token == start)] = len(span)
+            left[text & (token == start)] = len(span) - 1
         # a stop token ends a row in text only
         done = text & torch.isin(token, stops)
         if n + 1 == max_new_tokens:
@@ -489,6 +533,11 @@ def generate(
     return [answers[i : i + n_samples] for i in range(0, n_rows, n_samples)]
 
 
+def is_latent(left, K, n_after):
+    """Is a slot's next position a latent? `left`: how many of its span, start to end, are left."""
+    return (left > n_after) & (left <= n_after + K)
+
+
 def still_needed(alive):
     """Questions (Q') with a living row, and of each as many samples (Q', S') as any has alive."""
     questions = alive.any(1).nonzero()[:, 0]
@@ -502,7 +551,9 @@ def check_intervention(intervention, head):
     if intervention not in INTERVENTIONS:
         there = ", ".join(INTERVENTIONS)
         raise SystemExit(f"intervention {intervention!r} is not one of {there}")
-    if intervention in ("noise", "mean", "oracle_pca") and head and not head.basis.numel():
+    # without one, latents are no vision embeddings: neither their mean nor real ones are at home
+    needs_pca = intervention in ("mean", "oracle", "oracle_pca")
+    if needs_pca and head and not head.basis.numel():
         needs = f"the intervention {intervention!r} needs the PCA of a {HEAD_FILE}"
         raise SystemExit(f"{needs}, which this model does not have")
 

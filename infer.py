@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from data import RESERVED, load_examples, read_safetensors, write_then_rename
-from generate import INTERVENTIONS, generate, load_latents_file, make_prompts, save_latents_file
+from generate import (
+    INTERVENTIONS,
+    check_intervention,
+    generate,
+    load_latents_file,
+    make_prompts,
+    save_latents_file,
+)
 from images import open_image
 from launch import check_choices, pick_device, start
 from model import (
@@ -236,6 +243,7 @@ def main():
     head = load_head(model, vlm, tokenizer, latent_size)
     if head is None and (intervention != "clean" or show or latents):
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
+    check_intervention(intervention, head)
 
     prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
     fed = latents_to_feed(vlm, processor, head)

@@ -54,6 +54,10 @@ class LatentHead(nn.Module):
     """
 
     fixed_length = True  # a span is K latents; False: at most K, the model may end it before
+    before_answer = False  # True: the one span stands before the answer, the model opens none
+    square = True  # K latents are a grid
+    # what a head file holds beside the head's own weights
+    tensors, fields = ("mean", "basis", "eigenvalues"), ("total_variance", "mode")
 
     def __init__(self, pca, K):
         super().__init__()
@@ -62,6 +66,17 @@ class LatentHead(nn.Module):
         # buffers: they move, shard and save with the head, and are never trained
         for name in ("basis", "mean", "eigenvalues"):
             self.register_buffer(name, pca[name].float())
+
+    @classmethod
+    def of_file(cls, tensors, meta, d, K):
+        """A head of the shapes that the tensors and metadata of its file have; its weights follow.
+
+        Raises ValueError for metadata that is no number.
+        """
+        pca = tensors | {"total_variance": float(meta["total_variance"])}
+        if not 0 < pca["total_variance"] < math.inf:
+            raise ValueError(f"total_variance is {meta['total_variance']}")
+        return cls(pca, K)
 
     def reconstruct(self, c):
         """v_hat = P_k c + mu for coefficients c (M, k). No whitening."""
@@ -188,27 +203,75 @@ class MatchedHead(FullHead):
         return max(1, round((gap_weights - d) / (2 * d + 1)))  # m (2d + 1) + d of them here
 
 
-class MonetHead(OutputHead):
-    """Output as input in a checkpoint that has Monet's tokens and no head file: there is no PCA."""
+class StateHead(LatentHead):
+    """Output as input without a PCA beside it (VaLR): h_bar is fed back as it is.
+
+    The interventions that need a PCA refuse such a head.
+    """
+
+    kind = "valr"
+    tensors = fields = ()
+
+    def __init__(self, d, K):
+        nn.Module.__init__(self)
+        self.K = K
+        self.total_variance = 0.0
+        # empty, and in no file: a subspace of nothing
+        for name, shape in (("basis", (d, 0)), ("mean", (d,)), ("eigenvalues", (0,))):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+
+    @classmethod
+    def of_file(cls, tensors, meta, d, K):
+        return cls(d, K)
+
+    def forward(self, h):
+        return h
+
+
+class MonetHead(StateHead):
+    """Output as input in a checkpoint that has Monet's tokens and no head file."""
 
     fixed_length = False
 
-    def __init__(self, vlm, K):
-        d = vlm.config.text_config.hidden_size
-        # the interventions that need a PCA refuse this head
-        no_pca = {
-            "basis": torch.zeros(d, 0),
-            "mean": torch.zeros(d),
-            "eigenvalues": torch.zeros(0),
-            "total_variance": 0.0,
-        }
-        super().__init__(no_pca, K)
+
+class SlotHead(StateHead):
+    """AMVL: K slots before the answer are filled from a distribution over z in R^m.
+
+    `prior` reads the mean and log-variance of p(z | x) off a slot's state, `decode` maps a z to the
+    embedding that is fed in the slot.
+    """
+
+    kind = "amvl"
+    before_answer = True
+    square = False
+
+    def __init__(self, d, K, m):
+        super().__init__(d, K)
+        self.m = m
+        self.prior = nn.Linear(d, 2 * m)
+        self.decode = nn.Linear(m, d)
+
+    @classmethod
+    def of_file(cls, tensors, meta, d, K):
+        return cls(d, K, m=tensors["decode.weight"].shape[1])
+
+    def forward(self, h, noise=None):
+        """Latents (..., d) of slots with states h (..., d): the prior's mean, or its sample.
+
+        noise (..., m): standard normal draws times a temperature.
+        """
+        mean, log_variance = self.prior(h).chunk(2, dim=-1)
+        z = mean
+        if noise is not None:
+            z = mean + (log_variance / 2).exp() * noise
+        return self.decode(z)
 
 
 # a line a head: what train.py's `method` names, and what a head file says it holds
 HEADS = {
     head.kind: head for head in (PCAHead, FullHead, OutputHead, FrozenHead, MatchedHead, WideHead)
 }
+OTHER_HEADS = {head.kind: head for head in (StateHead, SlotHead)}  # without a PCA
 
 
 def load_pca(path):
@@ -239,7 +302,7 @@ def check_pca(path, tensors):
 
 
 def save_head(folder, head, weights, meta):
-    """Write latent_head.safetensors: the head's weights, its PCA, and how both were made."""
+    """Write latent_head.safetensors: the head's weights, its PCA if any, and how it was made."""
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
     # all that load_head needs to build it again without train.py
     meta = meta | {"kind": head.kind, "K": head.K, "total_variance": head.total_variance}
@@ -257,18 +320,21 @@ def load_head(folder, vlm, tokenizer, latent_size):
     if not path.exists():
         if not set(MONET_TOKENS) <= tokenizer.get_vocab().keys():
             return None
-        return MonetHead(vlm, latent_size).to(vlm.device).eval()
-    names = ("mean", "basis", "eigenvalues")
-    fields = ("K", "kind", "total_variance", "tower", "mode")
-    tensors, meta = read_safetensors(path, names, fields)
-    check_pca(path, tensors)
-    kind, K = meta["kind"], meta["K"]
-    if kind not in HEADS:
-        raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(HEADS)}")
-    if not K.isdecimal() or not 1 <= math.isqrt(int(K)) ** 2 == int(K) <= MOST_LATENTS:
-        raise SystemExit(f"{path}: K is {K!r}, expected a square up to {MOST_LATENTS}")
+        d = vlm.config.text_config.hidden_size
+        return MonetHead(d, latent_size).to(vlm.device).eval()
+    _, meta = read_safetensors(path, fields=("K", "kind", "tower"))
+    kind, K, kinds = meta["kind"], meta["K"], HEADS | OTHER_HEADS
+    if kind not in kinds:
+        raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(kinds)}")
+    tensors, meta = read_safetensors(path, kinds[kind].tensors, kinds[kind].fields)
+    if "basis" in tensors:
+        check_pca(path, tensors)
+    whole = K.isdecimal() and 1 <= int(K) <= MOST_LATENTS
+    if not whole or kinds[kind].square and math.isqrt(int(K)) ** 2 != int(K):
+        wanted = "a square up to" if kinds[kind].square else "a number up to"
+        raise SystemExit(f"{path}: K is {K!r}, expected {wanted} {MOST_LATENTS}")
     d = vlm.config.text_config.hidden_size
-    if len(tensors["mean"]) != d:
+    if "mean" in tensors and len(tensors["mean"]) != d:
         width = len(tensors["mean"])
         raise SystemExit(f"{path}: latents of width {width}, but the model's is {d}")
     if meta["tower"] != tower_fingerprint(vlm):
@@ -276,13 +342,9 @@ def load_head(folder, vlm, tokenizer, latent_size):
     if None in latent_ids(tokenizer):
         raise SystemExit(f"{path}: a latent head, but the tokenizer has no {LATENT_START}")
     try:
-        # the PCA gives the head its shapes; the state dict holds it once more, with the weights
-        pca = tensors | {"total_variance": float(meta["total_variance"])}
-        if not 0 < pca["total_variance"] < math.inf:
-            raise ValueError(f"total_variance is {meta['total_variance']}")
-        head = HEADS[kind](pca, int(K))
+        head = kinds[kind].of_file(tensors, meta, d, int(K))
         head.load_state_dict(tensors)
-    except (RuntimeError, ValueError) as e:  # a weight that is missing, unknown or misshapen
+    except (RuntimeError, ValueError, LookupError) as e:  # a weight missing, unknown or misshapen
         reason = " ".join(str(e).split())[:300]
         raise SystemExit(f"{path}: not a whole head of kind {kind!r}: {reason}") from None
     return head.to(vlm.device).eval()

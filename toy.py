@@ -7,6 +7,8 @@ the place before it; three in a row are not easy in one pass of a four-layer dec
 names two of nine pieces, so a guess is right once in 72.
 
     python toy.py data     write out/toy/{train,val,test}.jsonl and their images
+    python toy.py data --form=steps --data_folder=out/steps     as a chain of thought: a span and a
+                           panel a move, whose texts name the move and not where the dot is
     python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
 """
 
@@ -31,12 +33,13 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import write_lines
-from launch import start
+from launch import check_choices, start
 from model import IGNORE, embed, load_vlm, positions
 
 # --------------------------------------------------------------------------------------------------
 seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
+form = "storyboard"  # one picture of all moves; or steps: a picture a move
 n_train = 6000  # examples
 n_val = 200
 n_test = 1000
@@ -74,6 +77,7 @@ MOVES = {  # (row, column) -> (row, column)
 }
 # fmt: on
 PARSER = "four small boards, each with the dot one move later"
+FOLLOW = f"Follow the dot. <latent></latent> <parser> {PARSER} </parser>"
 
 
 def move(place, name):
@@ -107,6 +111,11 @@ def storyboard(path):
 def question_of(names, path):
     moves = ", ".join(names)
     return f"Start at {PLACES[path[0]]}. Moves: {moves}. Which two pieces does the dot reach last?"
+
+
+def steps_of(names):
+    """The think text of the form `steps`: if it said where the dot is, text alone would do."""
+    return " ".join(f"<latent></latent> {name}." for name in names)
 
 
 def answer_of(board, path):
@@ -191,16 +200,23 @@ def write_split(folder, split, n):
         n_moves = (1, 2, 3, 4, 1)[i % 5]  # two in five can be answered at once
         names, path = new_path(rng, n_moves)
         draw_board(board).save(images / f"{i}.png")
-        draw_storyboard(path).save(images / f"{i}-aux.png")
+        if form == "steps":
+            pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
+        else:
+            pictures, think = [draw_storyboard(path)], FOLLOW
+        aux = []
+        for k, picture in enumerate(pictures):
+            name = f"{split}/{i}-aux.png" if form == "storyboard" else f"{split}/{i}-aux-{k}.png"
+            picture.save(folder / name)
+            aux.append(name)
         answer = answer_of(board, path)
-        think = f"<think> Follow the dot. <latent></latent> <parser> {PARSER} </parser> </think>"
         row = {
             "id": f"{split}-{i}",
             "images": [f"{split}/{i}.png"],
             "question": question_of(names, path),
             "answer": answer,
-            "response": f"{think} <answer> {answer} </answer>",
-            "aux_images": [f"{split}/{i}-aux.png"],
+            "response": f"<think> {think} </think> <answer> {answer} </answer>",
+            "aux_images": aux,
             "category": f"{n_moves} moves",
         }
         rows.append(row)
@@ -209,6 +225,7 @@ def write_split(folder, split, n):
 
 def write_data():
     """Write the three splits."""
+    check_choices(globals(), form=("storyboard", "steps"))
     for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
         write_split(Path(data_folder), split, n)
 

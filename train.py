@@ -9,7 +9,7 @@ latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resum
 
 method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and
 regressed), text (dense-caption SFT: latents stripped everywhere, the parser text kept).
-Controls: frozen, matched, wide (model.HEADS).
+Controls: frozen, matched, wide (model.HEADS). Other papers: valr (valr.py), amvl (amvl.py).
 """
 
 import math
@@ -44,6 +44,7 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
+from amvl import AMVL
 from data import (
     LATENT_SPAN,
     append,
@@ -65,15 +66,18 @@ from images import usable_rows
 from launch import check_choices, claim, clock, pick_device, rank_and_world, settings_of, start
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
+from valr import VaLR
 
 METHODS = {
     "text": Method,
     **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide: a head each
+    "valr": VaLR,
+    "amvl": AMVL,
 }
 
 # --------------------------------------------------------------------------------------------------
 # The toy's values. "7B:" is the paper's for Qwen2.5-VL-7B, where it differs.
-method = "gap"  # gap lh output text, or a control
+method = "gap"  # gap lh output text valr amvl, or a control
 base = "toy/base"  # 7B: Qwen2.5-VL-7B-Instruct
 data = "out/toy/train.jsonl"  # what it trains on
 val_data = "out/toy/val.jsonl"  # "" for none
@@ -87,6 +91,19 @@ write_parser = True  # False, a control: no example has parser text
 lambda_latent = 1.0  # weight of the latent loss [paper]
 latent_loss = "relative"  # 1 - R^2; 7B: mean (over d); or sum: the equation literally [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
+# valr and amvl
+K = 4  # latents a span; 7B: 16 for valr, 8 for amvl (GAP's K is that of its targets)
+encoders = "own"  # of valr: "own" and folders, with commas between; the paper: DINOv3's ViT-L
+align_layer = 2  # of valr: the block whose output is aligned; 7B: 12 [paper]
+lambda_align = 0.5  # of valr: weight of the alignment [paper]
+rollout = 0  # of valr: passes before the trained one; 0: as many as latents, which is exact
+fed_gradient = False  # of valr: gradients go through the last of these passes [paper: not stated]
+query_span = False  # of valr: a row of one image and no span has one first, its image the target
+slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [paper]
+beta = 0.01  # of amvl: weight of KL(sg[q] || p) [paper: not stated]
+gamma = 0.003  # of amvl: weight of KL(sg[p] || q), smaller [paper: not stated]
+free_bits = 0.0  # of amvl: nats of a slot that both terms leave alone [ours]
+# all methods
 epochs = 2  # [paper]
 global_batch = 16  # examples a step; 7B: 128
 lr = 1e-3  # peak, of the decoder; 7B: 1e-5
@@ -111,7 +128,7 @@ seed = 12345  # of the order of examples, and of the head's first weights
 
 # settings that may change on resume: those that change no number, and paths, whose contents count
 FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
-PATHS = ("base", "data", "val_data", "pca", "difficulty", "out")
+PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -561,7 +578,8 @@ def main():
 
     # the loop
     def load(step):
-        return load_batch(model, [rows[i] for i in batch_of(step, len(rows))])
+        # with their step: what a method draws for a row depends on nothing else
+        return load_batch(model, [rows[i] | {"step": step} for i in batch_of(step, len(rows))])
 
     loader = ThreadPoolExecutor(1)  # images of the next step are read while this one runs
     ahead = loader.submit(load, first)

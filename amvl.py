@@ -1,0 +1,205 @@
+"""What does AMVL train? Latents drawn from a prior that learns from a posterior, and shapes it.
+
+Asymmetric Mutual Variational Learning (arXiv 2607.00461, of which only summaries could be read).
+A question x is followed by k slots, then the response y. A slot is filled by z in R^m through a
+linear map: in training from the posterior q(z | x, y), at test from the prior p(z | x), diagonal
+Gaussians both, of slots that are independent given what was read:
+
+    L = L_NTP(y | x, Z ~ q) + beta KL(sg[q] || p) + gamma KL(sg[p] || q)
+
+The forward term moves the prior alone, the reverse term the posterior alone: it keeps the posterior
+where the prior can reach it, against an answer that leaks through the slots. The paper's values,
+where they are settings of train.py: K = 8 slots, slot_dim = 512.
+
+A causal slot can not see the y behind it, so each distribution has a pass of its own [not stated]:
+the prior's reads [x, slots], the posterior's [x, y, slots], and the third, with Z in the slots,
+writes y. Shape letters beside method.py's: K slots, m latent dimensions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from data import LATENT_SPAN, seed_of
+from method import Method
+from model import (
+    IGNORE,
+    LATENT_PAD,
+    SlotHead,
+    add_latent_tokens,
+    encode,
+    latent_ids,
+    save_head,
+    tower_fingerprint,
+)
+
+# "forward first", the paper's default: shares of the steps at which a weight begins to grow from 0
+# and at which it is whole, linearly between [the order is stated, the numbers are not]
+BETA_GROWS = 0.0, 0.2
+GAMMA_GROWS = 0.2, 0.4
+LOG_VARIANCE = (
+    10.0  # of a z, at most and, negative, at least: without a KL term it has no end [ours]
+)
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians, their mean and log-variance (..., m)."""
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+
+    def sample(self, noise):
+        """Reparameterised, from standard normal draws (..., m)."""
+        return self.mean + (self.log_variance / 2).exp() * noise
+
+    def detach(self):
+        """sg[.]"""
+        return Gaussian(self.mean.detach(), self.log_variance.detach())
+
+
+def gaussian(parameters):
+    """The Gaussians of a linear head's output (..., 2 m), in float32."""
+    mean, log_variance = parameters.float().chunk(2, dim=-1)
+    return Gaussian(mean, log_variance.clamp(-LOG_VARIANCE, LOG_VARIANCE))
+
+
+def kl(q, p):
+    """KL(q || p), summed over the dimensions: (...), in nats."""
+    difference = q.log_variance - p.log_variance
+    distance = (q.mean - p.mean).square() / p.log_variance.exp()
+    return 0.5 * (difference.exp() + distance - 1 - difference).sum(-1)
+
+
+class AMVL(Method):
+    """K slots before the answer, filled from the posterior in training and the prior at test."""
+
+    def __init__(self, vlm, tokenizer, processor, settings):
+        super().__init__(vlm, tokenizer, processor, settings)
+        add_latent_tokens(vlm, tokenizer)
+        self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+        d = vlm.config.text_config.hidden_size
+        # the prior, and the way from z into a slot: all that a test needs
+        self.head = SlotHead(d, settings["K"], settings["slot_dim"])
+        self.posterior = nn.Linear(d, 2 * self.head.m)
+
+    # --- how a row becomes numbers: [x, slots, y], and for the posterior [x, y, slots]
+
+    def encode(self, row):
+        K, y = self.head.K, row["response"]  # without spans: no row keeps them
+        parts = self.vlm, self.tokenizer, self.processor, row, K
+        example = encode(*parts, LATENT_SPAN + y)
+        # the span's two ends are forced at test: nothing is learnt of them
+        start, _, end = latent_ids(self.tokenizer)
+        forced = (example["ids"] == start) | (example["ids"] == end)
+        example["labels"][forced] = IGNORE
+        after = encode(*parts, y + LATENT_SPAN)
+        example |= {"ids_q": after["ids"], "pos_q": after["pos"]}
+        if "step" in row:
+            # a row's own draw of a step, whatever rank or micro-batch it falls to
+            seed = seed_of(self.settings["seed"], row["step"], row["id"])
+            draws = torch.Generator().manual_seed(seed)
+            example["noise"] = torch.randn(K, self.head.m, generator=draws)
+        return example
+
+    def counts(self, example):
+        n = super().counts(example) | {"forward": 1, "reverse": 1}
+        if "noise" in example:
+            return n
+        # of a validation row also what the prior's latents are worth
+        return n | {"ce_prior": n["ce"], "right": 1, "right_prior": 1}
+
+    def collate(self, examples):
+        batch = super().collate(examples)
+        ids = [example["ids_q"] for example in examples]
+        pos = [example["pos_q"].T for example in examples]
+        batch["ids_q"] = pad_sequence(ids, batch_first=True)
+        batch["pos_q"] = pad_sequence(pos, batch_first=True).permute(2, 0, 1)
+        if "noise" in examples[0]:
+            batch["noise"] = torch.cat([example["noise"] for example in examples])  # (B * K, m)
+        return batch
+
+    # --- losses
+
+    def forward(self, batch):
+        """Sums of L_NTP over the response, and of both KL terms over the rows.
+
+        Without draws (validation) the means are fed, and the same is measured with the prior's.
+        """
+        p, q = self.prior_of(batch), self.posterior_of(batch)  # (B * K, m)
+        z = q.sample(batch["noise"]) if "noise" in batch else q.mean
+        h = self.states(batch, self.head.decode(z), self.latent_id)
+        sums = {
+            "ce": self.cross_entropy(h, batch),
+            "forward": self.divergence(q.detach(), p),
+            "reverse": self.divergence(p.detach(), q),
+        }
+        if "noise" in batch:
+            return sums
+        h_prior = self.states(batch, self.head.decode(p.mean), self.latent_id)
+        return sums | {
+            "ce_prior": self.cross_entropy(h_prior, batch),
+            "right": self.rows_right(h, batch),
+            "right_prior": self.rows_right(h_prior, batch),
+        }
+
+    def prior_of(self, batch):
+        """p(z | x): read at the slots of [x, slots, y], where y is still to come."""
+        at = batch["ids"][:, :-1] == self.latent_id
+        return gaussian(self.head.prior(self.states(batch)[at]))
+
+    def posterior_of(self, batch):
+        """q(z | x, y): read at the slots of [x, y, slots]."""
+        at = batch["ids_q"][:, :-1] == self.latent_id
+        turned = batch | {"ids": batch["ids_q"], "pos": batch["pos_q"]}
+        return gaussian(self.posterior(self.states(turned)[at]))
+
+    def divergence(self, a, b):
+        """Summed KL(a || b); a slot's counts for no less than free_bits nats [not stated: 0]."""
+        return kl(a, b).clamp(min=self.settings["free_bits"]).sum()
+
+    def rows_right(self, h, batch, chunk=512):
+        """How many rows have the likeliest token right at every place, the text before it given."""
+        labels = batch["labels"][:, 1:]
+        on = labels != IGNORE
+        # as in cross_entropy: never all logits at once
+        said = torch.cat([self.vlm.lm_head(part).argmax(-1) for part in h[on].split(chunk)])
+        wrong = torch.zeros_like(labels, dtype=torch.bool)
+        wrong[on] = said != labels[on]
+        return (~wrong.any(1)).sum().float()
+
+    def weights(self, step, total):
+        beta, gamma = self.settings["beta"], self.settings["gamma"]
+        done = step / total
+        return {
+            "ce": 1.0,
+            "forward": beta * grown(done, *BETA_GROWS),
+            "reverse": gamma * grown(done, *GAMMA_GROWS),
+        }
+
+    def report(self, means):
+        said = {"ce": means["ce"], "kl_forward": means["forward"], "kl_reverse": means["reverse"]}
+        if "ce_prior" not in means:
+            return said
+        # the leakage gap: what the answer, seen through the slots, is worth at best
+        return said | {
+            "ce_prior": means["ce_prior"],
+            "right_posterior": means["right"],
+            "right_prior": means["right_prior"],
+            "leakage": means["right"] - means["right_prior"],
+            "leakage_ce": means["ce_prior"] - means["ce"],
+        }
+
+    # --- what it leaves
+
+    def save(self, folder, weights):
+        """latent_head.safetensors: the prior and the map into the slots. No posterior."""
+        prefix = "head."
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        save_head(folder, self.head, own, {"tower": tower_fingerprint(self.vlm)})
+
+
+def grown(done, begin, end):
+    """How far a weight has grown, 0 to 1, when a share `done` of the steps is."""
+    return min(1.0, max(0.0, (done - begin) / (end - begin)))

@@ -1,0 +1,117 @@
+"""What do frozen vision encoders see in a picture?
+
+Patch features of local Hugging Face folders (DINOv3, DINOv2 with and without registers, SigLIP,
+fixed-size SigLIP 2, CLIP), or of `own`, the model's own vision tower, which needs nothing beside
+the checkpoint. Class tokens and registers are left out.
+
+Shape letters: n pictures, P patches, z encoder width.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel
+
+from data import check_finite, read_json
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+# fmt: off
+# by model_type: mean and deviation of its pixels, where preprocessor_config.json has none, and the
+# side of the square that it sees (0: the only one that it takes, its config's)
+KINDS = {
+    "dinov3_vit":            (IMAGENET, 224),
+    "dinov2":                (IMAGENET, 224),
+    "dinov2_with_registers": (IMAGENET, 224),
+    "siglip":                (HALF, 0),  # folders of a whole model: its vision part is used
+    "siglip_vision_model":   (HALF, 0),
+    "clip":                  (CLIP, 0),
+    "clip_vision_model":     (CLIP, 0),
+}
+# fmt: on
+
+
+class FolderEncoder:
+    """A frozen encoder from a folder. Not a submodule: no optimizer, shard or export meets it."""
+
+    def __init__(self, folder, dtype, device):
+        """Raises SystemExit if the folder is not one of KINDS, or not a whole one."""
+        config = Path(folder) / "config.json"
+        if not config.is_file():
+            raise SystemExit(f"{config}: no such file; expected `own` or a folder of an encoder")
+        kind = read_json(config).get("model_type")
+        if kind not in KINDS:
+            there = ", ".join(KINDS)
+            raise SystemExit(f"{config}: model_type is {kind!r}, expected one of: {there}")
+        try:
+            whole, found = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as e:  # a broken folder raises anything; the sentence keeps what it was
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+            raise SystemExit(f"{folder}: not a usable encoder: {reason}") from None
+        lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+        if lacking:  # transformers fills what is missing with random numbers and goes on
+            raise SystemExit(f"{folder}: lacks weights, the first {lacking[0]}")
+        # .eval(): DINOv3 rescales its positions at random in training
+        vision = getattr(whole, "vision_model", whole).eval().requires_grad_(False)
+        for name, weight in vision.named_parameters():
+            check_finite(weight, f"{folder}: {name}")
+        self.module = vision.to(device)
+        own = getattr(whole.config, "vision_config", whole.config)
+        self.width, self.patch = own.hidden_size, own.patch_size
+        (mean, std), side = KINDS[kind]
+        self.side = (side or own.image_size) // self.patch * self.patch
+        file = Path(folder) / "preprocessor_config.json"
+        if file.is_file():
+            written = json.loads(file.read_text())
+            mean, std = written.get("image_mean", mean), written.get("image_std", std)
+        self.mean, self.std = np.array(mean), np.array(std)
+
+    def pixels(self, images):
+        """What `features` reads of n PIL images, on the CPU: (n, 3, side, side)."""
+        # the whole picture, squeezed to a square as REPA's are: patches keep to their places
+        squares = [image.resize((self.side, self.side), Image.BICUBIC) for image in images]
+        x = np.stack([np.asarray(square) for square in squares]) / 255
+        x = (x - self.mean) / self.std
+        return torch.from_numpy(x).float().permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def features(self, pixels):
+        """[(h, w, z)] of n pictures, patches in their places, without class token and registers."""
+        weight = next(self.module.parameters())
+        x = self.module(pixel_values=pixels.to(weight.device, weight.dtype)).last_hidden_state
+        n_side = self.side // self.patch
+        # in all of KINDS what is no patch stands before the patches
+        patches = x[:, x.shape[1] - n_side**2 :]
+        return list(patches.unflatten(1, (n_side, n_side)))
+
+
+class OwnEncoder:
+    """The model's own vision tower, which is frozen: merged embeddings at their own resolution."""
+
+    def __init__(self, vlm, processor):
+        self.tower, self.processor = vlm.model.visual, processor
+        self.width = vlm.config.text_config.hidden_size
+
+    def pixels(self, images):
+        """What `features` reads of n PIL images, on the CPU."""
+        return self.processor(images=images, return_tensors="pt")
+
+    @torch.no_grad()
+    def features(self, pixels):
+        """[(h, w, z)] of n pictures in reading order; grids differ, z is the decoder's width."""
+        grids, m = pixels["image_grid_thw"], self.processor.merge_size
+        x = pixels["pixel_values"].to(self.tower.device, self.tower.dtype)
+        v = self.tower(x, grid_thw=grids.to(x.device)).pooler_output
+        v = v.split((grids.prod(-1) // m**2).tolist())
+        return [x.view(h // m, w // m, -1) for x, (_, h, w) in zip(v, grids.tolist())]

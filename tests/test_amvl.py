@@ -1,0 +1,414 @@
+"""AMVL: its KL terms against torch.distributions, its generation against a slow reference."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import PIXELS, examples, logged, run
+from safetensors.torch import load_file
+from torch.distributions import Independent, Normal, kl_divergence
+
+import train
+from amvl import AMVL, LOG_VARIANCE, Gaussian, gaussian, grown, kl
+from generate import generate, make_prompts
+from launch import settings_of
+from model import IGNORE, SlotHead, embed, latent_ids, load_head, load_processor, load_vlm
+
+close = torch.testing.assert_close
+K, m = 3, 5
+
+
+def method(base, **change):
+    settings = settings_of(vars(train)) | {"K": K, "slot_dim": m} | change
+    vlm, tokenizer = load_vlm(base)
+    torch.manual_seed(0)
+    model = AMVL(vlm, tokenizer, load_processor(base, *PIXELS), settings)
+    model.vlm.model.visual.requires_grad_(False)
+    return model
+
+
+def batch_of(model, rows, step=7):
+    """A micro-batch as train.py makes it; step None: of validation."""
+    rows, _ = model.rows(rows, training=True)
+    if step is not None:
+        rows = [row | {"step": step} for row in rows]
+    batch = model.collate([model.encode(row) for row in rows])
+    return train.to_device(batch, model.vlm, torch.device("cpu"))
+
+
+def test_kl_is_that_of_torch_distributions():
+    torch.manual_seed(0)
+    q = Gaussian(torch.randn(7, m), torch.randn(7, m))
+    p = Gaussian(torch.randn(7, m), torch.randn(7, m))
+
+    def normal(g):
+        return Independent(Normal(g.mean, (g.log_variance / 2).exp()), 1)
+
+    close(kl(q, p), kl_divergence(normal(q), normal(p)))
+    close(kl(q, q), torch.zeros(7), rtol=0.0, atol=1e-6)
+    # a reparameterised sample has the distribution's moments
+    z = Gaussian(q.mean[0], q.log_variance[0]).sample(torch.randn(200_000, m))
+    close(z.mean(0), q.mean[0], rtol=0.0, atol=0.02)
+    close(z.std(0), (q.log_variance[0] / 2).exp(), rtol=0.02, atol=0.0)
+    far = gaussian(torch.cat([torch.zeros(1, m), torch.full((1, m), -1e4)], 1))
+    assert (far.log_variance == -LOG_VARIANCE).all() and kl(q, far).isfinite().all()
+
+
+def slot_states(model, batch, ids, pos, at):
+    """States (K, d) at the slots of one row's ids up to `at`, which ends with the slots; nothing
+    after them is read at all."""
+    ids, pos = ids[:at], pos[:, :at]
+    images = (batch["ids"] == model.vlm.config.image_token_id).sum(1)
+    assert len(images) == 1 or not images.diff().any()
+    n = int(images[0])
+    return lambda i: model.vlm.model.language_model(
+        inputs_embeds=embed(model.vlm, ids[None], batch["vision"][n * i : n * (i + 1)]),
+        position_ids=pos[:, None],
+        use_cache=False,
+    ).last_hidden_state[0, -K:]
+
+
+@torch.no_grad()
+def test_sums_are_those_of_naive_passes(base, world):
+    """Row by row: the prior reads [x, slots] alone, the posterior [x, y, slots], y follows Z."""
+    model = method(base)
+    rows = examples(world, 3)
+    batch = batch_of(model, rows)
+    sums = model(batch)
+    ce = forward = reverse = 0.0
+    for i in range(3):
+        ids, q_ids = batch["ids"][i], batch["ids_q"][i]
+        end = int((ids == model.latent_id).nonzero()[-1]) + 1
+        q_end = int((q_ids == model.latent_id).nonzero()[-1]) + 1
+        h = slot_states(model, batch, ids, batch["pos"][:, i], end)(i)
+        h_q = slot_states(model, batch, q_ids, batch["pos_q"][:, i], q_end)(i)
+        # what the posterior reads: the question, then the whole response, then the slots
+        y = model.tokenizer.decode(q_ids[:q_end])
+        assert rows[i]["answer"] in y and y.endswith("<|latent_pad|>" * K)
+        p_mean, p_log = model.head.prior(h).chunk(2, -1)
+        q_mean, q_log = model.posterior(h_q).chunk(2, -1)
+        p = Independent(Normal(p_mean, (p_log / 2).exp()), 1)
+        q = Independent(Normal(q_mean, (q_log / 2).exp()), 1)
+        forward += float(kl_divergence(q, p).sum())
+        reverse += float(kl_divergence(p, q).sum())
+        z = q_mean + (q_log / 2).exp() * batch["noise"][K * i : K * (i + 1)]
+        n = len(batch["vision"]) // 3
+        x = embed(model.vlm, ids[None], batch["vision"][n * i : n * (i + 1)])
+        x[0, ids == model.latent_id] = model.head.decode(z)
+        out = model.vlm.model.language_model(
+            inputs_embeds=x, position_ids=batch["pos"][:, i : i + 1], use_cache=False
+        ).last_hidden_state
+        labels = batch["labels"][i, 1:]
+        logits = model.vlm.lm_head(out[0, :-1])
+        ce += float(
+            torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        )
+    assert float(sums["ce"]) == pytest.approx(ce, rel=1e-4)
+    assert float(sums["forward"]) == pytest.approx(forward, rel=1e-4)
+    assert float(sums["reverse"]) == pytest.approx(reverse, rel=1e-4)
+    # nothing is learnt of the slots and their ends
+    start, pad, end = latent_ids(model.tokenizer)
+    assert not set(batch["labels"].flatten().tolist()) & {start, pad, end}
+
+
+@torch.no_grad()
+def test_the_answer_reaches_the_posterior_and_not_the_prior(base, world):
+    model = method(base)
+    rows = examples(world, 2)
+    other = examples(world, 2)
+    other[0]["response"] = other[0]["response"].replace(other[0]["answer"], "red ring, blue cross")
+    a, b = batch_of(model, rows), batch_of(model, other)
+    assert torch.equal(a["noise"], b["noise"])
+    p, p_other = model.prior_of(a), model.prior_of(b)
+    q, q_other = model.posterior_of(a), model.posterior_of(b)
+    close(p.mean, p_other.mean, rtol=1e-4, atol=1e-4)
+    close(p.log_variance, p_other.log_variance, rtol=1e-4, atol=1e-4)
+    assert (q.mean[:K] - q_other.mean[:K]).norm() > 0.05 * q.mean[:K].norm()
+    close(q.mean[K:], q_other.mean[K:], rtol=1e-4, atol=1e-4)
+
+
+MOVES = {  # by loss: does it move the prior's head, the posterior's, the map into the slots
+    "ce": (False, True, True),
+    "forward": (True, False, False),
+    "reverse": (False, True, False),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_gradients_stop_where_they_should(base, world, name):
+    model = method(base)
+    model(batch_of(model, examples(world, 2)))[name].backward()
+    parts = model.head.prior.weight, model.posterior.weight, model.head.decode.weight
+    moved = [p.grad is not None and float(p.grad.norm()) > 0 for p in parts]
+    assert tuple(moved) == MOVES[name]
+    # the decoder moves with each, through the pass of the distribution that moves
+    assert model.vlm.model.language_model.layers[0].mlp.up_proj.weight.grad.norm() > 0
+
+
+def test_the_forward_term_moves_the_decoder_through_the_prior_alone(base, world):
+    """Its gradient is that of a prior's pass against a posterior that is a constant."""
+    model = method(base)
+    batch = batch_of(model, examples(world, 2))
+    weight = model.vlm.model.language_model.layers[1].mlp.up_proj.weight
+    (ours,) = torch.autograd.grad(model(batch)["forward"], [weight])
+    with torch.no_grad():
+        q = model.posterior_of(batch)
+    (wanted,) = torch.autograd.grad(kl(q, model.prior_of(batch)).sum(), [weight])
+    close(ours, wanted)
+
+
+def test_free_bits_leave_small_divergences_alone(base):
+    model = method(base, free_bits=2.0)
+    q = Gaussian(torch.tensor([[0.1] * m, [3.0] * m], requires_grad=True), torch.zeros(2, m))
+    p = Gaussian(torch.zeros(2, m), torch.zeros(2, m))
+    total = model.divergence(q, p)
+    assert float(total.detach()) == pytest.approx(2.0 + 4.5 * m)
+    total.backward()
+    assert (q.mean.grad[0] == 0).all() and (q.mean.grad[1] == 3).all()
+
+
+def test_forward_first_then_reverse(base):
+    """Beta grows first, gamma later and, as it is set, smaller."""
+    model = method(base, beta=0.5, gamma=0.1)
+    at = [model.weights(step, 100) for step in range(100)]
+    assert at[0] == {"ce": 1.0, "forward": 0.0, "reverse": 0.0}
+    beta, gamma = ([w[name] for w in at] for name in ("forward", "reverse"))
+    assert beta == sorted(beta) and gamma == sorted(gamma)
+    assert beta[20] == beta[-1] == 0.5 and gamma[20] == 0.0 and gamma[40] == gamma[-1] == 0.1
+    assert beta[10] == pytest.approx(0.25) and grown(0.3, 0.2, 0.4) == pytest.approx(0.5)
+
+
+@torch.no_grad()
+def by_hand(model, prompt, n, noise=None):
+    """Slow reference: the slots' states from [x, slots], then n greedy tokens after Z, a whole
+    forward for each."""
+    vlm, (start, pad, end) = model.vlm, latent_ids(model.tokenizer)
+    lm = vlm.model.language_model
+
+    def states(ids, latents=None):
+        after = prompt["pos"].max() + 1 + torch.arange(len(ids) - len(prompt["ids"]))
+        pos = torch.cat([prompt["pos"], after.expand(3, -1)], 1)
+        x = embed(vlm, ids[None], prompt["vision"])
+        if latents is not None:
+            x[0, ids == pad] = latents
+        return lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False).last_hidden_state[0]
+
+    ids = torch.cat([prompt["ids"], torch.tensor([start, *[pad] * K])])
+    mean, log_variance = model.head.prior(states(ids)[-K:]).chunk(2, -1)
+    z = mean if noise is None else mean + (log_variance / 2).exp() * noise
+    latents = model.head.decode(z)
+    ids = torch.cat([ids, torch.tensor([end])])
+    for _ in range(n):
+        logits = vlm.lm_head(states(ids, latents)[-1])
+        logits[[start, pad, end]] = -torch.inf
+        logits[len(model.tokenizer) :] = -torch.inf
+        ids = torch.cat([ids, logits.argmax()[None]])
+    return ids[len(prompt["ids"]) :].tolist(), latents
+
+
+@torch.no_grad()
+def test_generation_is_the_slow_reference(base, world):
+    """Prompts of several lengths, batched and one by one, with one image and two."""
+    model = method(base)
+    parts = model.vlm, model.tokenizer, model.processor
+    prompts = make_prompts(*parts, examples(world, 5))
+    n = K + 2 + 6
+    options = {"max_new_tokens": n}
+    together = generate(model.vlm, model.head, model.tokenizer, prompts, **options)
+    for prompt, (answer,) in zip(prompts, together):
+        ids, latents = by_hand(model, prompt, 6)
+        close(answer["latents"], latents, rtol=1e-3, atol=1e-3)
+        assert answer["ids"] == ids[: len(answer["ids"])]  # shorter where it ended
+        ((alone,),) = generate(model.vlm, model.head, model.tokenizer, [prompt], **options)
+        assert alone["ids"] == answer["ids"]
+        close(alone["latents"], answer["latents"], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_samples_of_a_prompt_draw_their_own_latents(base, world):
+    """At a temperature: mean + temperature * deviation * the row's own draws, in any batch."""
+    model = method(base)
+    parts = model.vlm, model.tokenizer, model.processor
+    prompts = make_prompts(*parts, examples(world, 2))
+    seeds = [11, 12, 13, 14]
+    options = {"max_new_tokens": K + 3, "temperature": 0.5}
+    four = generate(*parts[:1], model.head, parts[1], prompts, n_samples=2, seeds=seeds, **options)
+    for q in range(2):
+        for s in range(2):
+            seed = seeds[2 * q + s]
+            g = torch.Generator().manual_seed(seed)
+            torch.rand(K + 3, generator=g)  # the tokens' draws come first
+            noise = 0.5 * torch.randn(K, m, generator=g)
+            _, latents = by_hand(model, prompts[q], 0, noise)
+            close(four[q][s]["latents"], latents, rtol=1e-3, atol=1e-3)
+            ((alone,),) = generate(
+                model.vlm, model.head, parts[1], [prompts[q]], seeds=[seed], **options
+            )
+            assert alone["ids"] == four[q][s]["ids"]
+    assert not torch.allclose(four[0][0]["latents"], four[0][1]["latents"])
+
+
+@torch.no_grad()
+def test_teacher_forced_is_generated(base, world):
+    """With the prior's latents, training's states are those that generation saw."""
+    model = method(base)
+    rows = examples(world, 2)
+    batch = batch_of(model, rows, step=None)
+    p = model.prior_of(batch)
+    prompts = make_prompts(model.vlm, model.tokenizer, model.processor, rows)
+    answers = generate(model.vlm, model.head, model.tokenizer, prompts, max_new_tokens=K + 2)
+    close(
+        model.head.decode(p.mean),
+        torch.cat([a[0]["latents"] for a in answers]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    sums = model(batch)
+    assert {"ce_prior", "right", "right_prior"} <= sums.keys()
+    assert 0 <= float(sums["right"]) <= 2
+
+
+def test_rows_right_counts_whole_rows(base, world):
+    model = method(base)
+    batch = batch_of(model, examples(world, 3))
+    labels = batch["labels"][:, 1:]
+    on = labels != IGNORE
+    said = labels.clone()
+    said[1, on[1].nonzero()[-1]] += 1  # one token of one row
+    vlm = model.vlm
+
+    class Says(torch.nn.Module):
+        def forward(self, h):
+            return torch.nn.functional.one_hot(h.long()[:, 0], len(model.tokenizer) + 5)
+
+    vlm.lm_head = Says()
+    assert model.rows_right(said[..., None].float(), batch, chunk=4) == 2
+    assert model.rows_right(labels[..., None].float(), batch, chunk=4) == 3
+
+
+def args_of(base, world, out, *more):
+    return [
+        "--method=amvl",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--out={out}",
+        "--K=8",
+        "--slot_dim=6",
+        "--global_batch=4",
+        "--max_steps=4",
+        "--eval_every=2",
+        "--save_every=2",
+        "--lr=1e-3",
+        "--lr_head=1e-3",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, world):
+    folder = tmp_path_factory.mktemp("amvl")
+    run("train.py", *args_of(base, world, folder))
+    return folder
+
+
+def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, world, trained):
+    one = logged(trained)[1:]
+    said = one[-1]
+    assert said["val_leakage"] == pytest.approx(
+        said["val_right_posterior"] - said["val_right_prior"]
+    )
+    assert said["val_leakage_ce"] == pytest.approx(said["val_ce_prior"] - said["val_ce"])
+    assert all(said[k] > 0 for k in ("kl_forward", "kl_reverse", "val_kl_forward"))
+    ways = {
+        "rows": (1, ["--token_budget=1"]),
+        "ranks": (2, ["--token_budget=300", "--activation_checkpointing=1"]),
+    }
+    for name, (ranks, more) in ways.items():
+        run("train.py", *args_of(base, world, tmp_path / name, *more), ranks=ranks)
+        for a, b in zip(one, logged(tmp_path / name)[1:]):
+            for field in ("loss", "ce", "kl_forward", "kl_reverse", "grad_norm"):
+                assert b[field] == pytest.approx(a[field], rel=5e-3), (name, field)
+        for file in ("model.safetensors", "latent_head.safetensors"):
+            weights = load_file(trained / file)
+            for k, v in load_file(tmp_path / name / file).items():
+                close(v, weights[k], rtol=0.0, atol=3e-3)
+
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    shutil.rmtree(again / "ckpt" / "step-0000004")
+    (again / "model.safetensors").unlink()
+    run("train.py", *args_of(base, world, again))
+    for name in ("model.safetensors", "latent_head.safetensors"):
+        close(load_file(again / name), load_file(trained / name), rtol=0.0, atol=0.0)
+
+
+def test_what_a_run_leaves(trained):
+    """The prior and the map into the slots; what has seen answers stays in the checkpoint."""
+    head = load_file(trained / "latent_head.safetensors")
+    assert sorted(head) == ["decode.bias", "decode.weight", "prior.bias", "prior.weight"]
+    vlm, tokenizer = load_vlm(trained)
+    loaded = load_head(trained, vlm, tokenizer, 1)
+    assert isinstance(loaded, SlotHead) and loaded.K == 8 and loaded.m == 6
+    assert not any("posterior" in name for name in load_file(trained / "model.safetensors"))
+
+
+DAMAGED = {
+    "no map": lambda t, meta: t.pop("decode.weight"),
+    "a prior of other slots": lambda t, meta: t.update({"prior.weight": t["prior.weight"][:8]}),
+    "a vector for a map": lambda t, meta: t.update({"decode.weight": t["decode.weight"][:, 0]}),
+    "another tower": lambda t, meta: meta.update(tower="0" * 16),
+    "no slots": lambda t, meta: meta.update(K="0"),
+    "another method's": lambda t, meta: meta.update(kind="valr"),
+    "GAP's": lambda t, meta: meta.update(kind="gap"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_head_is_refused(tmp_path, trained, name):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("ckpt"))
+    path = folder / "latent_head.safetensors"
+    with safe_open(path, "pt") as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+    DAMAGED[name](tensors, meta)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, meta)
+    vlm, tokenizer = load_vlm(folder)
+    with pytest.raises(SystemExit, match="latent_head.safetensors") as e:
+        load_head(folder, vlm, tokenizer, 1)
+    assert "\n" not in str(e.value)
+
+
+def test_the_other_stages_take_it(tmp_path, world, trained):
+    """eval.py with the interventions that make sense, a sentence for the others; probe.py."""
+    data = ["--model=" + str(trained), f"--data={world}/test.jsonl", "--max_new_tokens=24"]
+    out = f"--out={tmp_path}"
+    run("eval.py", *data, f"{out}/clean", "--save_latents=1")
+    latents = sorted((tmp_path / "clean" / "latents").iterdir())
+    assert len(latents) == 12 and load_file(latents[0])["latents"].shape[0] == 8
+    for kind, more in (
+        ("noise", []),
+        ("zero", []),
+        ("shuffle", [f"--donor={tmp_path}/clean/latents"]),
+    ):
+        run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", *more)
+    for kind in ("mean", "oracle", "oracle_pca"):
+        text = run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", ok=False)
+        assert "needs the PCA" in text
+    run("probe.py", *data, f"{out}/probe")
+    text = run("infer.py", data[0], f"--images={world}/test/3.png", "--question=Where?")
+    assert "⟨latent x8⟩" in text
+
+
+def test_leakage_is_measured_as_it_is(base, world):
+    """A decoder that hears the answer in the slots: the gap says so."""
+    model = method(base)
+    means = {"ce": 0.1, "forward": 2.0, "reverse": 1.0}
+    assert model.report(means).keys() == {"ce", "kl_forward", "kl_reverse"}
+    said = model.report(means | {"ce_prior": 0.7, "right": 0.9, "right_prior": 0.2})
+    assert said["leakage"] == pytest.approx(0.7) and said["leakage_ce"] == pytest.approx(0.6)
+    assert math.isfinite(sum(said.values()))

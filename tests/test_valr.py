@@ -1,0 +1,371 @@
+"""VaLR: its loss against naive loops, its rollout against step-by-step generation."""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import PIXELS, examples, logged, make_open, noise, record, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_encoders import saved_encoder
+
+import toy
+import train
+from data import load_examples, strip_latents, write_lines
+from generate import generate, make_prompts
+from images import open_image
+from launch import settings_of
+from model import IGNORE, encode_images, load_head, load_processor, load_vlm
+from valr import VaLR, upsample, with_first_span
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """A folder with the toy's chain-of-thought form."""
+    folder = tmp_path_factory.mktemp("steps")
+    before = toy.form
+    toy.form = "steps"
+    try:
+        for split, n in (("train", 24), ("val", 6), ("test", 8)):
+            toy.write_split(folder, split, n)
+    finally:
+        toy.form = before
+    return folder
+
+
+def method(base, **change):
+    """VaLR on a base, and a micro-batch maker."""
+    settings = settings_of(vars(train)) | {"K": 4, "base": str(base)} | change
+    vlm, tokenizer = load_vlm(base)
+    torch.manual_seed(0)
+    return VaLR(vlm, tokenizer, load_processor(base, *PIXELS), settings)
+
+
+def batch_of(model, rows):
+    """A micro-batch of rows as train.py makes it, on the CPU."""
+    rows, _ = model.rows(rows, training=True)
+    batch = model.collate([model.encode(row) for row in rows])
+    return train.to_device(batch, model.vlm, torch.device("cpu"))
+
+
+def step_by_step(model, batch, i):
+    """What generation feeds at the latents of row i (M, d), a whole forward for each position."""
+    embed = model.vlm.model.language_model.embed_tokens
+    ids = batch["ids"][i]
+    x = embed(ids)[None].clone()
+    images = (batch["ids"] == model.vlm.config.image_token_id).sum(1).tolist()
+    first = sum(images[:i])
+    x[0, ids == model.vlm.config.image_token_id] = batch["vision"][first : first + images[i]]
+    fed = []
+    for t in (ids == model.latent_id).nonzero()[:, 0].tolist():
+        out = model.vlm.model.language_model(
+            inputs_embeds=x[:, :t], position_ids=batch["pos"][:, i : i + 1, :t], use_cache=False
+        )
+        x[0, t] = out.last_hidden_state[0, -1]
+        fed.append(x[0, t].clone())
+    return torch.stack(fed)
+
+
+@torch.no_grad()
+def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
+    """With as many passes as latents what is fed is what generation feeds; with fewer, the first
+    latents are exact and the error is reported."""
+    model = method(base)
+    rows = load_examples(steps / "train.jsonl")[1:4]  # 2, 3 and 4 moves: 8 to 16 latents
+    batch = batch_of(model, rows)
+    before = batch["ids"][:, 1:] == model.latent_id
+    slow = torch.cat([step_by_step(model, batch, i) for i in range(3)])
+    assert len(slow) == 36 and model.most_latents(before) == 16
+    close(model.roll_out(batch, before), slow, rtol=1e-3, atol=1e-3)
+
+    errors = []
+    for passes in (1, 4, 8, 16):
+        model.settings["rollout"] = passes
+        fed = model.roll_out(batch, before).split([8, 12, 16])
+        for one, all_of_it in zip(fed, slow.split([8, 12, 16])):
+            close(one[:passes], all_of_it[:passes], rtol=1e-3, atol=1e-3)
+        sums = model(batch)
+        error = model.report({k: float(v) for k, v in sums.items()})["rollout_error"]
+        exact = model.states(batch, torch.cat(fed), model.latent_id)[before]
+        off = float((torch.cat(fed) - exact).norm() / exact.norm())
+        assert error == pytest.approx(off, abs=1e-4)
+        errors.append(error)
+    assert errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 1e-4
+
+
+@torch.no_grad()
+def test_what_is_trained_is_what_generate_writes(base, steps, alone):
+    """A row that begins with its span: the latents that `generate` feeds are the rollout's."""
+    model = method(base)
+    rows = load_examples(steps / "train.jsonl")[:2]
+    for row in rows:  # the model is made to open the span at once
+        row["response"] = "<latent></latent> x"
+        row["aux_images"] = row["aux_images"][:1]
+    batch = batch_of(model, rows)
+    prompts = make_prompts(model.vlm, model.tokenizer, model.processor, rows)
+    make_open(model.vlm, model.tokenizer, prompts, {0, 1})
+    before = batch["ids"][:, 1:] == model.latent_id
+    fed = model.roll_out(batch, before).split([4, 4])
+    calls = []
+    answers = generate(
+        model.vlm, model.head, model.tokenizer, prompts, max_new_tokens=7, on_step=record(calls)
+    )
+    for (answer,), wanted in zip(answers, fed):
+        close(answer["latents"], wanted, rtol=1e-3, atol=1e-3)
+    for _, token, x, h in calls:
+        if token == model.latent_id:
+            close(x, h)  # output as input
+
+
+def test_losses_are_those_of_naive_loops(base, steps, alone):
+    """The cosines patch by patch, in float64 where it matters, spans of several rows and grids."""
+    model = method(base, encoders="own", align_layer=3, rollout=2)
+    rows = load_examples(steps / "train.jsonl")[1:4]
+    big = noise(5, size=(84, 112))
+    big.save(steps / "big.png")
+    rows[1]["aux_images"][0] = str(steps / "big.png")  # a grid of 4 x 3
+    rows[2]["aux_images"][0] = str(steps / "big.png")  # the same picture twice
+    batch = batch_of(model, rows)
+    assert len(batch["seen"][0]["image_grid_thw"]) == 8 and len(batch["picture_of"]) == 9
+    sums = model(batch)
+
+    before = batch["ids"][:, 1:] == model.latent_id
+    fed = model.roll_out(batch, before)
+    assert not fed.requires_grad
+    x = model.vlm.model.language_model.embed_tokens(batch["ids"]).detach().clone()
+    x[batch["ids"] == model.vlm.config.image_token_id] = batch["vision"]
+    x[batch["ids"] == model.latent_id] = fed
+    with torch.no_grad():
+        out = model.vlm.model.language_model(
+            inputs_embeds=x, position_ids=batch["pos"], use_cache=False, output_hidden_states=True
+        )
+        # hidden_states[0] is the input: [3] is what the third block gives
+        early = out.hidden_states[3][batch["ids"] == model.latent_id].unflatten(0, (-1, 4))
+        spans = [path for row in rows for path in row["aux_images"]]
+        total = 0.0
+        for f, path in zip(early, spans):
+            (v,), ((_, h, w),) = encode_images(model.vlm, model.processor, [open_image(path)])
+            h, w = int(h) // 2, int(w) // 2
+            cosines = []
+            for row in range(h):
+                for column in range(w):
+                    # bilinear by hand: the 2 x 2 states stand at the middles of a square's quarters
+                    y = min(max((row + 0.5) * 2 / h - 0.5, 0), 1)
+                    c = min(max((column + 0.5) * 2 / w - 0.5, 0), 1)
+                    up = (1 - y) * ((1 - c) * f[0] + c * f[1]) + y * ((1 - c) * f[2] + c * f[3])
+                    hidden = F.silu(model.psi[0][0](up))
+                    hidden = F.silu(model.psi[0][2](hidden))
+                    said, seen = model.psi[0][4](hidden), v[row * w + column]
+                    cosines.append(float(said @ seen / said.norm() / seen.norm()))
+            total -= sum(cosines) / len(cosines)
+        h = out.last_hidden_state
+        logits = model.vlm.lm_head(h[:, :-1]).flatten(0, 1)
+        ce = F.cross_entropy(
+            logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+    assert float(sums["align"].detach()) == pytest.approx(total, rel=1e-4)
+    close(sums["ce"], ce, rtol=1e-4, atol=1e-3)
+    # neither pads nor pictures are asked for in text
+    labels = batch["labels"]
+    assert not (labels == model.latent_id).any()
+
+
+def test_several_encoders_have_a_psi_each(base, steps, alone, tmp_path):
+    for name in ("dinov2", "clip"):
+        saved_encoder(tmp_path / name, name)
+    folders = [str(tmp_path / name) for name in ("dinov2", "clip")]
+    rows = load_examples(steps / "train.jsonl")[1:3]
+    losses = {}
+    for encoders in ("own," + ",".join(folders), "own", *folders):
+        model = method(base, encoders=encoders, rollout=1)
+        batch = batch_of(model, [dict_copy(row) for row in rows])
+        if "," in encoders:
+            psi, whole = model.psi, model
+            assert len(psi) == 3
+            assert not any("module" in name for name, _ in model.named_parameters())
+        else:
+            model.psi[0] = psi[["own", *folders].index(encoders)]
+        with torch.no_grad():
+            losses[encoders] = float(model(batch)["align"])
+    together = losses.pop("own," + ",".join(folders))
+    assert together == pytest.approx(sum(losses.values()) / 3, rel=1e-4)
+    # identity by content: another encoder's weights are another run
+    before = whole.inputs()["encoders"]
+    saved = load_file(tmp_path / "clip" / "model.safetensors")
+    name = next(iter(saved))
+    save_file(
+        saved | {name: saved[name] + 1}, tmp_path / "clip" / "model.safetensors", {"format": "pt"}
+    )
+    assert whole.inputs()["encoders"] != before
+
+
+def dict_copy(row):
+    copy = type(row)(row)
+    copy.where = row.where
+    copy["aux_images"] = list(row["aux_images"])
+    return copy
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_gradients_stop_at_what_is_fed(base, steps, alone, through):
+    """Of the alignment alone: blocks after the aligned one move only through what is fed."""
+    model = method(base, align_layer=2, rollout=2, fed_gradient=through)
+    batch = batch_of(model, load_examples(steps / "train.jsonl")[1:3])
+    model.vlm.model.visual.requires_grad_(False)
+    model(batch)["align"].backward()
+    layers = model.vlm.model.language_model.layers
+    moved = [layer.mlp.up_proj.weight.grad for layer in layers]
+    assert all(g is not None and g.norm() > 0 for g in moved[:2])
+    norm = model.vlm.model.language_model.norm.weight.grad
+    for g in (*moved[2:], norm):
+        assert (g is not None and float(g.norm()) > 0) == through
+    assert all(p.grad.norm() > 0 for p in model.psi.parameters())
+    assert all(p.grad is None for p in model.vlm.model.visual.parameters())
+
+
+def test_an_image_in_the_question_can_be_the_target(base, world, alone):
+    """query_span: a row of one image and no span of its own; the others keep what they have."""
+    rows = examples(world, 4)
+    rows[0] |= {"aux_images": [], "response": strip_latents(rows[0]["response"])}
+    rows[1] |= {"aux_images": [], "response": "no thoughts. <answer> a </answer>"}
+    two = rows[3]
+    assert len(two["images"]) == 2
+    two |= {"aux_images": [], "response": strip_latents(two["response"])}
+    plain, _ = method(base).rows([dict_copy(row) for row in rows], True)
+    assert [row["response"].count("<latent>") for row in plain] == [0, 0, 1, 0]
+    spanned, _ = method(base, query_span=True).rows(rows, True)
+    assert [row["response"].count("<latent>") for row in spanned] == [1, 1, 1, 0]
+    assert spanned[0]["response"].startswith("<think> <latent></latent> Follow")
+    assert spanned[1]["response"].startswith("<latent></latent> no thoughts")
+    assert spanned[0]["aux_images"] == spanned[0]["images"]
+    assert strip_latents(with_first_span("<think> a </think>")) == "<think> a </think>"
+
+
+def test_upsampling_keeps_places():
+    f = torch.arange(4.0)[:, None]
+    close(upsample(f, (2, 2)), f)
+    close(upsample(f[:1], (3, 5)), torch.zeros(15, 1))
+    big = upsample(f, (4, 4)).view(4, 4)
+    assert big[0, 0] == 0 and big[-1, -1] == 3 and bool((big.diff(dim=1) >= 0).all())
+
+
+def args_of(base, steps, out, *more):
+    return [
+        "--method=valr",
+        f"--base={base}",
+        f"--data={steps}/train.jsonl",
+        f"--val_data={steps}/val.jsonl",
+        f"--out={out}",
+        "--global_batch=4",
+        "--max_steps=4",
+        "--eval_every=2",
+        "--save_every=2",
+        "--lr=1e-3",
+        "--lr_head=1e-3",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, steps):
+    folder = tmp_path_factory.mktemp("valr")
+    run("train.py", *args_of(base, steps, folder))
+    return folder
+
+
+def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, trained):
+    """2 ranks, one row a micro-batch, activation checkpointing, and a run that stopped half-way."""
+    one = logged(trained)[1:]
+    assert one[-1]["rollout_error"] < 1e-4 and -1 <= one[-1]["cosine"] <= 1
+    ways = {
+        "rows": (1, ["--token_budget=1"]),
+        "ranks": (2, ["--token_budget=300", "--activation_checkpointing=1"]),
+    }
+    for name, (ranks, more) in ways.items():
+        run("train.py", *args_of(base, steps, tmp_path / name, *more), ranks=ranks)
+        for a, b in zip(one, logged(tmp_path / name)[1:]):
+            for field in ("loss", "ce", "cosine", "grad_norm"):
+                assert b[field] == pytest.approx(a[field], rel=2e-3, abs=1e-4), (name, field)
+        assert logged(tmp_path / name)[-1]["val_cosine"] == pytest.approx(
+            one[-1]["val_cosine"], rel=1e-3, abs=1e-4
+        )
+        weights = load_file(trained / "model.safetensors")
+        for k, v in load_file(tmp_path / name / "model.safetensors").items():
+            close(v, weights[k], rtol=0.0, atol=3e-3)
+
+    # forget the last checkpoint and the log after it, as a kill would
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    shutil.rmtree(again / "ckpt" / "step-0000004")
+    (again / "model.safetensors").unlink()
+    run("train.py", *args_of(base, steps, again))
+    for name in ("model.safetensors", "latent_head.safetensors"):
+        same = load_file(again / name), load_file(trained / name)
+        close(*same, rtol=0.0, atol=0.0)
+    # another picture under an old name is another run
+    shutil.copytree(steps, tmp_path / "moved")
+    noise(3).save(tmp_path / "moved" / "train" / "1-aux-0.png")
+    text = run("train.py", *args_of(base, tmp_path / "moved", again), ok=False)
+    assert "aux_images" in text
+
+
+def test_what_a_run_leaves(base, trained):
+    """No psi and no encoder beside the model; a head without weights that says what it is."""
+    with safe_open(trained / "latent_head.safetensors", "pt") as f:
+        assert not list(f.keys())
+        assert f.metadata()["kind"] == "valr" and f.metadata()["K"] == "4"
+    assert not any("psi" in name for name in load_file(trained / "model.safetensors"))
+    vlm, tokenizer = load_vlm(trained)
+    assert load_head(trained, vlm, tokenizer, 1).K == 4
+
+
+def test_the_other_stages_take_it(tmp_path, steps, trained):
+    """eval.py with the interventions that make sense, a sentence for the others; probe.py."""
+    data = ["--model=" + str(trained), f"--data={steps}/test.jsonl"]
+    out = f"--out={tmp_path}"
+    for kind in ("clean", "noise", "zero"):
+        run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", "--max_new_tokens=24")
+    for kind in ("mean", "oracle", "oracle_pca"):
+        text = run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", ok=False)
+        assert "needs the PCA" in text
+    run("probe.py", *data, f"{out}/probe", "--max_new_tokens=24")
+    text = run("infer.py", data[0], f"--images={steps}/test/3.png", "--question=Where?")
+    assert "Where?" in text
+
+
+REFUSED = {
+    "K no square": ["--K=5"],
+    "a block that is not there": ["--align_layer=5"],
+    "no encoder": ["--encoders="],
+    "an encoder that is not there": ["--encoders=own,nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_make_no_sense(tmp_path, base, steps, name):
+    text = run("train.py", *args_of(base, steps, tmp_path, *REFUSED[name]), ok=False)
+    assert REFUSED[name][0].split("=")[0].lstrip("-") in text or "nowhere" in text
+
+
+def test_a_broken_target_is_found_before_the_first_step(tmp_path, base, steps):
+    rows = load_examples(steps / "train.jsonl")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    rows[5]["aux_images"][0] = str(broken)
+    write_lines(tmp_path / "train.jsonl", rows)
+    args = args_of(base, steps, tmp_path / "out", f"--data={tmp_path}/train.jsonl")
+    text = run("train.py", *args, ok=False)
+    assert str(broken) in text
+    run("train.py", *args, "--skip_unusable=1", "--max_steps=1")

@@ -1,0 +1,234 @@
+"""What does VaLR train? L = L_CE + lambda * L_REPA: latents that look like their picture inside.
+
+Vision-aligned Latent Reasoning (arXiv 2602.04476). Latents stand before the reasoning steps that
+have a target picture, and are output as input: E_{t+1} = [E_t; h_t]. In training the decoder's
+states at the latents of step i, after an early block, are aligned with a frozen encoder's features
+F_phi of the step's picture (REPA):
+
+    L_REPA = -1/(N P) sum_i sum_p cos(psi(up(F_MLLM^i))[p], F_phi^i[p])
+
+A row is one of our JSONL: aux_images[k] is the target of the k-th span. The paper's second stage
+starts from a chain-of-thought model (`method=text` on the same rows). Its values, where they are
+settings of train.py: K = 16, align_layer = 12 of 28, lambda_align = 0.5, lr = 2e-6,
+lr_head = 1e-5 (of psi), one epoch.
+
+Shape letters beside method.py's: M latents, N spans, K latents a span, P patches.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from data import LATENT_SPAN, file_digest, key_of, weights_digest
+from encoders import FolderEncoder, OwnEncoder
+from images import open_image, usable_rows
+from launch import pick_device
+from method import Method
+from model import LATENT_PAD, StateHead, add_latent_tokens, encode, save_head, tower_fingerprint
+
+PSI_WIDTH = 2048  # of psi's two hidden layers [REPA, which the paper cites; its own is not stated]
+UPSAMPLING = "bilinear"  # K -> P, the latents as a square of sqrt(K) a side [not stated]
+
+
+class VaLR(Method):
+    """Latents by output as input, their early states aligned with pictures."""
+
+    @classmethod
+    def check(cls, settings):
+        K = settings["K"]
+        if math.isqrt(K) ** 2 != K:
+            raise SystemExit(f"K={K}: latents are upsampled as a square; expected 1, 4, 9, 16, ...")
+        if not encoder_names(settings):
+            raise SystemExit("encoders is empty: expected `own` or folders, with commas between")
+
+    def __init__(self, vlm, tokenizer, processor, settings):
+        super().__init__(vlm, tokenizer, processor, settings)
+        add_latent_tokens(vlm, tokenizer)
+        self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+        d, n_blocks = vlm.config.text_config.hidden_size, len(vlm.model.language_model.layers)
+        if not 1 <= settings["align_layer"] <= n_blocks:
+            found = settings["align_layer"]
+            raise SystemExit(f"align_layer={found}: the decoder has blocks 1 to {n_blocks}")
+        # the seam to `generate`: what follows a state is the state
+        self.head = StateHead(d, settings["K"])
+        # a list, which nn.Module does not look into: encoders are neither trained nor kept
+        self.encoders = []
+        for name in encoder_names(settings):
+            if name == "own":
+                self.encoders.append(OwnEncoder(vlm, processor))
+            else:
+                dtype = getattr(torch, settings["dtype"])
+                self.encoders.append(FolderEncoder(name, dtype, pick_device()))
+        self.psi = nn.ModuleList(projector(d, encoder.width) for encoder in self.encoders)
+        self.pictures = []
+
+    def inputs(self):
+        folders = [name for name in encoder_names(self.settings) if name != "own"]
+        return {
+            "encoders": key_of([weights_digest(folder) for folder in folders]),
+            "aux_images": key_of(
+                [[file_digest(path) for path in paths] for paths in self.pictures]
+            ),
+        }
+
+    # --- which rows, and how a row becomes numbers
+
+    def rows(self, examples, training):
+        if self.settings["query_span"]:
+            for row in examples:
+                if len(row["images"]) == 1 and not row["aux_images"]:
+                    row["aux_images"] = row["images"]
+                    row["response"] = with_first_span(row["response"])
+        # an auxiliary image is only looked at in the step that needs it: now is the time to say so
+        examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
+        rows, left_out = super().rows(examples, training)
+        self.pictures += [row["aux_images"] for row in rows]
+        return rows, left_out
+
+    def keeps_latents(self, row, training):
+        return True
+
+    def encode(self, row):
+        response, K = row["response"], self.head.K
+        example = encode(self.vlm, self.tokenizer, self.processor, row, K, response)
+        return example | {"targets": row["aux_images"][: response.count(LATENT_SPAN)]}
+
+    def counts(self, example):
+        N = len(example["targets"])
+        M = N * self.head.K
+        return super().counts(example) | {"align": N, "fed_error": M, "fed_energy": M}
+
+    def collate(self, examples):
+        paths = [path for example in examples for path in example["targets"]]
+        # each picture once, however many spans have it for a target
+        once = list(dict.fromkeys(paths))
+        images = [open_image(path) for path in once]
+        return super().collate(examples) | {
+            "seen": [encoder.pixels(images) for encoder in self.encoders] if images else [],
+            "picture_of": [once.index(path) for path in paths],  # of each span
+        }
+
+    # --- losses
+
+    def forward(self, batch):
+        """Sums of cross-entropy, of 1/P sum_p -cos(psi(up(F))[p], F_phi[p]) over the N spans, and
+        of ||fed - h||^2 and ||h||^2 over the M latents, which say how exact the rollout was."""
+        before = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
+        fed = self.roll_out(batch, before)  # (M, d)
+        h, early = self.states_and_block(batch, fed)
+        ce = self.cross_entropy(h, batch)
+        if not batch["picture_of"]:
+            # psi stays in the graph: FSDP wants the same gradients on every rank
+            idle = sum(p.sum() for p in self.psi.parameters()) * 0.0
+            zero = ce.new_zeros(())
+            return {"ce": ce + idle, "align": zero, "fed_error": zero, "fed_energy": zero}
+        f = early[batch["ids"] == self.latent_id]  # (M, d)
+        f = f.unflatten(0, (-1, self.head.K))  # (N, K, d), spans in reading order
+        with torch.no_grad():  # logged, not trained
+            exact = h[before].float()
+            fed_error = (fed.float() - exact).pow(2).sum()
+            fed_energy = exact.pow(2).sum()
+        return {
+            "ce": ce,
+            "align": self.alignment(f, batch).sum(),
+            "fed_error": fed_error,
+            "fed_energy": fed_energy,
+        }
+
+    def roll_out(self, batch, before):
+        """What is fed at the latents (M, d): the decoder's own states, E_{t+1} = [E_t; h_t].
+
+        By Jacobi passes: each feeds all latents the states of the pass before, one position on. A
+        pass makes one more latent of every row exact, so as many passes as a row has latents are
+        step-by-step generation; `rollout` sets fewer. Gradients stop at what is fed [not stated],
+        but for `fed_gradient`, where they go through the last pass.
+        """
+        passes = self.settings["rollout"] or self.most_latents(before)
+        training = torch.is_grad_enabled()
+        fed = None  # at first the embedding of the pad itself
+        for n in range(passes):
+            last = n + 1 == passes
+            with torch.set_grad_enabled(training and last and self.settings["fed_gradient"]):
+                fed = self.states(batch, fed, self.latent_id)[before]
+        return fed
+
+    def most_latents(self, before):
+        """The most latents of a row, over the micro-batches of all ranks: the same on each."""
+        most = before.sum(1).amax()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def states_and_block(self, batch, fed):
+        """h_bar (B, T - 1, d) as of `states`, and the states (B, T, d) after block align_layer."""
+        kept = []
+        # by a hook: it runs outside the block, where FSDP and activation checkpointing are done
+        block = self.vlm.model.language_model.layers[self.settings["align_layer"] - 1]
+        hook = block.register_forward_hook(lambda module, args, state: kept.append(state))
+        h = self.states(batch, fed, self.latent_id)
+        hook.remove()
+        return h, kept[0]
+
+    def alignment(self, f, batch):
+        """-1/P sum_p cos(psi(up(f))[p], F_phi[p]) of each span (N), for its states f (N, K, d).
+
+        The mean over encoders, each with a psi of its own.
+        """
+        losses = []
+        for encoder, psi, pixels in zip(self.encoders, self.psi, batch["seen"]):
+            features = encoder.features(pixels)  # [(h, w, z)], a picture
+            targets = [features[i] for i in batch["picture_of"]]  # a span
+            n_patches = [target.shape[0] * target.shape[1] for target in targets]
+            # all patches of all spans together: grids may differ from span to span
+            up = torch.cat([upsample(x, target.shape[:2]) for x, target in zip(f, targets)])
+            said = psi(up.to(f.dtype)).float()
+            seen = torch.cat([target.flatten(0, 1) for target in targets]).float()
+            cosine = F.cosine_similarity(said, seen, dim=-1)  # (all patches)
+            losses.append(torch.stack([-c.mean() for c in cosine.split(n_patches)]))
+        return torch.stack(losses).mean(0)
+
+    def weights(self, step, total):
+        return {"ce": 1.0, "align": self.settings["lambda_align"]}
+
+    def report(self, means):
+        if "align" not in means:
+            return means
+        # of what was fed against what should have been: 0 after as many passes as latents
+        error = math.sqrt(means["fed_error"] / max(means["fed_energy"], 1e-12))
+        return {"ce": means["ce"], "cosine": -means["align"], "rollout_error": error}
+
+    # --- what it leaves
+
+    def save(self, folder, weights):
+        """latent_head.safetensors, which holds no weights: psi has done its work."""
+        meta = {"tower": tower_fingerprint(self.vlm), "layer": self.settings["align_layer"]}
+        save_head(folder, self.head, {}, meta)
+
+
+def encoder_names(settings):
+    return [name.strip() for name in settings["encoders"].split(",") if name.strip()]
+
+
+def with_first_span(response):
+    """A response with a latent span before its first step."""
+    before, think, steps = response.rpartition("<think>")
+    return f"{before}{think} {LATENT_SPAN}{steps}" if think else f"{LATENT_SPAN} {response}"
+
+
+def projector(d, z):
+    """psi: d -> z, an MLP of REPA's shape, Xavier weights and zero biases."""
+    layers = [nn.Linear(d, PSI_WIDTH), nn.Linear(PSI_WIDTH, PSI_WIDTH), nn.Linear(PSI_WIDTH, z)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+
+
+def upsample(f, grid):
+    """A span's states f (K, d), a square in reading order, at the places of a grid: (h * w, d)."""
+    side = math.isqrt(len(f))
+    plane = f.float().T.view(1, -1, side, side)  # (1, d, side, side)
+    up = F.interpolate(plane, size=tuple(grid), mode=UPSAMPLING, align_corners=False)
+    return up[0].flatten(1).T
