@@ -1,7 +1,8 @@
 """What is each public test set? Its files, prompt, check and score, as its own harness has them.
 
 BENCHMARKS is the table. One adds a benchmark by an entry there and a function that turns a row of
-its file into one of ours; where no check or score of scores.py fits, by one there.
+its file into one of ours; where no check or score of scores.py fits, by one there. PUBLISHED is
+what papers print of them.
 """
 
 import ast
@@ -23,6 +24,7 @@ from scores import (
     check_vsi,
     score_blink,
     score_categories,
+    score_cvbench,
     score_hrbench,
     score_mathvista,
     score_mme,
@@ -250,6 +252,11 @@ def mmhal(r, folder):
     return {"images": [folder / "images" / Path(r["image_src"]).name], "answer": r["gt_answer"]}
 
 
+def cvbench(r, folder):
+    # the prompt of the set itself, options and all, which the harness leaves as it is
+    return mcq(r, folder) | {"question": r["prompt"]}
+
+
 def mathvision(r, folder):
     # "options" in the official file, "choices" in VLMEvalKit's TSV; the prompt is lmms-eval's
     options = option_list(literal(r.get("options", r.get("choices"))))
@@ -306,6 +313,14 @@ class Benchmark(NamedTuple):
     score: object = score_categories("category")  # of all of them: {name: rows or number}
     pixels: tuple = (1280 * 28 * 28, 16384 * 28 * 28)  # VLMEvalKit's for Qwen2.5-VL
     max_new_tokens: int = 2048
+
+
+class Published(NamedTuple):
+    """A table of a paper, in percent."""
+
+    paper: str
+    systems: tuple  # its columns
+    rows: tuple  # (our metric, its name here, a number or None for each system)
 
 
 HF = "https://huggingface.co/datasets/"
@@ -376,6 +391,15 @@ BENCHMARKS = {
          File("MMVP.tsv", "8cb732b141a0cba5b42159df2839e557", OC + "MMVP.tsv",
               "index, image, question, answer", mcq)),
         score=score_mmvp),
+    # two test sets to the harness; AVERAGES and POOLED make one number of both
+    "CV-Bench-2D": Benchmark(
+        (File("CV-Bench-2D.tsv", "a7cff4cc2857cc237ee2b89e62bccb2d", OC + "CV-Bench-2D.tsv",
+              "index, image, question, prompt, answer, source, A", cvbench),),
+        score=score_cvbench),
+    "CV-Bench-3D": Benchmark(
+        (File("CV-Bench-3D.tsv", "bb94c0d568d652d15b60e001ac40a170", OC + "CV-Bench-3D.tsv",
+              "index, image, question, prompt, answer, source, A", cvbench),),
+        score=score_cvbench),
     # VaLR does not say which of the two splits its numbers are of
     "MathVision": Benchmark(
         (File("MathVision/test.jsonl", "", MATH_V,
@@ -404,39 +428,107 @@ BENCHMARKS = {
 JSONL = Benchmark(
     (), check=check_answer, pixels=(56 * 56, 1280 * 28 * 28), max_new_tokens=128)
 
-GAP_TABLE = "HRBench4K,MMStar,MME-RealWorld-Lite,MathVista,WeMath,POPE"
-# section 5.1: MME-RealWorld-Lite as a whole counts as perception, not its Perception part
+# means over these scores, whatever the number of their questions
 AVERAGES = {
+    # GAP, section 5.1: MME-RealWorld-Lite as a whole is perception, not its Perception part
     "Avg-P": ("HRBench4K/overall", "MMStar/overall", "MME-RealWorld-Lite/overall"),
     "Avg-R": ("MathVista/overall", "WeMath/strict", "WeMath/loose"),
+    "CV-Bench": ("CV-Bench-2D/overall", "CV-Bench-3D/overall"),  # as Cambrian, which made it
 }
-# the paper's numbers, percent: our metric, its name there, then the columns of PAPER_SYSTEMS
-PAPER_SYSTEMS = ("Qwen2.5", "caption", "Monet", "LVR", "LH", "LH+DA", "LH+PCA", "GAP")
-PAPER = (
-    ("HRBench4K/overall", "HRBench4K",
-     (68.12, 69.88, 70.75, 70.75, 70.63, 71.50, 72.25, 73.25)),
-    ("HRBench4K/single", "FSP",
-     (84.50, 85.50, 90.50, 84.25, 85.00, 85.00, 87.75, 86.50)),
-    ("HRBench4K/cross", "FCP",
-     (52.75, 53.25, 51.00, 57.25, 56.25, 58.75, 54.75, 60.00)),
-    ("MMStar/overall", "MMStar",
-     (60.46, 60.50, 60.80, 62.07, 61.20, 61.80, 62.10, 63.40)),
-    ("MME-RealWorld-Lite/overall", "MME-RW-Lite",
-     (44.39, 47.73, 47.20, 49.45, 45.25, 45.75, 46.85, 47.31)),
-    ("Avg-P", "Avg-P",
-     (57.66, 59.40, 59.58, 60.75, 59.03, 59.68, 60.40, 61.32)),
-    ("MathVista/overall", "MathVista",
-     (68.50, 67.70, 61.30, 67.00, 68.60, 68.90, 70.20, 71.00)),
-    ("WeMath/strict", "WeMath-S",
-     (36.29, 28.60, 32.67, 26.95, 30.00, 31.26, 35.24, 36.33)),
-    ("WeMath/loose", "WeMath-L",
-     (53.06, 45.43, 50.00, 49.05, 48.86, 50.00, 52.00, 54.57)),
-    ("Avg-R", "Avg-R",
-     (52.62, 47.24, 47.99, 47.66, 49.15, 50.05, 52.48, 53.97)),
-    ("POPE/overall", "POPE",
-     (86.25, None, None, None, None, 86.02, None, 86.30)),
-)
+# means over all questions of these scores
+POOLED = {"CV-Bench rows": ("CV-Bench-2D/micro", "CV-Bench-3D/micro")}
+
+# what papers print, all of Qwen2.5-VL-7B; to eval.py a name here stands for its benchmarks
+PUBLISHED = {
+    "gap": Published(
+        "GAP, arXiv 2605.12374",
+        ("Qwen2.5", "caption", "Monet", "LVR", "LH", "LH+DA", "LH+PCA", "GAP"),
+        (("HRBench4K/overall", "HRBench4K",
+          (68.12, 69.88, 70.75, 70.75, 70.63, 71.50, 72.25, 73.25)),
+         ("HRBench4K/single", "FSP",
+          (84.50, 85.50, 90.50, 84.25, 85.00, 85.00, 87.75, 86.50)),
+         ("HRBench4K/cross", "FCP",
+          (52.75, 53.25, 51.00, 57.25, 56.25, 58.75, 54.75, 60.00)),
+         ("MMStar/overall", "MMStar",
+          (60.46, 60.50, 60.80, 62.07, 61.20, 61.80, 62.10, 63.40)),
+         ("MME-RealWorld-Lite/overall", "MME-RW-Lite",
+          (44.39, 47.73, 47.20, 49.45, 45.25, 45.75, 46.85, 47.31)),
+         ("Avg-P", "Avg-P",
+          (57.66, 59.40, 59.58, 60.75, 59.03, 59.68, 60.40, 61.32)),
+         ("MathVista/overall", "MathVista",
+          (68.50, 67.70, 61.30, 67.00, 68.60, 68.90, 70.20, 71.00)),
+         ("WeMath/strict", "WeMath-S",
+          (36.29, 28.60, 32.67, 26.95, 30.00, 31.26, 35.24, 36.33)),
+         ("WeMath/loose", "WeMath-L",
+          (53.06, 45.43, 50.00, 49.05, 48.86, 50.00, 52.00, 54.57)),
+         ("Avg-R", "Avg-R",
+          (52.62, 47.24, 47.99, 47.66, 49.15, 50.05, 52.48, 53.97)),
+         ("POPE/overall", "POPE",
+          (86.25, None, None, None, None, 86.02, None, 86.30)))),
+    # VaLR-S is aligned to DINOv3, at lambda = 0 to nothing; VaLR-M to three encoders
+    "valr": Published(
+        "VaLR, arXiv 2602.04476",
+        ("Qwen2.5", "lambda=0", "VaLR-S", "VaLR-M"),
+        (("VSI-Bench/overall", "VSI-Bench", (33.0, 34.0, 41.5, 52.9)),
+         # of VLMEvalKit, whose BLINK is over rows and whose MMVP is over pairs
+         ("BLINK/micro", "BLINK", (55.7, 57.1, 63.1, 64.7)),
+         # though 60.3 is 181 of 300 questions, and no number of 150 pairs
+         ("MMVP/overall", "MMVP", (56.0, None, 60.3, 60.3)),
+         ("MMVP/single", "- questions", (None, None, None, None)),
+         ("MMStar/overall", "MMStar", (67.1, None, 70.8, 72.3)),
+         ("VStar/overall", "V*", (76.4, 75.9, 86.4, 86.9)),
+         # VaLR does not say which number of CV-Bench it prints, so all of ours stand here
+         ("CV-Bench", "CV-Bench", (74.5, None, 83.1, 87.6)),
+         ("CV-Bench-2D/overall", "- 2D", (None, None, None, None)),
+         ("CV-Bench-3D/overall", "- 3D", (None, None, None, None)),
+         ("CV-Bench rows", "- all rows", (None, None, None, None)))),
+    # read in summaries of the paper; NTP has neither KL term, or the forward or the reverse one
+    "amvl": Published(
+        "AMVL, arXiv 2607.00461",
+        ("Qwen2.5", "NTP", "NTP+fwd", "NTP+rev", "AMVL"),
+        (("VStar/overall", "V*", (76.44, 81.15, 82.72, 82.20, 84.29)),
+         ("HRBench4K/overall", "HRBench4K", (68.00, 70.50, 72.12, 71.75, 72.12)),
+         ("HRBench8K/overall", "HRBench8K", (63.75, 67.38, 67.75, 67.25, 68.50)),
+         # over rows: 1,066 and 1,272 of 1,901
+         ("BLINK/micro", "BLINK", (56.08, None, None, None, 66.91)),
+         ("BLINK/IQ_Test", "- IQ", (20.00, None, None, None, 32.67)),
+         ("BLINK/Jigsaw", "- Jigsaw", (45.33, None, None, None, 77.33)),
+         ("BLINK/Object_Localization", "- Obj. Loc.", (49.18, None, None, None, 54.92)),
+         ("BLINK/Multi-view_Reasoning", "- Multi-view", (41.35, None, None, None, 55.64)),
+         ("BLINK/Visual_Similarity", "- Vis. Sim.", (82.96, None, None, None, 88.89)),
+         ("BLINK/Spatial_Relation", "- Spat. Rel.", (88.81, None, None, None, 88.81)),
+         ("VisualPuzzles/overall", "VisualPuzzles", (None, None, None, None, 33.90)))),
+}
 # fmt: on
+
+# --------------------------------------------------------------------------------------------------
+# the names of benchmarks
+
+
+def benchmarks_of(table):
+    """The names of the benchmarks whose scores a published table compares, in its order."""
+    names = []
+    for metric, _, _ in table.rows:
+        parts = (AVERAGES | POOLED).get(metric, (metric,))
+        names += [part.partition("/")[0] for part in parts]
+    return list(dict.fromkeys(names))
+
+
+def benchmarks_named(text):
+    """The benchmarks of a list "gap,VStar": of a published table all that it compares.
+
+    Raises SystemExit if a name is of neither.
+    """
+    names = []
+    for name in text.split(","):
+        names += benchmarks_of(PUBLISHED[name]) if name in PUBLISHED else [name]
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        known = ", ".join([*PUBLISHED, *BENCHMARKS])
+        raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: {known}")
+    # tables share benchmarks: each is answered once
+    return list(dict.fromkeys(names))
+
 
 # --------------------------------------------------------------------------------------------------
 # reading a benchmark

@@ -17,6 +17,7 @@ import bisect
 import hashlib
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,11 @@ from answers import extract_answer, extract_final
 from benchmarks import (
     AVERAGES,
     BENCHMARKS,
-    GAP_TABLE,
     JSONL,
-    PAPER,
-    PAPER_SYSTEMS,
+    POOLED,
+    PUBLISHED,
     Benchmark,
+    benchmarks_named,
     load_benchmark,
 )
 from data import (
@@ -70,7 +71,7 @@ from tables import Cell, images_of
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
 data = "out/toy/test.jsonl"  # a JSONL test set, used when `benchmarks` is empty
-benchmarks = ""  # e.g. "HRBench4K,MMStar"; "gap" for the paper's table
+benchmarks = ""  # e.g. "HRBench4K,MMStar"; "gap", "valr", "amvl": all of a paper's table
 data_root = "data/benchmarks"  # where the official files lie
 out = "out/eval/gap"
 system = ""  # system prompt; "" is the chat template's own, as the harnesses leave it
@@ -582,7 +583,7 @@ def print_scores(title, scores):
 
 def headlines():
     """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
-    ours = {}
+    found = {}
     for path in sorted(Path(out).glob("*/metrics.json")):
         record = read_json(path, settings=dict, missing=int, scores=dict)
         # the folder may hold runs of other models
@@ -591,27 +592,35 @@ def headlines():
         # a score of some of the answers is no headline
         if same and not record["missing"]:
             for name, m in record["scores"].items():
-                ours[f"{path.parent.name}/{name}"] = 100 * m["accuracy"]
-    for name, parts in AVERAGES.items():
+                found[f"{path.parent.name}/{name}"] = m
+    ours = {metric: 100 * m["accuracy"] for metric, m in found.items()}
+    for name, parts in (AVERAGES | POOLED).items():
         # over fewer benchmarks than the paper's, an average would compare with nothing
         if all(part in ours for part in parts):
-            ours[name] = mean(ours[part] for part in parts)
+            # a question weighs as much as another, or a score does
+            weights = [found[part]["n"] if name in POOLED else 1 for part in parts]
+            ours[name] = fmean([ours[part] for part in parts], weights)
     return ours
 
 
-def paper_table():
-    """Our headline numbers, in percent, beside the paper's."""
+def published_tables():
+    """Print our headline numbers beside each paper's that has one of them."""
     ours = headlines()
-    if not any(metric in ours for metric, _, _ in PAPER):
-        return
+    for table in PUBLISHED.values():
+        if any(metric in ours for metric, _, _ in table.rows):
+            beside(ours, table)
+
+
+def beside(ours, table):
+    """Print our numbers {metric: percent} beside those of a published table."""
 
     # a dash: we have not run it, or the paper does not say
     def cell(percent):
         return f"{'-' if percent is None else f'{percent:.2f}':>9}"
 
-    systems = "".join(f"{system:>9}" for system in PAPER_SYSTEMS)
-    print(f"\n{'':14}{'ours':>9}  |{systems}   (the paper, Qwen2.5-VL-7B)")
-    for metric, name, theirs in PAPER:
+    systems = "".join(f"{system:>9}" for system in table.systems)
+    print(f"\n{'':14}{'ours':>9}  |{systems}   ({table.paper}, Qwen2.5-VL-7B)")
+    for metric, name, theirs in table.rows:
         print(f"{name:14}{cell(ours.get(metric))}  |" + "".join(map(cell, theirs)))
 
 
@@ -665,10 +674,7 @@ def paired_difference(a, b):
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     # before the model is loaded
-    names = (GAP_TABLE if benchmarks == "gap" else benchmarks).split(",")
-    unknown = [name for name in names if name and name not in BENCHMARKS]
-    if unknown:
-        raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: gap, {', '.join(BENCHMARKS)}")
+    names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
     claim(out)
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
@@ -695,7 +701,7 @@ def main():
         else:
             print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
     if benchmarks and rank == 0:
-        paper_table()
+        published_tables()
 
 
 if __name__ == "__main__":

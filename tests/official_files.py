@@ -42,7 +42,7 @@ def write_jsonl(path, rows):
 
 
 def choices(root):
-    """HRBench, MMStar, MME-RealWorld-Lite and BLINK."""
+    """HRBench, MMStar and MME-RealWorld-Lite."""
     mcq = []
     for i, letter in enumerate(LETTERS):
         image = b64(i) if i < 2 else "0"  # the last two refer to the first
@@ -56,7 +56,7 @@ def choices(root):
     write_table(root / "hr_bench_4k.tsv", cycles)
     write_table(root / "hr_bench_8k.tsv", cycles)
 
-    mmstar, mme, blink = [], [], []
+    mmstar, mme = [], []
     for i, letter in enumerate(LETTERS):
         question = f"Which {i}?\nOptions: A: one, B: two, C: three, D: four"
         row = {"index": str(i), "question": question, "image": b64(i), "answer": letter}
@@ -66,11 +66,31 @@ def choices(root):
         row["answer"] = letter
         row["category"] = f"{'Perception' if i else 'Reasoning'}/Remote Sensing"
         mme.append(row | {"l2-category": "color attribute"})
-        row = {"index": i, "image": str([b64(i), b64(i + 1)]), "question": "Which?"}
-        blink.append(row | {"answer": letter, "category": f"task{i % 2}"} | ABCD)
     write_table(root / "MMStar.tsv", mmstar)
     write_table(root / "mme_realworld_lite.tsv", mme)
-    write_table(root / "BLINK.tsv", blink)
+
+
+# of its 14 subtasks those of which a paper prints numbers
+SUBTASKS = "IQ_Test Jigsaw Object_Localization Multi-view_Reasoning Visual_Similarity"
+SUBTASKS = [*SUBTASKS.split(), "Spatial_Relation"]
+
+
+def blink(root):
+    rows = []
+    for i, subtask in enumerate(SUBTASKS):
+        row = {"index": i, "image": str([b64(i), b64(i + 1)]), "question": "Which?"}
+        rows.append(row | {"answer": "B", "category": subtask} | ABCD)
+    write_table(root / "BLINK.tsv", rows)
+
+
+def cvbench(root):
+    for split, sources in (("2D", ("ADE20K", "ADE20K", "ADE20K", "COCO")), ("3D", ["Omni3D"] * 3)):
+        rows = []
+        for i, source in enumerate(sources):
+            row = {"index": i, "image": b64(i), "question": "How many?", "answer": "B"}
+            row["prompt"] = "How many? Select from the following choices.\n(A) 0\n(B) 1"
+            rows.append(row | {"A": "0", "B": "1", "C": "", "split": split, "source": source})
+        write_table(root / f"CV-Bench-{split}.tsv", rows)
 
 
 def mathvista(root):
@@ -171,11 +191,18 @@ def visualpuzzles(root):
     write_table(root / "VisualPuzzles.tsv", rows)
 
 
+# fmt: off
+WRITERS = (
+    choices, mathvista, mathvision, wemath, pope, vsi, blink, vstar, mmvp, cvbench, mmhal,
+    visualpuzzles,
+)
+# fmt: on
+
+
 def official(root):
     """Write all of them. Returns {name: [(a right output, a wrong one)] by row}."""
     root.mkdir()
-    writers = (choices, mathvista, mathvision, wemath, pope, vsi, vstar, mmvp, mmhal, visualpuzzles)
-    for write in writers:
+    for write in WRITERS:
         write(root)
 
     def outputs(*golds):
@@ -191,9 +218,11 @@ def official(root):
         "WeMath": outputs(*"EEEEEE"),
         "POPE": outputs("yes", "no"),
         "VSI-Bench": outputs("4", "B"),
-        "BLINK": four,
+        "BLINK": outputs(*"BBBBBB"),
         "VStar": outputs("B"),
         "MMVP": outputs("a", "b"),
+        "CV-Bench-2D": outputs(*"BBBB"),
+        "CV-Bench-3D": outputs(*"BBB"),
         "MathVision": outputs("0.5", "C"),
         "MathVision-testmini": outputs("0.5", "C"),
         "MMHal-Bench": outputs("a dog"),

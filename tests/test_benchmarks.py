@@ -4,7 +4,7 @@ import pytest
 from conftest import run
 from official_files import args_of, b64, picture
 
-from benchmarks import BENCHMARKS, load_benchmark
+from benchmarks import BENCHMARKS, PUBLISHED, benchmarks_named, load_benchmark
 from tables import images_of
 
 
@@ -31,15 +31,19 @@ def test_prompts_are_the_harnesses(bench_root):
         "Please answer the question using a single word or phrase."
     )
     assert first["MMVP"] == "Open? (a) Open (b) Closed"
+    ours = "How many? Select from the following choices.\n(A) 0\n(B) 1"
+    assert first["CV-Bench-2D"] == first["CV-Bench-3D"] == ours
 
     # two rows refer to row 0
     assert [images_of(r) for r in rows["HRBench4K"]] == [[picture(i)] for i in (0, 1, 0, 0)]
-    two_each = [[picture(i), picture(i + 1)] for i in range(4)]
+    two_each = [[picture(i), picture(i + 1)] for i in range(6)]
     assert [images_of(r) for r in rows["BLINK"]] == two_each
     options = [r["options"] for r in rows["VisualPuzzles"]]
     assert options == [{"A": "it's", "B": "b", "C": "c", "D": "d"}, dict.fromkeys("ABCD", "")]
     in_the_question = {"A": "one", "B": "two", "C": "three", "D": "four"}
     assert rows["MMStar"][0]["options"] == in_the_question
+    # an empty cell is no option
+    assert rows["CV-Bench-2D"][0]["options"] == {"A": "0", "B": "1"}
 
 
 POPE_HEADER = "index\timage\tquestion\tanswer\tcategory\n"
@@ -66,3 +70,37 @@ def test_bad_benchmark_files(tmp_path, base, text, said):
         (tmp_path / "POPE.tsv").write_bytes(data)
     args = args_of(base, tmp_path, tmp_path / "out", benchmarks="POPE")
     assert said in run("eval.py", *args, ok=False)
+
+
+GAP = "HRBench4K MMStar MME-RealWorld-Lite MathVista WeMath POPE"
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("VStar,POPE", "VStar POPE"),
+        ("gap", GAP),
+        ("valr", "VSI-Bench BLINK MMVP MMStar VStar CV-Bench-2D CV-Bench-3D"),
+        ("amvl", "VStar HRBench4K HRBench8K BLINK VisualPuzzles"),
+        ("POPE,amvl,gap", f"POPE VStar HRBench4K HRBench8K BLINK VisualPuzzles {GAP}"),
+    ],
+)
+def test_a_table_names_its_benchmarks(text, names):
+    assert benchmarks_named(text) == list(dict.fromkeys(names.split()))
+
+
+@pytest.mark.parametrize("text", ["GAP", "POPE,", "Avg-P", "gap,VStarBench"])
+def test_an_unknown_benchmark_is_named(text):
+    unknown = text.split(",")[-1]
+    with pytest.raises(SystemExit, match=f"benchmarks: {unknown!r} is not one of: gap, valr, amvl"):
+        benchmarks_named(text)
+
+
+def test_published_tables_have_a_number_or_none_for_each_system():
+    for table in PUBLISHED.values():
+        assert len({metric for metric, _, _ in table.rows}) == len(table.rows)
+        for metric, name, theirs in table.rows:
+            assert len(theirs) == len(table.systems), metric
+            # in their columns, and percents
+            assert len(name) < 14 and all(x is None or 1 < x < 100 for x in theirs), metric
+        assert all(len(system) < 9 for system in table.systems)

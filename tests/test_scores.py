@@ -206,6 +206,23 @@ def test_blink_is_the_mean_of_subtasks():
     assert scores.score_blink(rows)["overall"] == pytest.approx(sum(means) / 2)
 
 
+@pytest.mark.parametrize("sources", [("ADE20K", "COCO"), ("Omni3D",)])
+def test_cvbench_is_the_mean_of_sources(sources):
+    rng = random.Random(1)
+    rows = [{"source": source, "correct": rng.random() < 0.5} for source in sources * 9]
+    rows += [{"source": sources[0], "correct": True}] * 5
+    hits, n = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0)
+    for row in rows:
+        hits[row["source"]] += row["correct"]
+        n[row["source"]] += 1
+    found = scores.score_cvbench(rows)
+    mean = sum(hits[source] / n[source] for source in sources) / len(sources)
+    assert found["overall"] == pytest.approx(mean)
+    assert share(found["micro"]) == pytest.approx(sum(hits.values()) / sum(n.values()))
+    for source in sources:
+        assert share(found[source]) == pytest.approx(hits[source] / n[source])
+
+
 def test_mmvp_counts_pairs():
     """Pairs in the order of the index; and with the two exchanged golds in their places."""
     rng = random.Random(1)
