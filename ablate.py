@@ -1,6 +1,7 @@
-"""Which variants are run, and how? The paper's tables in miniature, with controls and seeds.
+"""Which variants are run, and how? The papers' tables in miniature, with controls and seeds.
 
-For each run and seed of RUNS: fit_pca.py, train.py, eval.py for each of its evaluations, probe.py.
+For each run and seed of a study: fit_pca.py (GAP's), train.py, eval.py for each of its evaluations,
+probe.py.
 One line a run is appended to <results>.jsonl, and what has a line is not run again: a table grows
 over as many calls as it takes. Then report.py writes <results>.md from the lines alone.
 
@@ -8,6 +9,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
     python ablate.py --report=1         # only rewrite the tables
+    python ablate.py --study=valr --results=results/valr --base=out/cot --data=out/steps/train.jsonl
     python ablate.py --launch="torchrun --nproc-per-node 8" \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """
@@ -27,10 +29,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import append, key_of, load_examples, open_append, read_lines, write_then_rename
-from launch import start
+from launch import check_choices, start
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
+study = "gap"  # gap valr amvl: whose runs
 base = "toy/base"  # what every run starts from
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
 val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
@@ -65,6 +68,8 @@ MAIN = {
     "LH+PCA": NO_DA,
     "GAP":    {},
 }
+VALR = {"method": "valr", "K": 1}  # a panel is one token of the tower
+AMVL = {"method": "amvl", "K": 8}
 # fmt: on
 
 
@@ -74,9 +79,10 @@ def at_size(n):
     return {f"{name} n={n}": MAIN[name] | {"examples": n} for name in names}
 
 
-# Groups, the most important first: each is run for all seeds before the next. None: not trained.
+# By study groups, the most important first: each is run for all seeds before the next. None: not
+# trained.
 # fmt: off
-RUNS = [
+RUNS = {"gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
     {
@@ -120,7 +126,35 @@ RUNS = [
         "tau=0.25":    {"tau": 0.25},
         "tau=0.5":     {"tau": 0.5},
     },
-]
+],
+# a base that writes chains of thought without latents, "stage 1"; data whose steps have a picture
+"valr": [
+    {
+        "stage 1":   None,
+        "text":      {"method": "text"},  # the same steps, without latents
+        "VaLR":      VALR,
+        "lambda=0":  VALR | {"lambda_align": 0.0},
+    },
+    {
+        "K=4":       VALR | {"K": 4},
+        "block 1":   VALR | {"align_layer": 1},
+        "block 4":   VALR | {"align_layer": 4},  # the last
+    },
+    {
+        "one pass":  VALR | {"rollout": 1},
+        "lambda=1":  VALR | {"lambda_align": 1.0},
+    },
+],
+"amvl": [
+    {
+        "base":      None,
+        "text":      {"method": "text"},
+        "NTP":       AMVL | {"beta": 0.0, "gamma": 0.0},
+        "+ forward": AMVL | {"gamma": 0.0},
+        "+ reverse": AMVL | {"beta": 0.0},
+        "AMVL":      AMVL,
+    },
+]}
 
 # What an evaluation changes of the defaults of eval.py.
 EVALS = {
@@ -144,6 +178,8 @@ MORE = {
     "GAP":    ("oracle",),
     "output": ("EMA", "oracle"),
     "GAP*":   ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped"),
+    "VaLR":   ("zero", "noise", "shuffle"),
+    "AMVL":   ("zero", "noise", "shuffle"),
 }
 # fmt: on
 
@@ -168,7 +204,7 @@ def evals_of(name):
 
 def settings_for(name):
     """What determines a run, its seed and files apart. Only lines with these are reported."""
-    run = next(group[name] for group in RUNS if name in group)
+    run = next(group[name] for group in RUNS[study] if name in group)
     return {
         "run": run,
         "examples": (run or {}).get("examples", examples),
@@ -257,12 +293,12 @@ def trained(folder, run, seed, file):
         "base": base,
         "data": file,
         "val_data": val_data,
-        "pca": fitted(work, file, fit),
         "out": model,
         "seed": seed,
-        "difficulty": work / "difficulty.jsonl",
-        "eval_every": 10**9,  # validate at the end only
+        "eval_every": 0,  # validate at the end only
     }
+    if study == "gap":
+        settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
     call("train.py", train_args, **(settings | own))
 
     log = read_lines(model / "log.jsonl")
@@ -274,8 +310,7 @@ def trained(folder, run, seed, file):
     return {
         "git": first["git"],
         "torch": first["torch"],
-        "val_r2": steps[-1].get("val_r2"),  # a text run has none
-        "val_ce": steps[-1]["val_ce"],
+        **{name: value for name, value in steps[-1].items() if name.startswith("val_")},
         "steps_per_s": 1 / statistics.median(step["seconds"] for step in steps),
     }
 
@@ -362,7 +397,7 @@ def wanted_runs():
         if not seed.isdigit():
             expected = "expected numbers with commas between, as in 1,2,3"
             raise SystemExit(f"seeds={seeds!r}: {expected}; found {seed!r}")
-    names = [name for group in RUNS for name in group]
+    names = [name for group in RUNS[study] for name in group]
     wanted = only.split(",") if only else names
     unknown = sorted(set(wanted) - set(names))
     if unknown:
@@ -374,7 +409,7 @@ def wanted_runs():
 def jobs(names, numbers, weights):
     """Those of the named runs that have no line: by group and, in a group, seed by seed."""
     done, todo = finished(), []
-    for group in RUNS:
+    for group in RUNS[study]:
         for seed in numbers:
             for name in group:
                 if name not in names:
@@ -401,7 +436,9 @@ def run_all():
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))
     work = Path(out) / weights  # another base has other targets and difficulties
     difficulty = work / "difficulty.jsonl"
-    if not difficulty.exists():  # whole counts, without early stop: they serve every tau
+    if (
+        study == "gap" and not difficulty.exists()
+    ):  # whole counts, without early stop: they serve every tau
         files = {"base": base, "data": data, "out": difficulty}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
     todo = jobs(names, numbers, weights)
@@ -426,16 +463,17 @@ def run_all():
 
 def read_results():
     """{run: {seed: line}} of the lines that were made with today's settings."""
-    names = {name for group in RUNS for name in group}
+    names = {name for group in RUNS[study] for name in group}
     lines = {}
     for line in read_lines(results + ".jsonl"):
         name = line["name"]
         if name in names and line["settings"] == settings_for(name):
             lines.setdefault(name, {})[line["seed"]] = line
-    if "base" in lines:  # it is not trained: its one line counts for every seed
-        the_line = next(iter(lines["base"].values()))
-        every_seed = sorted({seed for by_seed in lines.values() for seed in by_seed})
-        lines["base"] = dict.fromkeys(every_seed, the_line)
+    every_seed = sorted({seed for by_seed in lines.values() for seed in by_seed})
+    for name, by_seed in lines.items():
+        the_line = next(iter(by_seed.values()))
+        if the_line["settings"].get("run") is None:  # not trained: its one line is every seed's
+            lines[name] = dict.fromkeys(every_seed, the_line)
     return lines
 
 
@@ -444,7 +482,8 @@ def write_report():
     lines = read_results()
     if not lines:
         raise SystemExit(f"{results}.jsonl has no run with these settings yet; run ablate.py first")
-    study = Study(
+    found = Study(
+        name=study,
         lines=lines,
         methods=tuple(MAIN),
         sizes=SIZES,
@@ -453,11 +492,12 @@ def write_report():
         easy=easy,
         train_args=train_args,
     )
-    n = write_tables(results + ".md", study)
+    n = write_tables(results + ".md", found)
     print(f"wrote {results}.md: {n} runs")
 
 
 def main():
+    check_choices(globals(), study=RUNS)
     if not report:
         run_all()
     write_report()

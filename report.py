@@ -30,10 +30,14 @@ class Table(NamedTuple):
     rows: dict  # {what: its cell in the last column}, where the paper has a number that number
     reference: str  # the run that all rows are held against
     claims: list  # (text, more, less, measure = "hard"): `more` beats `less` on these questions
+    logged: tuple = (("R2", "val_r2"),)  # columns of the last validation: heading, field
 
 
 # fmt: off
-SCORES = [
+ALIGNED = (("cosine", "val_cosine"), ("rollout error", "val_rollout_error"))
+DIVERGED = (("KL(q, p)", "val_kl_forward"), ("KL(p, q)", "val_kl_reverse"),
+            ("right, posterior", "val_right_posterior"), ("right, prior", "val_right_prior"))
+TABLES = {"gap": [
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
         "base":       "57.66, 52.62",
         "text":       "59.40, 47.24",
@@ -175,7 +179,70 @@ SCORES = [
         ("a model trained with the parser text needs it at inference",
                                      "GAP*",               "GAP*/parser skipped"),
     ]),
-]
+], "valr": [
+    Table("VaLR and its stage-1 model", column="7B: VSI-Bench, BLINK, V*",
+          reference="VaLR", logged=ALIGNED, rows={
+        "stage 1":      "",
+        "text":         "",
+        "lambda=0":     "34.0, 57.1, 75.9",
+        "VaLR":         "41.5, 63.1, 86.4",
+        "lambda=1":     "40.0, 60.9, 84.3",
+    }, claims=[
+        ("VaLR beats its stage-1 model",          "VaLR", "stage 1"),
+        ("VaLR beats more training as text",      "VaLR", "text"),
+        ("VaLR beats latents without alignment",  "VaLR", "lambda=0"),
+        ("latents without alignment beat text",   "lambda=0", "text"),
+    ]),
+    Table("Latents a step, the block that is aligned, and the rollout",
+          column="7B: BLINK, V* at K = 1, 4, 16; at block 4, 12, 27", reference="VaLR",
+          logged=ALIGNED, rows={
+        "VaLR":     "K 58.6, 78.0",
+        "K=4":      "62.0, 85.3; 16: 63.1, 86.4",
+        "block 1":  "4: 59.2, 83.8",
+        "block 4":  "27: 62.8, 85.3; 12: 63.1, 86.4",
+        "one pass": "",
+    }, claims=[
+        ("four latents a step beat one",            "K=4",  "VaLR"),
+        ("the middle block beats an early one",     "VaLR", "block 1"),
+        ("the middle block beats the last",         "VaLR", "block 4"),
+    ]),
+    Table("Interventions on VaLR's latents", column="", reference="VaLR", logged=(), rows={
+        "VaLR":         "",
+        "VaLR/zero":    "no span opens",
+        "VaLR/noise":   "",
+        "VaLR/shuffle": "another example's",
+    }, claims=[
+        ("clean beats noise",       "VaLR", "VaLR/noise"),
+        ("clean beats shuffled",    "VaLR", "VaLR/shuffle"),
+        ("clean beats no span",     "VaLR", "VaLR/zero"),
+    ]),
+], "amvl": [
+    Table("AMVL's objectives", column="7B: V*, HRBench4K, HRBench8K", reference="AMVL",
+          logged=DIVERGED, rows={
+        "base":      "76.44, 68.00, 63.75",
+        "text":      "",
+        "NTP":       "81.15, 70.50, 67.38",
+        "+ forward": "82.72, 72.12, 67.75",
+        "+ reverse": "82.20, 71.75, 67.25",
+        "AMVL":      "84.29, 72.12, 68.50",
+    }, claims=[
+        ("AMVL beats next tokens alone",     "AMVL",      "NTP"),
+        ("the forward term helps",           "+ forward", "NTP"),
+        ("the reverse term helps",           "+ reverse", "NTP"),
+        ("the reverse term helps beside it", "AMVL",      "+ forward"),
+        ("AMVL beats text",                  "AMVL",      "text"),
+        ("the reverse term closes the leakage gap", "+ forward", "AMVL", "val_leakage"),
+    ]),
+    Table("Interventions on AMVL's slots", column="", reference="AMVL", logged=(), rows={
+        "AMVL":         "the prior's mean",
+        "AMVL/zero":    "no slots",
+        "AMVL/noise":   "",
+        "AMVL/shuffle": "another example's",
+    }, claims=[
+        ("clean beats noise",    "AMVL", "AMVL/noise"),
+        ("clean beats shuffled", "AMVL", "AMVL/shuffle"),
+    ]),
+]}
 # fmt: on
 
 # --------------------------------------------------------------------------------------------------
@@ -185,6 +252,7 @@ SCORES = [
 class Study(NamedTuple):
     """The runs that are reported, and what the tables must know of how they were made."""
 
+    name: str  # of TABLES
     lines: dict  # {run: {seed: its line in <results>.jsonl}}
     methods: tuple  # the main runs, trained on `examples` examples
     sizes: tuple  # further numbers of examples that they are trained on; such a run is "GAP n=500"
@@ -379,7 +447,7 @@ PCA_AGAINST_FULL = (("GAP", "LH+DA"), ("LH+PCA", "LH"))  # with difficulty-aware
 
 
 def scores(study, table):
-    """A section of SCORES: accuracies, differences to the reference, verdicts on its claims."""
+    """A section of TABLES: accuracies, differences to the reference, verdicts on its claims."""
     reference = study.named(table.reference)
     cells, absent = [], []
     for starred, last in table.rows.items():
@@ -388,14 +456,16 @@ def scores(study, table):
         if name not in study.lines:
             absent.append(what)
             continue
-        # R2 is the run's, from its training log: an evaluation shows that of its run
-        accuracies = [mean_sd(values(study, what, m)) for m in ("hard", "easy", "val_r2")]
+        # what was logged is the run's: an evaluation shows that of its run
+        measures = ["hard", "easy", *(field for _, field in table.logged)]
+        numbers = [mean_sd(values(study, what, measure)) for measure in measures]
         # the reference against itself, or runs without a common seed: no difference, and no test
         d = difference(study, what, reference) if what != reference else None
         p = p_shown(paired_p(study, what, reference)) if d else ""
-        cells.append([what, len(study.lines[name]), *accuracies, shown(d), p, last])
+        cells.append([what, len(study.lines[name]), *numbers, shown(d), p, last])
     easy = study.easy or "easy"
-    head = ["run", "seeds", "hard", easy, "R2", f"hard, minus {reference}", "p", table.column]
+    logged = [heading for heading, _ in table.logged]
+    head = ["run", "seeds", "hard", easy, *logged, f"hard, minus {reference}", "p", table.column]
 
     # the hard questions, where the claim names no others: only these need latents
     claims = []  # with the star filled in, and the questions
@@ -596,6 +666,15 @@ def where_it_pays(gaps):
 # --------------------------------------------------------------------------------------------------
 # the report
 
+TITLES = {"gap": "The toy's tables", "valr": "VaLR on the toy", "amvl": "AMVL on the toy"}
+MEANINGS = {
+    "gap": "R2 is that of the latents on validation data, teacher-forced.",
+    "valr": "The cosine of latents and their pictures is that of validation data; the rollout's "
+    "error is ||fed - h|| / ||h||.",
+    "amvl": "KL terms are nats a question, of validation data; right are answers all of whose "
+    "tokens are the likeliest, with the posterior's mean in the slots and with the prior's.",
+}
+
 
 def preamble(study, lines):
     """How many runs there are, how they were made, and how to read the tables."""
@@ -606,7 +685,7 @@ def preamble(study, lines):
         f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
         f"`{study.train_args}`, {hard} hard and {easy} easy test questions, greedy. "
         "Accuracies are means over seeds ± their standard deviation. "
-        "R2 is that of the latents on validation data, teacher-forced. "
+        f"{MEANINGS[study.name]} "
         "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
         "p is McNemar's, exact, over the questions of all seeds, "
         "not corrected for the number of tests. "
@@ -616,7 +695,7 @@ def preamble(study, lines):
     if revisions:
         text += f"Revisions: {', '.join(revisions)}."
     return [
-        "# The toy's tables",
+        f"# {TITLES[study.name]}",
         "",
         "Written by `ablate.py` from the lines beside it; do not edit.",
         "",
@@ -633,10 +712,20 @@ def write_tables(path, study):
             distinct[line["key"], line["seed"]] = line
     lines = list(distinct.values())
 
-    # the sections of SCORES, which the others stand between
-    main, variance, interventions, oracle, *beyond = (scores(study, table) for table in SCORES)
-    text = [
-        *preamble(study, lines),
+    sections = [scores(study, table) for table in TABLES[study.name]]
+    if study.name == "gap":
+        body = gap_body(study, sections)
+    else:
+        body = [line for section in sections for line in section]
+    text = [*preamble(study, lines), *body, ""]
+    write_then_rename(path, lambda tmp: tmp.write_text("\n".join(text)))
+    return len(lines)
+
+
+def gap_body(study, sections):
+    """GAP's tables of accuracies, with the sections that no other study has between them."""
+    main, variance, interventions, oracle, *beyond = sections
+    return [
         *diagnosis(study),
         *main,
         "",
@@ -649,7 +738,4 @@ def write_tables(path, study):
         *(line for section in beyond for line in section),
         "",
         *scarcity(study),
-        "",
     ]
-    write_then_rename(path, lambda tmp: tmp.write_text("\n".join(text)))
-    return len(lines)

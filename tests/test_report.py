@@ -32,12 +32,14 @@ def test_interval_against_scipy():
     assert report.mean_interval([0.3]) == (0.3, -float("inf"), float("inf"))
 
 
-def test_every_row_and_claim_names_a_run():
-    names = [name for group in ablate.RUNS for name in group]
+@pytest.mark.parametrize("name", ablate.RUNS)
+def test_every_row_and_claim_names_a_run(monkeypatch, name):
+    monkeypatch.setattr(ablate, "study", name)
+    names = [name for group in ablate.RUNS[name] for name in group]
     assert len(names) == len(set(names))
-    for _, _, rows, reference, claims in report.SCORES:
-        compared = [what for claim in claims for what in claim[1:3]]
-        for what in (*rows, reference, *compared):
+    for table in report.TABLES[name]:
+        compared = [what for claim in table.claims for what in claim[1:3]]
+        for what in (*table.rows, table.reference, *compared):
             name, kind = report.run_and_evaluation(what.replace("*", ablate.star()))
             assert name in names and kind in ablate.evals_of(name)
 
@@ -74,7 +76,7 @@ def study():
             for s, x in lh.items()
         },
     }
-    return Study(lines, tuple(ablate.MAIN), ablate.SIZES, 250, ablate.star(), "1 moves", "")
+    return Study("gap", lines, tuple(ablate.MAIN), ablate.SIZES, 250, ablate.star(), "1 moves", "")
 
 
 def test_what_is_read_of_a_line(study):
