@@ -68,7 +68,8 @@ MAIN = {
     "LH+PCA": NO_DA,
     "GAP":    {},
 }
-VALR = {"method": "valr", "K": 1}  # a panel is one token of the tower
+# a panel is one token of the tower; with gradients stopped at what is fed nothing is learnt here
+VALR = {"method": "valr", "K": 1, "fed_gradient": True}
 AMVL = {"method": "amvl", "K": 8}
 # fmt: on
 
@@ -130,19 +131,20 @@ RUNS = {"gap": [
 # a base that writes chains of thought without latents, "stage 1"; data whose steps have a picture
 "valr": [
     {
-        "stage 1":   None,
-        "text":      {"method": "text"},  # the same steps, without latents
-        "VaLR":      VALR,
-        "lambda=0":  VALR | {"lambda_align": 0.0},
+        "stage 1":  None,
+        "text":     {"method": "text"},  # the same steps, without latents
+        "VaLR":     VALR,
+        "lambda=0": VALR | {"lambda_align": 0.0},
+        "lambda=2": VALR | {"lambda_align": 2.0},
     },
     {
-        "K=4":       VALR | {"K": 4},
-        "block 1":   VALR | {"align_layer": 1},
-        "block 4":   VALR | {"align_layer": 4},  # the last
+        "stopped gradient": VALR | {"fed_gradient": False},
+        "block 1":          VALR | {"align_layer": 1},
+        "block 4":          VALR | {"align_layer": 4},  # the last
     },
     {
-        "one pass":  VALR | {"rollout": 1},
-        "lambda=1":  VALR | {"lambda_align": 1.0},
+        "one pass": VALR | {"rollout": 1},
+        "K=4":      VALR | {"K": 4, "rollout": 4},
     },
 ],
 "amvl": [

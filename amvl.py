@@ -129,7 +129,7 @@ class AMVL(Method):
         """
         p, q = self.prior_of(batch), self.posterior_of(batch)  # (B * K, m)
         z = q.sample(batch["noise"]) if "noise" in batch else q.mean
-        h = self.states(batch, self.head.decode(z), self.latent_id)
+        h = self.states(batch, self.into_slots(z), self.latent_id)
         sums = {
             "ce": self.cross_entropy(h, batch),
             "forward": self.divergence(q.detach(), p),
@@ -137,7 +137,7 @@ class AMVL(Method):
         }
         if "noise" in batch:
             return sums
-        h_prior = self.states(batch, self.head.decode(p.mean), self.latent_id)
+        h_prior = self.states(batch, self.into_slots(p.mean), self.latent_id)
         return sums | {
             "ce_prior": self.cross_entropy(h_prior, batch),
             "right": self.rows_right(h, batch),
@@ -154,6 +154,11 @@ class AMVL(Method):
         at = batch["ids_q"][:, :-1] == self.latent_id
         turned = batch | {"ids": batch["ids_q"], "pos": batch["pos_q"]}
         return gaussian(self.posterior(self.states(turned)[at]))
+
+    def into_slots(self, z):
+        """The embeddings (B * K, d) that z (B * K, m) stands for."""
+        # z is float32, the map's weights may be bfloat16 while they are gathered
+        return self.head.decode(z.to(self.head.decode.weight.dtype))
 
     def divergence(self, a, b):
         """Summed KL(a || b); a slot's counts for no less than free_bits nats [not stated: 0]."""
