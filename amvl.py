@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import LATENT_SPAN, seed_of
-from method import Method
+from method import Method, weights_of
 from model import (
     IGNORE,
     LATENT_PAD,
@@ -200,9 +200,8 @@ class AMVL(Method):
 
     def save(self, folder, weights):
         """latent_head.safetensors: the prior and the map into the slots. No posterior."""
-        prefix = "head."
-        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        save_head(folder, self.head, own, {"tower": tower_fingerprint(self.vlm)})
+        meta = {"tower": tower_fingerprint(self.vlm)}
+        save_head(folder, self.head, weights_of("head", weights), meta)
 
 
 def grown(done, begin, end):

@@ -26,7 +26,7 @@ from data import (
     weights_digest,
 )
 from launch import check_choices
-from method import Method
+from method import Method, idle, weights_of
 from model import (
     HEADS,
     LATENT_PAD,
@@ -296,10 +296,9 @@ class GAP(Method):
         h = self.states(batch, fed, self.latent_id)  # (B, T - 1, d)
         ce = self.cross_entropy(h, batch)
         if not len(v):
-            # the head stays in the graph: FSDP wants the same gradients on every rank
-            idle = sum(p.sum() for p in self.head.parameters()) * 0.0
             zero = ce.new_zeros(())
-            return {"ce": ce + idle, "latent": zero, "norm_predicted": zero, "norm_target": zero}
+            ce = ce + idle(self.head)
+            return {"ce": ce, "latent": zero, "norm_predicted": zero, "norm_target": zero}
         with torch.no_grad():  # logged, not trained
             norm_predicted = self.head(h[at]).float().norm(dim=-1).sum()
             norm_target = v.float().norm(dim=-1).sum()
@@ -338,6 +337,4 @@ class GAP(Method):
 
     def save(self, folder, weights):
         """latent_head.safetensors, what `generate` asks for the next latent."""
-        prefix = "head."
-        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        save_head(folder, self.head, own, self.meta)
+        save_head(folder, self.head, weights_of("head", weights), self.meta)

@@ -147,6 +147,17 @@ class Method(nn.Module):
         """Write the method's own files beside the exported model; weights are by full name."""
 
 
+def weights_of(name, weights):
+    """The weights of the submodule `name`, by their names in it, of those that `save` is given."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def idle(module):
+    """0, with a gradient of 0 for each weight: FSDP wants the same gradients on every rank."""
+    return sum(p.sum() for p in module.parameters()) * 0.0
+
+
 def cross_entropy(h, labels, lm_head, chunk=512):
     """Summed cross-entropy of states h (N, d) against labels (N), in checkpointed chunks.
 

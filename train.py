@@ -597,12 +597,12 @@ def main():
         if step + 1 < total:
             ahead = loader.submit(load, step + 1)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
-        weights = model.weights(step, total)
+        weights, reported = model.weights(step, total), model.report(means)
         # a line of log.jsonl
         row = {
             "step": step + 1,
             "loss": sum(weight * means.get(name, 0.0) for name, weight in weights.items()),
-            **model.report(means),
+            **reported,
             "grad_norm": norm,
             "lr": lr_at(step, total, lr),
             "peak_gib": peak_memory(device) / 2**30,
@@ -614,7 +614,7 @@ def main():
             row |= validate(model, val_rows, device)
         if rank == 0:
             append(log, row)
-            bar.set_postfix_str(" ".join(f"{k} {row[k]:.3f}" for k in ("ce", "r2") if k in row))
+            bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in list(reported.items())[:3]))
             if "val_ce" in row:
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         bar.update()

@@ -26,7 +26,7 @@ from data import LATENT_SPAN, file_digest, key_of, weights_digest
 from encoders import FolderEncoder, OwnEncoder
 from images import open_image, usable_rows
 from launch import pick_device
-from method import Method
+from method import Method, idle
 from model import LATENT_PAD, StateHead, add_latent_tokens, encode, save_head, tower_fingerprint
 
 PSI_WIDTH = 2048  # of psi's two hidden layers [REPA, which the paper cites; its own is not stated]
@@ -121,10 +121,9 @@ class VaLR(Method):
         h, early = self.states_and_block(batch, fed)
         ce = self.cross_entropy(h, batch)
         if not batch["picture_of"]:
-            # psi stays in the graph: FSDP wants the same gradients on every rank
-            idle = sum(p.sum() for p in self.psi.parameters()) * 0.0
             zero = ce.new_zeros(())
-            return {"ce": ce + idle, "align": zero, "fed_error": zero, "fed_energy": zero}
+            ce = ce + idle(self.psi)
+            return {"ce": ce, "align": zero, "fed_error": zero, "fed_energy": zero}
         f = early[batch["ids"] == self.latent_id]  # (M, d)
         f = f.unflatten(0, (-1, self.head.K))  # (N, K, d), spans in reading order
         with torch.no_grad():  # logged, not trained
