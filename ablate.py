@@ -138,13 +138,13 @@ RUNS = {"gap": [
         "lambda=2": VALR | {"lambda_align": 2.0},
     },
     {
-        "stopped gradient": VALR | {"fed_gradient": False},
+        "K=4":              VALR | {"K": 4, "rollout": 4},
         "block 1":          VALR | {"align_layer": 1},
-        "block 4":          VALR | {"align_layer": 4},  # the last
+        "stopped gradient": VALR | {"fed_gradient": False},
     },
     {
+        "block 4":  VALR | {"align_layer": 4},  # the last
         "one pass": VALR | {"rollout": 1},
-        "K=4":      VALR | {"K": 4, "rollout": 4},
     },
 ],
 "amvl": [
