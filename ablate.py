@@ -68,9 +68,9 @@ MAIN = {
     "LH+PCA": NO_DA,
     "GAP":    {},
 }
-# a panel is one token of the tower; with gradients stopped at what is fed nothing is learnt here
-VALR = {"method": "valr", "K": 1, "fed_gradient": True}
-AMVL = {"method": "amvl", "K": 8}
+# a panel is one token of the tower; the toy needs more alignment than the paper's 0.5
+VALR = {"method": "valr", "K": 1, "fed_gradient": True, "lambda_align": 2.0}
+AMVL = {"method": "amvl", "K": 4}
 # fmt: on
 
 
@@ -135,16 +135,16 @@ RUNS = {"gap": [
         "text":     {"method": "text"},  # the same steps, without latents
         "VaLR":     VALR,
         "lambda=0": VALR | {"lambda_align": 0.0},
-        "lambda=2": VALR | {"lambda_align": 2.0},
     },
     {
-        "K=4":              VALR | {"K": 4, "rollout": 4},
-        "block 1":          VALR | {"align_layer": 1},
+        "lambda=0.5": VALR | {"lambda_align": 0.5},
+        "K=4":        VALR | {"K": 4, "rollout": 4},
+        "block 1":    VALR | {"align_layer": 1},
+    },
+    {
         "stopped gradient": VALR | {"fed_gradient": False},
-    },
-    {
-        "block 4":  VALR | {"align_layer": 4},  # the last
-        "one pass": VALR | {"rollout": 1},
+        "block 4":          VALR | {"align_layer": 4},  # the last
+        "one pass":         VALR | {"rollout": 1},
     },
 ],
 "amvl": [

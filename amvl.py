@@ -39,9 +39,9 @@ from model import (
 # and at which it is whole, linearly between [the order is stated, the numbers are not]
 BETA_GROWS = 0.0, 0.2
 GAMMA_GROWS = 0.2, 0.4
-LOG_VARIANCE = (
-    10.0  # of a z, at most and, negative, at least: without a KL term it has no end [ours]
-)
+# of both distributions at the start: at 0 their noise drowns what the slots could say [not stated]
+LOG_VARIANCE_AT_START = -5.0
+LOG_VARIANCE = 10.0  # its bound, both ways: without a KL term it has no end [ours]
 
 
 class Gaussian(NamedTuple):
@@ -83,6 +83,8 @@ class AMVL(Method):
         # the prior, and the way from z into a slot: all that a test needs
         self.head = SlotHead(d, settings["K"], settings["slot_dim"])
         self.posterior = nn.Linear(d, 2 * self.head.m)
+        for linear in (self.head.prior, self.posterior):
+            nn.init.constant_(linear.bias[self.head.m :], LOG_VARIANCE_AT_START)
 
     # --- how a row becomes numbers: [x, slots, y], and for the posterior [x, y, slots]
 

@@ -9,6 +9,7 @@ names two of nine pieces, so a guess is right once in 72.
     python toy.py data     write out/toy/{train,val,test}.jsonl and their images
     python toy.py data --form=steps --data_folder=out/steps     as a chain of thought: a span and a
                            panel a move, whose texts name the move and not where the dot is
+    python toy.py data --form=place --data_folder=out/place     "Where is the dot?": one word
     python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
 """
 
@@ -39,7 +40,7 @@ from model import IGNORE, embed, load_vlm, positions
 # --------------------------------------------------------------------------------------------------
 seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
-form = "storyboard"  # one picture of all moves; or steps: a picture a move
+form = "storyboard"  # one picture of all moves; steps: a picture a move; place: another question
 n_train = 6000  # examples
 n_val = 200
 n_test = 1000
@@ -108,9 +109,9 @@ def storyboard(path):
     return [path[max(0, first + i)] for i in range(4)]
 
 
-def question_of(names, path):
+def question_of(names, path, asked="Which two pieces does the dot reach last?"):
     moves = ", ".join(names)
-    return f"Start at {PLACES[path[0]]}. Moves: {moves}. Which two pieces does the dot reach last?"
+    return f"Start at {PLACES[path[0]]}. Moves: {moves}. {asked}"
 
 
 def steps_of(names):
@@ -200,20 +201,22 @@ def write_split(folder, split, n):
         n_moves = (1, 2, 3, 4, 1)[i % 5]  # two in five can be answered at once
         names, path = new_path(rng, n_moves)
         draw_board(board).save(images / f"{i}.png")
+        question, answer = question_of(names, path), answer_of(board, path)
+        if form == "place":
+            question, answer = question_of(names, path, "Where is the dot?"), PLACES[path[-1]]
         if form == "steps":
             pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
         else:
             pictures, think = [draw_storyboard(path)], FOLLOW
         aux = []
         for k, picture in enumerate(pictures):
-            name = f"{split}/{i}-aux.png" if form == "storyboard" else f"{split}/{i}-aux-{k}.png"
+            name = f"{split}/{i}-aux-{k}.png" if form == "steps" else f"{split}/{i}-aux.png"
             picture.save(folder / name)
             aux.append(name)
-        answer = answer_of(board, path)
         row = {
             "id": f"{split}-{i}",
             "images": [f"{split}/{i}.png"],
-            "question": question_of(names, path),
+            "question": question,
             "answer": answer,
             "response": f"<think> {think} </think> <answer> {answer} </answer>",
             "aux_images": aux,
@@ -225,7 +228,7 @@ def write_split(folder, split, n):
 
 def write_data():
     """Write the three splits."""
-    check_choices(globals(), form=("storyboard", "steps"))
+    check_choices(globals(), form=("storyboard", "steps", "place"))
     for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
         write_split(Path(data_folder), split, n)
 

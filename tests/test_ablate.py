@@ -75,3 +75,30 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     assert tables.read_text() == table
     assert "no such run 'gpa'" in run("ablate.py", *args, "--only=gpa", ok=False)
     assert "needs 99" in run("ablate.py", *args, "--only=GAP", "--examples=99", ok=False)
+
+
+def test_a_study_of_another_paper(tmp_path, base, world):
+    """No targets and no difficulty are made for it; its table shows what its method logs."""
+    run(
+        "ablate.py",
+        "--study=amvl",
+        "--only=base,+ forward",
+        "--seeds=1",
+        f"--base={base}",
+        f"--data={world}/train.jsonl",
+        f"--val_data={world}/val.jsonl",
+        f"--test_data={world}/test.jsonl",
+        f"--out={tmp_path}/out",
+        f"--results={tmp_path}/amvl",
+        "--examples=0",
+        "--train_args=--max_steps=1 --global_batch=4",
+        "--eval_args=--max_new_tokens=8",
+        "--probe_args=--limit=3 --max_new_tokens=8",
+    )
+    untrained, forward = read_lines(tmp_path / "amvl.jsonl")
+    assert untrained["settings"]["run"] is None and forward["settings"]["run"]["gamma"] == 0
+    gap = forward["val_right_posterior"] - forward["val_right_prior"]
+    assert abs(forward["val_leakage"] - gap) < 1e-6
+    table = (tmp_path / "amvl.md").read_text()
+    assert "# AMVL on the toy" in table and "| + forward | 1 |" in table and "KL(q, p)" in table
+    assert not list((tmp_path / "out").glob("*/pca-*"))
