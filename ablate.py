@@ -156,6 +156,10 @@ RUNS = {"gap": [
         "+ reverse": AMVL | {"beta": 0.0},
         "AMVL":      AMVL,
     },
+    {
+        "gamma=1e-6": AMVL | {"gamma": 1e-6},
+        "gamma=1e-5": AMVL | {"gamma": 1e-5},
+    },
 ]}
 
 # What an evaluation changes of the defaults of eval.py.

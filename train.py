@@ -100,8 +100,8 @@ rollout = 0  # of valr: passes before the trained one; 0: as many as latents, wh
 fed_gradient = False  # of valr: gradients go through the last of these passes [paper: not stated]
 query_span = False  # of valr: a row of one image and no span has one first, its image the target
 slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [paper]
-beta = 0.01  # of amvl: weight of KL(sg[q] || p) [paper: not stated]
-gamma = 0.003  # of amvl: weight of KL(sg[p] || q), smaller [paper: not stated]
+beta = 1e-5  # of amvl: weight of KL(sg[q] || p) [paper: not stated]
+gamma = 3e-6  # of amvl: weight of KL(sg[p] || q), smaller [paper: not stated]
 free_bits = 0.0  # of amvl: nats of a slot that both terms leave alone [ours]
 # all methods
 epochs = 2  # [paper]
