@@ -321,6 +321,25 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
     assert "aux_images" in text
 
 
+def test_a_rank_may_have_no_latents(tmp_path, base, steps):
+    """Rows mostly of text, gradients through what is fed: all ranks still meet in every pass."""
+    rows = load_examples(steps / "train.jsonl")
+    for i, row in enumerate(rows):
+        if i % 4:
+            row["response"], row["aux_images"] = strip_latents(row["response"]), []
+    write_lines(tmp_path / "train.jsonl", rows)
+    more = [f"--data={tmp_path}/train.jsonl", "--fed_gradient=1", "--rollout=2", "--max_steps=2"]
+    run("train.py", *args_of(base, steps, tmp_path / "one", *more))
+    more += ["--token_budget=1"]
+    run("train.py", *args_of(base, steps, tmp_path / "two", *more), ranks=2)
+    one, two = (logged(tmp_path / name)[1:] for name in ("one", "two"))
+    assert any("cosine" in row for row in one)
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for field in ("loss", "ce", "grad_norm"):
+            assert b[field] == pytest.approx(a[field], rel=2e-3), field
+
+
 def test_what_a_run_leaves(base, trained):
     """No psi and no encoder beside the model; a head without weights that says what it is."""
     with safe_open(trained / "latent_head.safetensors", "pt") as f:
