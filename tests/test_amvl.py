@@ -5,13 +5,15 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PIXELS, examples, logged, run
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, kl_divergence
 
 import train
 from amvl import AMVL, LOG_VARIANCE, Gaussian, gaussian, grown, kl
-from generate import generate, make_prompts
+from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts
 from launch import settings_of
 from model import IGNORE, SlotHead, embed, latent_ids, load_head, load_processor, load_vlm
 
@@ -101,9 +103,7 @@ def test_sums_are_those_of_naive_passes(base, world):
         ).last_hidden_state
         labels = batch["labels"][i, 1:]
         logits = model.vlm.lm_head(out[0, :-1])
-        ce += float(
-            torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        )
+        ce += float(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
     assert float(sums["ce"]) == pytest.approx(ce, rel=1e-4)
     assert float(sums["forward"]) == pytest.approx(forward, rel=1e-4)
     assert float(sums["reverse"]) == pytest.approx(reverse, rel=1e-4)
@@ -280,7 +280,7 @@ def test_rows_right_counts_whole_rows(base, world):
 
     class Says(torch.nn.Module):
         def forward(self, h):
-            return torch.nn.functional.one_hot(h.long()[:, 0], len(model.tokenizer) + 5)
+            return F.one_hot(h.long()[:, 0], len(model.tokenizer) + 5)
 
     vlm.lm_head = Says()
     assert model.rows_right(said[..., None].float(), batch, chunk=4) == 2
@@ -367,9 +367,6 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_head_is_refused(tmp_path, trained, name):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     folder = tmp_path / "model"
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("ckpt"))
     path = folder / "latent_head.safetensors"
@@ -390,15 +387,18 @@ def test_the_other_stages_take_it(tmp_path, world, trained):
     run("eval.py", *data, f"{out}/clean", "--save_latents=1")
     latents = sorted((tmp_path / "clean" / "latents").iterdir())
     assert len(latents) == 12 and load_file(latents[0])["latents"].shape[0] == 8
-    for kind, more in (
-        ("noise", []),
-        ("zero", []),
-        ("shuffle", [f"--donor={tmp_path}/clean/latents"]),
-    ):
-        run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", *more)
-    for kind in ("mean", "oracle", "oracle_pca"):
-        text = run("eval.py", *data, f"{out}/{kind}", f"--intervention={kind}", ok=False)
-        assert "needs the PCA" in text
+    donor = f"--donor={tmp_path}/clean/latents"
+    run("eval.py", *data, f"{out}/shuffle", "--intervention=shuffle", donor)
+    fed = load_file(latents[1])["latents"]
+    head = load_head(trained, *load_vlm(trained), 1)
+    for kind in INTERVENTIONS:
+        if kind in ("mean", "oracle", "oracle_pca"):
+            with pytest.raises(SystemExit, match="needs the PCA"):
+                check_intervention(kind, head)
+    # noise has the norm of what it stands for
+    noise = intervene("noise", head, fed, torch.randn(fed.shape))
+    close(noise.norm(dim=-1), fed.norm(dim=-1))
+    assert F.cosine_similarity(noise, fed).abs().max() < 0.5
     run("probe.py", *data, f"{out}/probe")
     text = run("infer.py", data[0], f"--images={world}/test/3.png", "--question=Where?")
     assert "⟨latent x8⟩" in text
