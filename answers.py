@@ -2,43 +2,89 @@
 
 One rule reads every model's answer, tagged or not, and it never guesses: a text that names no
 answer has none. `extract_answer` reads; `is_correct` and the check_ functions compare with the
-gold answer.
+gold answer. To see how a new model's answers are read:
+
+    python answers.py FILE.jsonl    # rows of {"raw", "gold"} with "options" or "kind"
 """
 
+import itertools
 import math
+import os
 import re
 import string
+from collections import defaultdict
+from pathlib import Path
 
-# what a model writes for itself: latents, what it read in them, and Monet's spans
-SPANS = re.compile(
-    r"<(latent|parser|observation)>.*?</\1>|<abs_vis_token>.*?</abs_vis_token>", re.DOTALL
-)
-DECLARED = re.compile(r"answer\s*(?:is|:)\s*(.+)", re.IGNORECASE)
-# 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or -2
-NUMBER = re.compile(
-    r"(?:(?<![\w.^)])-)?(?<![\w.^])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.^])-?\.\d+"
-)
-WORDS = "zero one two three four five six seven eight nine ten"
-COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS.split())}
+# --------------------------------------------------------------------------------------------------
+# a text as its reader sees it
+
+# full-width forms of ASCII, and what Chinese and typesetters write for a sign of ASCII
+UNICODE = {0xFF01 + i: 0x21 + i for i in range(94)}
+UNICODE |= str.maketrans("−–∶“”‘’【】\u3000\xa0", "--:\"\"''[]  ")
+UNICODE |= str.maketrans({"。": ". ", "、": ", ", "²": "^2", "³": "^3"})
+# letters in circles and brackets, which below stand for options and for nothing else
+UNICODE |= {ord(first) + i: ord("A") + i for first in "Ⓐⓐ⒜" for i in range(26)}
+
+WRAPPED = r"\\(?:text|math)(?:rm|bf|it|sf|tt)? ?\{([^{}]*)\}"  # \text{B}, \mathbf{B}
+MARKUP = r"`{3,}\w*|<[a-z]\w+>|</\w+>|<\|\w+\|>"  # fences, tags, a chat template's tokens
+LAYOUT = [
+    (re.compile(pattern, re.IGNORECASE), seen)
+    for pattern, seen in (
+        (r"<<|>>", " "),  # before the tags: "<<blue>>" holds none
+        (MARKUP, "\n"),
+        (WRAPPED, r"\1"),
+        (r"\\sqrt ?\{(\w+)\}", r"√\1"),
+        (r"\\[dt]?frac ?\{([\w.√]+)\} ?\{([\w.√]+)\}", r"\1/\2"),
+        (r"\\pi(?![a-z])", "π"),
+        (r"\^ ?\{?\\circ\}?|\\degree", "°"),
+        (r"\{,\}", ","),
+        (r"\\[()\[\],;:! ]|\\q?quad|\\?\$|[~`#]", " "),
+        (r"(?<![\d)])\*+|\*+(?![\d(*])", " "),  # **bold**; but 2*3 is a product
+        (r"\\([%&])", r"\1"),
+        (r"[^\S\n]+", " "),
+        (r"\s*\n\s*", "\n"),
+    )
+]
+
+
+def plain(text):
+    r"""A text without its layout: "**Answer:** $\text{Ｂ}$" is "Answer: B"."""
+    text = text.translate(UNICODE)
+    for pattern, seen in LAYOUT:
+        text = pattern.sub(seen, text)
+    return text.strip()
+
 
 # --------------------------------------------------------------------------------------------------
 # tags: where in the output is the answer?
 
+# what a model writes for itself: latents, what it read in them, and Monet's spans
+SPANS = re.compile(
+    r"<(latent|parser|observation|abs_vis_token)>(?:(?!<\1>).)*?</\1>",  # none runs over another
+    re.DOTALL,
+)
+
+
+def last_box(text):
+    r"""(start, end) of the content of the last balanced \boxed{...}, or None."""
+    opened, closed = [], []
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[1]))
+        elif opened:
+            start, is_box = opened.pop()
+            if is_box:
+                closed.append((start, brace.start()))
+    # models box intermediate values, too; a box that a cut-off output leaves open is none
+    return max(closed, default=None)
+
 
 def boxed(text):
     r"""The content of the last balanced \boxed{...}, or None."""
-    # models box intermediate values, too: the last box is the answer
-    starts = [m.end() for m in re.finditer(r"\\boxed\s*\{", text)]
-    for start in reversed(starts):  # a box that a cut-off output leaves open is none
-        depth = 1
-        for i in range(start, len(text)):
-            if text[i] == "{":
-                depth += 1
-            elif text[i] == "}":
-                depth -= 1
-            if depth == 0:
-                return re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", text[start:i])
-    return None
+    place = last_box(text)
+    if place is None:
+        return None
+    return re.sub(WRAPPED, r"\1", text[slice(*place)])
 
 
 def tagged(text):
@@ -46,163 +92,440 @@ def tagged(text):
 
     How: "answer", "boxed"; or, with None before it, "truncated" (a thought that never ends) or "".
     """
+    # We-Math asks for "<Thought process>: <<...>> <Answer>: <<B>>"
+    text = re.sub(r"<thought process>\s*:", "<think>", text, flags=re.IGNORECASE)
+    text = re.sub(r"<answer>\s*:", "</think><answer>", text, flags=re.IGNORECASE)
     # an output that was cut off inside its thought says nothing yet
     still_thinking = text.rfind("<think>") > text.rfind("</think>")
     said = SPANS.sub(" ", text.rpartition("</think>")[2])
     # the last answer counts: models change their minds, and some forget to close the tag
-    _, tag, inside = said.rpartition("<answer>")
-    inside = inside.split("</answer>")[0]  # all of `said` where there is no tag
+    *tags, inside = re.split("<answer>", said, flags=re.IGNORECASE)
+    inside = re.split("</answer>", inside, flags=re.IGNORECASE)[0]  # all of it without a tag
     box = boxed(inside)
-    if tag and box is None:
+    if tags and box is None:
         return said, inside.strip(), "answer"
     if box is not None:
-        return said, box.strip(), "answer" if tag else "boxed"
+        return said, box.strip(), "answer" if tags else "boxed"
     return said, None, "truncated" if still_thinking else ""
 
 
 # --------------------------------------------------------------------------------------------------
-# letters: which option does a text choose? Each rule takes (text, {letter: text of the option})
+# options as signs, so that no rule need know what an option is called: from here on Ⓑ is the letter
+# B, ⒝ the text of option B, (Ⓑ⒝) both, and all else are words
+
+
+def any_of(words):
+    """The pattern of any of these words; "_" is the space within one."""
+    return f"(?:{'|'.join(words.split())})".replace("_", r"\x20")
+
+
+LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
+SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?"
+# options that are named together
+AND = r"(?:,? (?:and|or|nor|to|&) (?:option |choice )?|, ?| ?/ ?| ?(?:和|与|及|或|还是) ?| )"
+TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}(?! (?:is|was|has)\b))+")
+
+# what may not stand beside a mention: "art" is not in "start", nor 5 in 15, 1.5 and 5 + 2
+WORD_EDGES = r"(?<![A-Za-z0-9_])(?<!\w-)", r"(?![A-Za-z0-9_]|-\w)"
+NUMBER_EDGES = (
+    r"(?<![A-Za-z0-9_^√/-])(?<!\d[.,:+*×÷])(?<!\d [-+*/×÷:] )",
+    r"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷^=:] ?\d)",
+)
+# a variable is no letter of an option: "A = 5", "A(1, 2)", "∠A"
+LETTER_EDGES = r"(?<![A-Za-z0-9_°∠△^])(?<!\w[-.'])", r"(?![A-Za-z0-9_^+]|['-]\w| ?=|\(\d)"
+BESIDE = any_of("in on at of for from between among than near next_to behind above below by")
+# nor is the article that opens a sentence, "A dog"; but no article stands before one of these words
+NO_NOUN = any_of(
+    "is are was were has had would should could does looks seems appears and or nor but because as "
+    f"since so to with when while where which that then only also not {BESIDE}"
+)
+ARTICLE = rf"(?<![A-Za-z,;] )A (?!{NO_NOUN}\b)[a-z]"
+# a small letter is one in brackets, with a mark at the start, and at the end of a declaration
+SMALL = (
+    r"(?:(?<=\()(?=\w\))|\A(?=\w[).:](?:\s|\Z))"
+    r"|(?:(?<= is )|(?<=: )|(?<=ption ))(?=\w(?:[.,;:!)\n]|\Z)))"
+)
+# where options are numbers, one that is none of them has a sign, too, but for a step's
+OTHER_NUMBER = "⒵"
+STEP = re.compile(r"^[^\w\n]*(?:step )?\d{1,2}[.):] (?=\w)|\bstep \d+", re.I | re.M)
+
+WORDS = "zero one two three four five six seven eight nine ten"
+COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS.split())}
+
+
+def marked(text, options):
+    """The text with a sign for each mention of an option {letter: text}.
+
+    "(B) blue, or green" is "(Ⓑ⒝⒞)": what is named together stands together.
+    """
+    patterns = {letter: option_pattern(letter, options) for letter in options}
+    # the longest first: "dark red" is not "red"
+    told = [letter for letter in options if patterns[letter]]
+    told.sort(key=lambda letter: len(options[letter]), reverse=True)
+    kinds = []
+    for x in told:
+        letter = rf"(?<![A-Za-z0-9_'])(?:{x}\)?|{x.lower()}[).:])[ .:,([-]{{1,4}}(?:the |an? )?"
+        kinds.append(rf"(?P<{x}both>\(?{letter}{patterns[x]}\)?)")
+    for x in told:
+        kinds.append(f"(?P<{x}text>{patterns[x]})")
+    letters = "".join(options)
+    before, after = LETTER_EDGES
+    kinds.append(f"(?P<letter>{SMALL}[{letters.lower()}]|{before}(?!{ARTICLE})[{letters}]{after})")
+    if any(NUMBERS.fullmatch(bare_value(option)) for option in options.values()):
+        before, after = NUMBER_EDGES
+        kinds.append(rf"(?P<other>{before}\d+(?:\.\d+)?{after})")
+    said = re.sub("|".join(kinds), sign, STEP.sub("", text))
+    return TOGETHER.sub(together, said)
+
+
+def sign(mention):
+    """The sign of a mention."""
+    kind = mention.lastgroup
+    if kind == "other":
+        return OTHER_NUMBER
+    option = mention[0].upper() if kind == "letter" else kind[0]
+    letter, text = (chr(ord(first) + ord(option) - ord("A")) for first in "Ⓐ⒜")
+    if kind == "letter":
+        return letter
+    return f"({letter}{text})" if kind.endswith("both") else text
+
+
+def together(mentions):
+    signs = signs_in(mentions[0])
+    # a model that runs in circles says nothing
+    return f"({signs})" if len(signs) < 10 else ""
+
+
+def option_pattern(letter, options):
+    """A pattern of an option's text, whatever its spaces; "" where that says too little."""
+    option = option_words(options[letter])
+    # "a" is in most sentences
+    if len(option) < 2 and not option.isdigit():
+        return ""
+    parts = re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_", option)
+    said = [r"\s?".join(map(re.escape, parts))]
+    said += [word for word, digit in COUNT_WORDS.items() if digit == option and word != "one"]
+    # "yes" stands for the one option that opens with it, as in "Yes, it is"
+    if parts[0] in ("yes", "no"):
+        alike = [x for x in options.values() if re.match(rf"{parts[0]}\b", option_words(x))]
+        said += parts[:1] if len(alike) == 1 else []
+    if option == "one":  # "the last one" counts nothing
+        said = ["(?:(?<=is )|(?<=only )|(?<=exactly ))one(?! of)"]
+    before, _ = NUMBER_EDGES if parts[0][-1].isdigit() else WORD_EDGES
+    _, after = NUMBER_EDGES if parts[-1][-1].isdigit() else WORD_EDGES
+    return f"(?i:{before}(?:{'|'.join(said)}){after})"
+
+
+def option_words(option):
+    """An option's text in lower case, without an article before it and a full stop after it."""
+    return re.sub(r"^(?:the|an?|it) (?=\w)", "", plain(option).lower()).strip(" .,;:!?")
+
+
+def signs_in(said, kind=ANY):
+    return "".join(re.findall(kind, said))
+
+
+def only(said):
+    """The one letter, as a capital, that all signs of a text mean; None if there is none."""
+    # two letters choose nothing, and one that is named twice is one
+    found = {chr(ord("A") + (ord(x) - ord("Ⓐ")) % 26) for x in signs_in(said)}
+    return found.pop() if len(found) == 1 else None
+
+
+# --------------------------------------------------------------------------------------------------
+# what a text with signs says of them
+
+RUN = rf"\(?(?<!{ANY}){ANY}++\)?"  # options that are named together, or one
+LETTERS = rf"\(?(?<!{ANY})(?:{LETTER}++(?!{TEXT})|{OTHER_NUMBER})\)?"  # without a text
+NOUN = "(?:option|choice|answer)"
+CLEARLY = r"(?: \w+ly| also| thus| therefore| indeed)?"
+
+
+def any_pattern(*kinds):
+    return re.compile("|".join(kinds), re.IGNORECASE | re.MULTILINE)
+
+
+NOT = any_of(
+    r"\b(?:not|never|neither|nor|except|unlike|cannot|rather_than|instead_of)\b n't\b rul\w+_out "
+    rf"eliminat\w+ exclud\w+ (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
+    "不是 不选 而非 并非 排除"
+)
+WRONG = any_of(
+    r"wrong incorrect false impossible eliminated excluded ruled_out (?:no|not)(?=[.,;\n]|\Z) "
+    rf"not_(?:the_|an?_)?(?:correct|right|{NOUN})"
+)
+DENIED = any_pattern(
+    # neither A nor B; I do not think that it is A; the wrong option is A
+    rf"{NOT}(?:[ :]{{1,3}}(?!but\b)\w++){{0,4}}[ :]{{0,3}}{RUN}",
+    # A is clearly wrong; option A can be excluded; A: wrong; A does not fit
+    rf"{RUN}(?:(?: {NOUN})? (?:is|are|was|were|can be){CLEARLY}|:) {WRONG}(?!\w)",
+    rf"{RUN}(?: {NOUN})? (?:(?:can ?not|can't) be|(?:do|does)(?: not|n't) (?:match|fit|work))\b",
+    rf"{RUN}(?:选项|项)?(?:是?错误|是?错的|不正确|不对|不符)",
+)
+# it can not be told, and all that the sentence says after that
+REFUSED = any_pattern(
+    r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
+    r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
+    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
+    r"(?:(?!\bbut\b)[^.!?\n])*"
+)
+QUESTION = re.compile(r"(?<![^.!?\n])[^.!?\n]*+\?")
+
+# "the answer to this", "my option" - "is", ":" - "clearly the option" and the option
+ANSWER = (
+    r"(?:(?<!each )(?<!every )(?<!any )(?<!other )(?<!possible )(?<!to )\bans(?:wer)?\b"
+    r"(?! (?:choice|option)s)|"
+    r"(?:^|\b(?:the|my|correct|right|best|final|chosen) )(?:option|choice)\b)"
+)
+IS = r"(?:[^.!?:\n⒜-Ⓩ]{0,40}?\b(?:is|was|be)\b|(?: \w+){0,3} ?(?:[:=]| -)|\n|)"
+HEDGE = any_of(
+    "the an? that it is must should would be either both clearly definitely probably likely most "
+    f"therefore thus indeed just letter number figure image shape point box panel {NOUN} 选项"
+)
+OPTION = rf"[\s:=\"'\[{{<-]{{0,9}}(?:{HEDGE}[ :]{{1,2}}){{0,5}}[\"'\[{{<]{{0,2}}{RUN}"
+DECLARED = any_pattern(
+    ANSWER + IS + OPTION,
+    rf"\b(?:choose|chose|select(?:ed)?|pick(?:ed)?|go(?:ing)? with)\b{OPTION}",
+    # B is clearly the best choice
+    rf"{RUN}(?: {NOUN})? (?:is|(?:must|would|should) be){CLEARLY}(?: the| an?)?(?: most| best)? "
+    rf"(?:correct|right|best|true|answer|accurate|plausible|likely)(?: one| {NOUN})?"
+    r"(?=[.,;:!)\n]|\Z| (?:because|since|as|for|based|here)\b)",
+    # 正确答案是B; 故选B; B选项正确
+    rf"答案[^.,;\n⒜-Ⓩ]{{0,8}}{RUN}",
+    rf"选(?:择|项[是为:])?[ :]{{0,2}}(?:选项)?{RUN}",
+    rf"{RUN}(?:选项|项)?是?(?:正确|对的)",
+)
+CONCLUSION = any_pattern(
+    r"\b(?:so(?! (?:that|many|much)\b)|thus|hence|therefore|consequently|finally)\b",
+    "所以|因此|综上",
+)
+
+# what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
+REASON = any_pattern(r"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为)[^.,;\n]*")
+NAME = rf"(?!(?:{NOUN}|letter|is|was|are|be|so|and|or|nor|thus|hence|then|that)\b)[a-z]+"
+PLACE = any_pattern(rf"\b{BESIDE}(?: {NAME}){{0,2}} {LETTERS}")
+THING = any_pattern(rf"\b{NAME} {LETTERS}")
+
+# an item of a list of options opens a line and goes on, or has a mark and opens a sentence
+ITEM = any_pattern(
+    rf"^[^\w⒜-Ⓩ\n]{{0,4}}(?:{NOUN} )?\(?({LETTER})(?![).:]*$){TEXT}?[).:]*",
+    rf"(?<=[.;:,!?] )\(?({LETTER}){TEXT}?[).:]",
+)
+LISTED = re.compile(rf"\(Ⓐ⒜(?:{LETTER}{TEXT})+\)")  # (A) red, (B) blue
+SENTENCE_END = re.compile(r"[.!?;](?=\s|\Z)|\n|\Z")
+
+# how a text opens: with all of an option, "C. blue." and "No, it is", or with C alone on a line ...
+OPENING = any_pattern(rf"\(?{LETTER}?{TEXT}\)?(?=[.,;:!\n]|\Z)", rf"\(?{LETTER}\)?(?=[.:]?\n)")
+# ... or with a letter, as a mark, "C. It is", or as the subject, "C is"
+LEADING = any_pattern(rf"(?:{NOUN} )?\(?{LETTER}(?P<mark>[).:,]{{1,2}})?(?=\s)")
+
+
+def without_denied(said):
+    """A text without the options that it denies, and what it said of them before."""
+    denied = {}  # sign: where it was denied last
+    for m in DENIED.finditer(said):
+        denied |= dict.fromkeys(signs_in(m[0]), m.end())
+    return re.sub(ANY, lambda m: m[0] if m.start() >= denied.get(m[0], 0) else "", said)
+
+
+def without_lists(said):
+    """A text without the items of its lists, A, B, ..., each to the end of its sentence."""
+    said = LISTED.sub(" ", said)
+    items = list(ITEM.finditer(said))
+    listed = []
+    for run in re.finditer("Ⓐ[Ⓑ-Ⓩ]+", "".join(item[1] or item[2] for item in items)):
+        in_order = len(os.path.commonprefix([run[0], "ⒶⒷⒸⒹⒺⒻⒼⒽⒾⒿ"]))
+        listed += items[run.start() :][: in_order if in_order > 1 else 0]  # a lone "A." is no list
+    kept, end = [], 0
+    for item, after in itertools.zip_longest(listed, listed[1:]):
+        kept.append(said[end : item.start()])
+        end = SENTENCE_END.search(said, item.end(), after.start() if after else len(said)).start()
+    return "".join([*kept, said[end:]])
+
+
+def without_passing(told):
+    """A text without what it names in passing."""
+    return PLACE.sub(" ", REASON.sub(" ", told))
+
+
+# --------------------------------------------------------------------------------------------------
+# letters: which option does a text choose? Each rule takes a text with signs, and returns the part
+# whose signs it reads
 
 
 def find_letter(text, options):
     """(the letter of `options` {letter: text} that a text chooses, the rule that found it).
 
-    The first rule that finds a letter decides; (None, "none") if none does. In this order:
-
-    - letter: nothing but a letter is said. "B", "(b)", "**B**."
-    - option text: nothing but the text of one option is said. "Blue."
-    - declared: the last letter that is said to be the answer, option or choice. "The answer is B"
-    - last line: the only letter in brackets on the last line, else the only one that stands alone
-      there. "(A) is wrong.\\nSo (B)"
-    - (X): the only letter in brackets anywhere. "(B) it is\\nbecause of the wall"
-    - leading: a letter with a mark after it opens the text. "b. It is\\nthe blue one"
-    - stands alone: the only capital that stands alone anywhere. "Take B,\\nsince it is blue"
-    - contains option: the only option whose text a short answer holds. "It is a dark wood"
+    The rules and their order stand in `extract_answer`; (None, "none") if none finds one.
     """
-    for name, rule in LETTER_RULES:
+    text = plain(text)
+    for name, rule in (("letter", nothing_but_a_letter), ("option text", nothing_but_an_option)):
         letter = rule(text, options)
         if letter:
             return letter, name
+    said = without_denied(QUESTION.sub(" ", marked(text, options)))
+    # what is refused is not said, and a text that refuses names options in passing
+    told, refusals = REFUSED.subn(" ", said)
+    told = without_lists(told)
+    rules = FIRM_RULES if refusals else FIRM_RULES + WEAK_RULES
+    for name, rule in rules:
+        found = rule(told)
+        letter = only(found)
+        if letter in options:
+            return letter, name
+        # two that are declared choose none, and neither does a number that is no option
+        if letter or rule is declared and found:
+            break
     return None, "none"
 
 
-def only(letters):
-    """The one letter, as a capital, that all of `letters` are; None if there is no such letter."""
-    # two letters choose nothing, and one that is named twice is one
-    found = {letter.upper() for letter in letters}
-    return found.pop() if len(found) == 1 else None
-
-
-def either_case(options):
-    """The pattern of one option letter, capital or small."""
-    letters = "".join(options)
-    return f"[{letters}{letters.lower()}]"
-
-
-def in_brackets(text, options):
-    """All letters in round brackets, as in "(B)"."""
-    return re.findall(rf"\(({either_case(options)})\)", text)
-
-
-def standing_alone(text, options):
-    """All capitals that are words of their own. The article of "A dog" is none."""
-    letters = "".join(options)
-    return re.findall(rf"(?<![\w'])((?!A\s+[a-z])[{letters}])(?![\w'])", text)
-
-
 def nothing_but_a_letter(text, options):
-    m = re.fullmatch(rf"[\s*_(\[]*({either_case(options)})[\s*_)\].:,]*", text)
+    letters = "".join(options)
+    m = re.fullmatch(rf"[\W_]*([{letters}{letters.lower()}])[\W_]*", text)
     return m[1].upper() if m else None
 
 
 def nothing_but_an_option(text, options):
-    # "Blue." and "blue" are one
-    said = normalise(text)
-    return only(k for k, option in options.items() if option and normalise(option) == said)
+    """The letter of the one option whose text, or whose value, is all that is said."""
+    # "Blue." and "blue" are one; so are 10 and "10 cm", unless another option says just that
+    for same in (same_text, same_value):
+        alike = [letter for letter, option in options.items() if option and same(text, option)]
+        if alike:
+            return alike[0] if len(alike) == 1 else None
+    return None
 
 
-def declared_letter(text, options):
-    noun = r"\b(?:answer|option|choice)\b"
-    # with what Markdown and brackets put around it: "**Answer:** (B)"
-    opening = r"[\s*_]*(?:is|:)[\s*_:(\[]*(?:option\s+)?[(*]*"
-    not_an_article = r"(?!a\s+\w)"  # "the answer is a dog"
-    # the last one counts: a model may name an option, and think better of it
-    said = re.findall(
-        rf"(?i:{noun}{opening}){not_an_article}({either_case(options)})(?![\w'])", text
-    )
-    return said[-1].upper() if said else None
+def last_line(told):
+    return told.rpartition("\n")[2]
 
 
-def letter_of_last_line(text, options):
-    # a conclusion stands at the end, whatever was weighed before it
-    last = (lines_of(text) or [""])[-1]
-    return only(in_brackets(last, options)) or only(standing_alone(last, options))
+def alone_on_the_last_line(told):
+    line = last_line(told)
+    return "" if re.search(r"[^\W_]", line) else line
 
 
-def letter_in_brackets(text, options):
-    return only(in_brackets(text, options))
+def declared(told):
+    # the last one: a model may name an option, and think better of it
+    found = DECLARED.findall(told)
+    return found[-1] if found else ""
 
 
-def leading_letter(text, options):
-    # with a mark and a space, since "A dog" and "e.g." choose nothing
-    m = re.match(rf"\s*\(?({either_case(options)})[).:](?:\s|$)", text)
-    return m[1].upper() if m else None
+def opening(told):
+    m = OPENING.match(told.lstrip(" -\n"))
+    return m[0] if m else ""
 
 
-def letter_that_stands_alone(text, options):
-    return only(standing_alone(text, options))
+def concluded(told):
+    _, *conclusions = CONCLUSION.split(last_line(told))
+    return without_passing(conclusions[-1]) if conclusions else ""
 
 
-def option_within(text, options):
-    # VLMEvalKit's cap: no option is read into an answer twice as long as all of them
-    if len(text) > 2 * sum(len(option) for option in options.values()):
-        return None
-    text = text.lower()
-    # two options in one answer choose nothing
-    held = []
-    for letter, option in options.items():
-        # whole words: "art" is not in "start"
-        telling = len(option) > 1 or option.isdigit()  # "a" is in most sentences
-        if telling and re.search(rf"(?<!\w){re.escape(option.lower())}(?!\w)", text):
-            held.append(letter)
-    return held[0] if len(held) == 1 else None
+def leading(told):
+    m = LEADING.match(told.lstrip(" -\n"))
+    if not m:
+        return ""
+    # unless it goes on to other options; a letter with a mark, unless to other letters
+    rest = THING.sub(" ", without_passing(told))
+    return signs_in(rest, LETTER) if m["mark"] else rest
 
 
-LETTER_RULES = (
-    ("letter", nothing_but_a_letter),
-    ("option text", nothing_but_an_option),
-    ("declared", declared_letter),
-    ("last line", letter_of_last_line),
-    ("(X)", letter_in_brackets),
-    ("leading", leading_letter),
-    ("stands alone", letter_that_stands_alone),
-    ("contains option", option_within),
+def named(told):
+    # a letter on the last line, where a conclusion stands; else whatever stands anywhere
+    line, part = without_passing(last_line(told)), without_passing(told)
+    if signs_in(line, LETTER) and only(line):
+        return line
+    # several letters beside texts are names of things
+    letters = signs_in(part, LETTER)
+    return part if not letters or only(letters) else signs_in(part, TEXT)
+
+
+FIRM_RULES = (
+    ("last line", alone_on_the_last_line),
+    ("declared", declared),
+    ("opening", opening),
+    ("conclusion", concluded),
 )
+WEAK_RULES = (
+    ("leading", leading),
+    ("named", named),
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # other kinds of answer
 
+# 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or -2
+NUMBER = (
+    r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    r"|(?<![A-Za-z0-9_.^])-?\.\d+)"
+)
+NUMBERS = re.compile(NUMBER, re.ASCII)
+# "is 12" and "= about 12", but not the 12 of "is 12 + 3" and of "are 12 red and 3 blue"
+IS_A_NUMBER = any_of(
+    "is are was were be has have equals? makes? making gives? giving costs? takes?"
+)
+ABOUT = any_of("approximately about around only equal to an? the total of exactly roughly")
+VALUE = (
+    rf"(?:\b{IS_A_NUMBER}\b|[=≈:])[\s=≈:]{{0,3}}(?:{ABOUT} ){{0,4}}({NUMBER})"
+    r"(?! ?[-+*/×÷^] ?[\d(]|[^.,;(\n]{0,40}\b(?:and|or|to) \d)"
+)
+STATED = re.compile(VALUE, re.ASCII)
+DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
+EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
+# "4 red, 5 blue, so 9": a sentence, or what it concludes
+PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
+# what holds numbers beside the one that is meant: a reason, a time, "of the 20"
+ASIDE = any_pattern(
+    REASON.pattern,
+    r"\b(?:which|after|before)\b[^.,;\n]*",
+    r"\b(?:out )?of (?:the |these |those )?\d+\b(?!\.\d)",
+)
+
 
 def find_kind(text, kind):
-    """The last number, last [list], or the yes or no of a text; None if it has none (or both)."""
+    """The number, the last [list], or the yes or no of a text; None if it has none (or both)."""
     if kind == "number":
-        return last_number(text)
+        return find_number(text)
     if kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
         return lists[-1] if lists else None
+    text = plain(text).lower()
+    # "Yes, there is no doubt"
+    opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", text)
+    if opens:
+        return opens[1]
     # "no" in a sentence that also says "yes" settles nothing
-    words = set(re.findall(r"\b(?:yes|no)\b", text.lower()))
+    words = set(re.findall(r"\b(?:yes|no)\b", text, re.ASCII))
     return words.pop() if len(words) == 1 else None
 
 
-def last_number(text):
-    """The last number of a text, digits or a word up to ten, without thousands separators."""
+def find_number(text):
+    """The number that a text gives, digits or a word up to ten, without thousands separators.
+
+    The last that is declared, "the answer is 8"; else, of the last sentence with a number, or of
+    what it concludes, the last that is stated, "it is 10.4 for 3 of them", or the last of all. A
+    refusal gives none.
+    """
 
     def digits(word):
         return COUNT_WORDS.get(word[0], word[0])
 
-    # the last: a calculation ends in its result
-    found = NUMBER.findall(re.sub(r"[a-z]+", digits, text.lower()))
+    text = re.sub(r"\bone of\b|[a-z]+", digits, plain(text).lower())
+    if re.fullmatch(r"-?\d+/\d+", text, re.ASCII):
+        value = latex_value(text)
+        return None if value is None else f"{value:.15g}"
+    # "two people, whose ages can not be told": numbers before a refusal are of other things
+    *before, said = REFUSED.split(text)
+    declared = DECLARED_NUMBER.findall(" ".join([*before, said]))
+    if declared or before:
+        found = declared or STATED.findall(said)
+    else:
+        parts = [part for part in PARTS.split(said) if NUMBERS.search(part)]
+        part = parts[-1] if parts else ""
+        if EITHER.search(part):
+            return None
+        meant = ASIDE.sub(" ", part)
+        found = STATED.findall(meant) or NUMBERS.findall(meant) or NUMBERS.findall(part)
     return found[-1].replace(",", "") if found else None
 
 
@@ -212,11 +535,40 @@ def lines_of(text):
     return [line for line in lines if line]
 
 
+# --------------------------------------------------------------------------------------------------
+# the whole rule
+
+DECLARED_TEXT = re.compile(
+    r"(?:\banswer\s*(?:is\s*+[:：]?|[:：])|答案\s*(?:[是为]\s*+[:：]?|[:：]))\s*+(.*)",
+    re.IGNORECASE,
+)
+
+
 def extract_answer(text, options=None, kind="text"):
-    """(answer or None, how it was found) of a model's whole output.
+    r"""(answer or None, how it was found) of a model's whole output.
 
     options {letter: text} (or a list of texts): the answer is a letter. Else `kind` says what it
     is: text, number, list, yesno.
+
+    A thought is not read, and one that never ends is "truncated". Of the rest counts what stands
+    in the last tag, "answer" or "boxed"; what is declared after a box counts more, and so does all
+    that is said after a box that names no option. In that text the first rule that finds one letter
+    decides, and it is named after the tag where the tag holds more than a letter:
+
+    - letter: nothing but a letter is said. "(b)", "**B**", "Ｂ"
+    - option text: nothing but one option's text or value. "Blue.", "10\,\text{cm}" for "10 cm"
+    - last line: nothing but an option stands on the last line. "Compare them:\nA. sample B" is A
+    - declared: the last option that is said to be the answer. "A? No, the answer is B", "故选B"
+    - opening: an option opens the text, all of it. "C. blue\nas in row B", "No, it is not inside"
+    - conclusion: the only option after the last so, thus, ... "A and B are cut, so it is C"
+    - leading: a letter opens it, and no other one follows. "b. It is blue", "A is closer than B"
+    - named: the only letter of the last line, else the only option that is named anywhere, by
+      letter or text. "Take B,\nsince it is blue", "The map shows all of Africa"
+
+    Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is asked
+    about, "Is it A?"; the items of a list of options, "A. red\nB. blue"; and what is named in
+    passing, "in row B", "because B ...". After a refusal, "it can not be told", the last two rules
+    find nothing.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":
@@ -224,17 +576,23 @@ def extract_answer(text, options=None, kind="text"):
     source = said if inside is None else inside
     if options:
         # a JSONL row has a list, a benchmark's row has its letters
-        if isinstance(options, list):
-            options = lettered(options)
+        options = lettered(options) if isinstance(options, list) else options
         letter, rule = find_letter(source, options)
-        return letter, tag or rule
+        if tag == "boxed":
+            later, how = find_letter(said[last_box(said)[1] :], options)
+            if later and (letter is None or how == "declared"):
+                return later, how
+        # of a tag that holds a letter or nothing there is no more to say
+        rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
+        return letter, ", ".join(rules)
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
         return find_kind(source, kind), tag or kind
     # an empty tag was meant as the answer, and says nothing
     if tag:
         return inside or None, tag
+    said = re.sub(MARKUP, "\n", said, flags=re.IGNORECASE)
     # the last one, as of tags and boxes: what was declared before may have been taken back
-    declared = DECLARED.findall(said)
+    declared = DECLARED_TEXT.findall(said)
     if declared:
         return declared[-1].strip() or None, "declared"
     # nothing is declared: the last line is what a reader would take
@@ -281,6 +639,9 @@ def letter_of(text):
 # --------------------------------------------------------------------------------------------------
 # is it right?
 
+# the unit of a number: a word or a sign, perhaps with a power
+UNIT = r"(?:(?!(?:or|and|to|pi)\b)[a-z]{2,}|[mgshl])(?:\^\{?\d\}?)?"
+
 
 def normalise(text):
     """Lower case without outer punctuation, articles and extra spaces; numbers in one form.
@@ -288,44 +649,84 @@ def normalise(text):
     "The  Blue one." is "blue one", "1,000.0" is "1000".
     """
     # $ is a price or the edge of a formula; neither changes a value
-    whole = " ".join(text.lower().replace("$", " ").split())
+    whole = " ".join(text.translate(UNICODE).lower().replace("$", " ").split())
     before = string.punctuation.replace("-", "").replace(".", "")  # -3 and .5 are numbers
     bare = whole.rstrip(string.punctuation + " ").lstrip(before + " ")
     text = bare or whole  # "<" and ">" are answers
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     # 1,000 and 1000 are one number
-    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", plain):
+    digits = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", digits):
         # 1000.0, 1000. and 1000 become one text; 15 digits are what a float holds for sure
-        return f"{float(plain):.15g}"
+        return f"{float(digits):.15g}"
     return text
+
+
+def same_text(a, b):
+    return normalise(a) == normalise(b)
+
+
+def value_of(text):
+    """A value in one form: "x = 1 : 2" is "1:2"."""
+    text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
+    # two equations have no one value
+    if not re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text):
+        text = re.split(r"[=≈]|\\approx", text)[-1]
+    text = re.sub(r" ?([^a-z ]) ?", r"\1", text)
+    return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip(" .")
+
+
+def bare_value(text):
+    """A value without unit, degree, percent and currency: "x = 60°" is "60", "6 units" is "6"."""
+    text = re.sub("[°%]", "", value_of(text))
+    return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", text)
+
+
+def same_value(a, b):
+    """Are two short texts one value? Units count where both have one: 10 m is not 10 cm."""
+    if max(len(a), len(b)) > LONGEST_VALUE:
+        return False
+    x, y = value_of(a), value_of(b)
+    return any(equal_values(*pair) for pair in ((x, y), (bare_value(a), y), (x, bare_value(b))))
+
+
+def equal_values(x, y):
+    if x == y:
+        return True
+    # a ratio is a fraction
+    v, w = latex_value(x.replace(":", "/")), latex_value(y.replace(":", "/"))
+    return v is not None and w is not None and math.isclose(v, w, rel_tol=1e-9)
 
 
 def is_correct(answer, row):
     """Does an extracted answer agree with a row's gold answer?
 
-    By text, and where the row has `options` also by letter or by an option's text.
+    By text; where the row has `options` by the option that each names, as `extract_answer` reads
+    it; else by value, and of a gold that is a number, yes or no as such an answer is read.
     """
+    gold, options = row["answer"], row.get("options")
     if answer is None:
         return False
-    if normalise(answer) == normalise(row["answer"]):
+    if same_text(answer, gold):
         return True
-    # the gold may be a letter or a text, and so may the answer: both become a place in the list
-    options = row.get("options") or []
-    options = without_letters(options)
-    said = option_index(answer, options)
-    return said is not None and said == option_index(row["answer"], options)
+    if options:
+        options = lettered(options) if isinstance(options, list) else options
+        letter, _ = find_letter(answer, options)
+        return letter is not None and letter == option_named(gold, options)
+    gold = normalise(gold)
+    gold = COUNT_WORDS.get(gold, gold)
+    if gold in ("yes", "no"):
+        return find_kind(answer, "yesno") == gold
+    number = find_number(answer) if NUMBERS.fullmatch(gold) else None
+    return same_value(answer, gold) or number is not None and same_text(number, gold)
 
 
-def option_index(text, options):
-    """Which one of a list of options a text names, by letter or in words; None if unclear."""
+def option_named(text, options):
+    """The letter of the option that a gold answer names by its letter or its text; None if none."""
     letter = letter_of(text)
-    if letter:  # "E" of four options may still be the text of one
-        place = string.ascii_uppercase.index(letter)
-        if place < len(options):
-            return place
-    # an answer in words counts where just one option says so
-    same = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
+    if letter in options:  # "E" of four options may still be the text of one
+        return letter
+    same = [letter for letter, option in options.items() if same_text(option, text)]
     return same[0] if len(same) == 1 else None
 
 
@@ -376,10 +777,14 @@ LATEX_SYNONYMS = {
     r"\cdot": "*",
     r"\div": "/",
     "π": r"\pi",
+    "√": r"\sqrt",
+    "×": "*",
+    "÷": "/",
 }
 # spaces, \left, \right, $ and thousands separators
 LATEX_LAYOUT = re.compile(r"\\(?:left|right|,|;|!|\s)|\s|\$|(?<=\d),(?=\d{3}(?!\d))")
 LATEX_TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\(?:frac|sqrt|pi)|[-+*/^(){}\[\]]", re.ASCII)
+LONGEST_VALUE = 100  # characters
 MOST_TOKENS = 100  # longer answers are no values, and nesting stays within Python's own stack
 
 
@@ -481,3 +886,37 @@ class LatexParser:
         value = self.sum()
         self.take(right)
         return value
+
+
+# --------------------------------------------------------------------------------------------------
+# how is a new model read?
+
+
+def main(file):
+    """Print what is read from each row, by which rule, and what rules agree with the gold answers.
+
+    A line is "=" where they agree, "-" where nothing is read and "!" where something else is.
+    """
+    from tables import read_json_rows  # which reads what this file is not to know of
+
+    right = defaultdict(list)  # by rule
+    rows, _ = read_json_rows(Path(file))
+    for n, row in enumerate(rows):
+        if not {"raw", "gold"} <= set(row):
+            raise SystemExit(f"{file}: row {n} needs raw and gold; it has {', '.join(row)}")
+        options, gold = row.get("options"), str(row["gold"])
+        answer, rule = extract_answer(row["raw"], options, row.get("kind", "text"))
+        agrees = is_correct(answer, {"answer": gold, "options": options})
+        right[rule].append(agrees)
+        sign = "=" if agrees else "-" if answer is None else "!"
+        print(sign, repr(answer), repr(gold), rule, repr(row["raw"][-60:]), sep="  ")
+    print()
+    right["all"] = sum(right.values(), [])
+    for rule, agree in sorted(right.items(), key=lambda found: len(found[1])):
+        print(f"{sum(agree):6} of {len(agree):6}  {rule}")
+
+
+if __name__ == "__main__":
+    from launch import start
+
+    start(main)

@@ -68,6 +68,29 @@ def hidden_options(text):
     return {}
 
 
+def options_in_one_text(text):
+    """{letter: text} of We-Math's options, "A. 12; B. 15; C. none".
+
+    Its letters count in their order only: "A. turn it to get Shape ;C.; B. ..." has a stray one.
+    """
+    texts, rest = [], ";" + text
+    for letter in string.ascii_uppercase[:8]:
+        mark = rf"{letter}\s*[.．、:]\s*+"
+        said = rf"{mark}(?![;；]|\Z)"  # and its text
+        # after a semicolon, or where that lacks: "A. 45° B. 60°"; at last, without a text
+        for pattern in (rf"[;；]\s*{said}", rf"\s{said}", rf"[;；]\s*{mark}"):
+            before, *after = re.split(pattern, rest, maxsplit=1)
+            if after:
+                break
+        else:
+            break
+        texts.append(before)
+        rest = after[0]
+    # the stray piece is the end of a name, "Shape C."
+    texts = [re.sub(r"\s*[;；]\s*(?=[A-H]\.)", " ", text) for text in [*texts[1:], rest]]
+    return {letter: text.strip(" ;；\n") for letter, text in zip(string.ascii_uppercase, texts)}
+
+
 def option_list(texts):
     """{letter: text} of options that may begin with their letters: "(A) x", "A. x" or just "x"."""
     # each on its own: files letter some options and not others
@@ -165,10 +188,7 @@ def wemath(r, folder):
     row = {"id": f"{r['ID']}/{r['key']}", "step": r["key"]}
     if "option" not in r:  # VLMEvalKit's TSV
         return mcq(r, folder) | row
-    dot = r"\s*[.．、:]"
-    # all options stand in one text, "A. 12; B. 15; C. none"
-    listed = re.findall(rf"([A-H]){dot}\s*(.*?)\s*(?=;\s*[A-H]{dot}|$)", r["option"], re.DOTALL)
-    options = dict(listed)
+    options = options_in_one_text(r["option"])
     listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())
     # no instruction after the options: VLMEvalKit has none here either
     return row | {

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 
 from answers import (
+    bare_value,
     check_letter,
     extract_answer,
     find_kind,
@@ -79,7 +80,8 @@ def check_mathvision(row):
         return answer == letter or answer is None and math_equal(said, value)
     if answer is None:
         return False
-    if math_equal(answer, gold):
+    # the official extraction leaves out degrees, percent, units and "x =" before it compares
+    if math_equal(answer, gold) or math_equal(bare_value(answer), gold):
         return True
     # untagged, the answer is the rest of a sentence: "12 cm^2, as asked"
     if row["method"] not in ("declared", "last line"):

@@ -4,7 +4,13 @@ import pytest
 from conftest import run
 from official_files import args_of, b64, picture
 
-from benchmarks import BENCHMARKS, PUBLISHED, benchmarks_named, load_benchmark
+from benchmarks import (
+    BENCHMARKS,
+    PUBLISHED,
+    benchmarks_named,
+    load_benchmark,
+    options_in_one_text,
+)
 from tables import images_of
 
 
@@ -44,6 +50,34 @@ def test_prompts_are_the_harnesses(bench_root):
     assert rows["MMStar"][0]["options"] == in_the_question
     # an empty cell is no option
     assert rows["CV-Bench-2D"][0]["options"] == {"A": "0", "B": "1"}
+
+
+@pytest.mark.parametrize(
+    "text, texts",
+    [
+        ("A. 12; B. 15; C. none", ["12", "15", "none"]),
+        ("A. 1; B. 2;C. 3; D. 4; E. No correct answer", ["1", "2", "3", "4", "No correct answer"]),
+        ("A．12 ；B、 15", ["12", "15"]),
+        ("A: x = 1; y = 2; B: x = 2; y = 1", ["x = 1; y = 2", "x = 2; y = 1"]),
+        ("A. Shape B.; B. Shape C.; C. Shape A.", ["Shape B.", "Shape C.", "Shape A."]),
+        # stray pieces, and marks without a semicolon
+        (
+            "A. turn it to get Shape ;C.; B. flip it; C. none",
+            ["turn it to get Shape C.", "flip it", "none"],
+        ),
+        (
+            "A. flip it; B. turn A to get Shape ;A.; C. none",
+            ["flip it", "turn A to get Shape A.", "none"],
+        ),
+        ("A. x; B. turn it to get Shape ;C.; C. y", ["x", "turn it to get Shape C.", "y"]),
+        ("A. 45° B. 60° ;C. 120°", ["45°", "60°", "120°"]),
+        ("A. ; B. ; C. ", ["", "", ""]),
+    ],
+)
+def test_options_in_one_text(text, texts):
+    """We-Math's; a letter counts where it is the next one."""
+    assert list(options_in_one_text(text).values()) == texts
+    assert "".join(options_in_one_text(text)) == "ABCDE"[: len(texts)]
 
 
 POPE_HEADER = "index\timage\tquestion\tanswer\tcategory\n"

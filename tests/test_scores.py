@@ -20,6 +20,18 @@ import scores
         ("The area is 12 cm", None, "12", True),
         ("\\boxed{\\frac{3}{2}}", None, "1.5", True),
         ("\\boxed{12 or 13}", None, "13", False),
+        # what the official extraction leaves out
+        ("\\boxed{60^\\circ}", None, "60", True),
+        ("\\boxed{60^{\\circ}}", None, "60", True),
+        ("\\boxed{17\\%}", None, "17", True),
+        ("\\boxed{x = 11}", None, "11", True),
+        ("\\boxed{\\$25}", None, "25", True),
+        ("\\boxed{6\\text{ units}}", None, "6", True),
+        ("\\boxed{12 \\, \\text{cm}^2}", None, "12", True),
+        ("\\boxed{x = 2^{3+1} \\text{ apples}}", None, "16", True),
+        ("The answer is 60°.", None, "60", True),
+        ("\\boxed{x = 5, y = 11}", None, "11", False),
+        ("\\boxed{3x}", None, "3", False),
     ],
 )
 def test_mathvision(raw, options, gold, right):
