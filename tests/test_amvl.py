@@ -329,7 +329,9 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, world, 
         run("train.py", *args_of(base, world, tmp_path / name, *more), ranks=ranks)
         for a, b in zip(one, logged(tmp_path / name)[1:]):
             for field in ("loss", "ce", "kl_forward", "kl_reverse", "grad_norm"):
-                assert b[field] == pytest.approx(a[field], rel=5e-3), (name, field)
+                # the first step is the same sum in another order; then what differs grows
+                rel = 1e-3 if a["step"] == 1 else 3e-2
+                assert b[field] == pytest.approx(a[field], rel=rel), (name, field)
         for file in ("model.safetensors", "latent_head.safetensors"):
             weights = load_file(trained / file)
             for k, v in load_file(tmp_path / name / file).items():

@@ -63,7 +63,7 @@ def test_help_shows_every_setting(script, monkeypatch, capsys):
     question = namespace["__doc__"].strip().splitlines()[0]
     assert text.splitlines()[0] == question
     settings = settings_of(namespace)
-    assert settings
+    assert settings or script == "answers.py"  # which takes a file alone
     for name, value in settings.items():
         default = repr(value)
         if len(default) > 40:
