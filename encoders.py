@@ -7,7 +7,6 @@ the checkpoint. Class tokens and registers are left out.
 Shape letters: n pictures, P patches, z encoder width.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from data import check_finite, read_json
+from model import read_weights, said_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -48,17 +48,8 @@ class FolderEncoder:
         if kind not in KINDS:
             there = ", ".join(KINDS)
             raise SystemExit(f"{config}: model_type is {kind!r}, expected one of: {there}")
-        try:
-            whole, found = AutoModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except Exception as e:  # a broken folder raises anything; the sentence keeps what it was
-            reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
-            raise SystemExit(f"{folder}: not a usable encoder: {reason}") from None
+        with said_of(folder, "not a usable encoder"):
+            whole, found = read_weights(AutoModel, folder, dtype)
         lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
         if lacking:  # transformers fills what is missing with random numbers and goes on
             raise SystemExit(f"{folder}: lacks weights, the first {lacking[0]}")
@@ -73,7 +64,7 @@ class FolderEncoder:
         self.side = (side or own.image_size) // self.patch * self.patch
         file = Path(folder) / "preprocessor_config.json"
         if file.is_file():
-            written = json.loads(file.read_text())
+            written = read_json(file)
             mean, std = written.get("image_mean", mean), written.get("image_std", std)
         self.mean, self.std = np.array(mean), np.array(std)
 

@@ -10,6 +10,7 @@ Shape letters: B rows, T positions, d model width, k components, K latents a spa
 
 import hashlib
 import math
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -374,19 +375,9 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
         with open(file, "rb") as f:
             if f.read(8) == b"version ":
                 raise SystemExit(f"{file}: a Git LFS pointer, not weights; run `git lfs pull`")
-    try:
-        # only safetensors: a pickle may run code when it is read
-        vlm, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    with said_of(folder, "not a usable Qwen2.5-VL folder"):
+        vlm, found = read_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e:  # a broken folder raises anything; the sentence keeps what it was
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
-        raise SystemExit(f"{folder}: not a usable Qwen2.5-VL folder: {reason}") from None
     # transformers fills what is missing with random numbers and goes on
     check_whole(folder, vlm, found)
     if not tokenizer.chat_template:
@@ -394,6 +385,27 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     check_prompt(folder, vlm, tokenizer)
     vlm.model.visual.config._attn_implementation = TOWER_ATTENTION  # in this process: never saved
     return vlm.to(device).eval(), tokenizer
+
+
+def read_weights(kind, folder, dtype):
+    """(a model of a class of transformers, what its folder lacked or had too much)."""
+    return kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,  # a pickle may run code when it is read
+        output_loading_info=True,
+    )
+
+
+@contextmanager
+def said_of(folder, what):
+    """Turn whatever a broken folder makes transformers raise into one sentence, a SystemExit."""
+    try:
+        yield
+    except Exception as e:  # anything may come; the sentence keeps what it was
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
+        raise SystemExit(f"{folder}: {what}: {reason}") from None
 
 
 def check_whole(folder, vlm, found):
@@ -440,7 +452,7 @@ def load_processor(folder, min_pixels, max_pixels):
     """
     if min_pixels > max_pixels:
         raise SystemExit(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
-    try:
+    with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         # set on the object: limits in the file (the released ones allow 16,384 tokens an image)
@@ -448,9 +460,6 @@ def load_processor(folder, min_pixels, max_pixels):
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         processor.size = type(processor.size)(**limits)
         here = processor.size["shortest_edge"], processor.size["longest_edge"]
-    except Exception as e:  # as above
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:500]
-        raise SystemExit(f"{folder}: no usable preprocessor_config.json: {reason}") from None
     if here != (min_pixels, max_pixels):
         raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
     return processor

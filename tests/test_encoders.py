@@ -148,6 +148,10 @@ BROKEN = {
     "another kind": (lambda p: with_kind(p, "siglip2_vision_model"), "siglip2_vision_model"),
     "a NaN": (with_nan, "not finite"),
     "no config": (lambda p: (p / "config.json").unlink(), "no such file"),
+    "half a preprocessor_config.json": (
+        lambda p: (p / "preprocessor_config.json").write_text('{"image_mean": ['),
+        "not JSON",
+    ),
     "no folder": (shutil.rmtree, "no such file"),
 }
 
