@@ -16,8 +16,6 @@ the prior's reads [x, slots], the posterior's [x, y, slots], and the third, with
 writes y. Shape letters beside method.py's: K slots, m latent dimensions.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -30,6 +28,7 @@ from model import (
     SlotHead,
     add_latent_tokens,
     encode,
+    gaussian,
     latent_ids,
     save_head,
     tower_fingerprint,
@@ -41,28 +40,6 @@ BETA_GROWS = 0.0, 0.2
 GAMMA_GROWS = 0.2, 0.4
 # of both distributions at the start: at 0 their noise drowns what the slots could say [not stated]
 LOG_VARIANCE_AT_START = -5.0
-LOG_VARIANCE = 10.0  # its bound, both ways: without a KL term it has no end [ours]
-
-
-class Gaussian(NamedTuple):
-    """Diagonal Gaussians, their mean and log-variance (..., m)."""
-
-    mean: torch.Tensor
-    log_variance: torch.Tensor
-
-    def sample(self, noise):
-        """Reparameterised, from standard normal draws (..., m)."""
-        return self.mean + (self.log_variance / 2).exp() * noise
-
-    def detach(self):
-        """sg[.]"""
-        return Gaussian(self.mean.detach(), self.log_variance.detach())
-
-
-def gaussian(parameters):
-    """The Gaussians of a linear head's output (..., 2 m), in float32."""
-    mean, log_variance = parameters.float().chunk(2, dim=-1)
-    return Gaussian(mean, log_variance.clamp(-LOG_VARIANCE, LOG_VARIANCE))
 
 
 def kl(q, p):
@@ -90,14 +67,15 @@ class AMVL(Method):
 
     def encode(self, row):
         K, y = self.head.K, row["response"]  # without spans: no row keeps them
-        parts = self.vlm, self.tokenizer, self.processor, row, K
-        example = encode(*parts, LATENT_SPAN + y)
+        example = encode(self.vlm, self.tokenizer, self.processor, row, K, LATENT_SPAN + y)
+        ids = example["ids"]
         # the span's two ends are forced at test: nothing is learnt of them
         start, _, end = latent_ids(self.tokenizer)
-        forced = (example["ids"] == start) | (example["ids"] == end)
-        example["labels"][forced] = IGNORE
-        after = encode(*parts, y + LATENT_SPAN)
-        example |= {"ids_q": after["ids"], "pos_q": after["pos"]}
+        example["labels"][(ids == start) | (ids == end)] = IGNORE
+        # text after the question has one position a token, whatever it is: the order alone changes
+        first = int((ids == start).nonzero())
+        x, span, y, eos = ids.split([first, K + 2, len(ids) - first - K - 3, 1])
+        example["ids_q"] = torch.cat([x, y, span, eos])
         if "step" in row:
             # a row's own draw of a step, whatever rank or micro-batch it falls to
             seed = seed_of(self.settings["seed"], row["step"], row["id"])
@@ -114,10 +92,7 @@ class AMVL(Method):
 
     def collate(self, examples):
         batch = super().collate(examples)
-        ids = [example["ids_q"] for example in examples]
-        pos = [example["pos_q"].T for example in examples]
-        batch["ids_q"] = pad_sequence(ids, batch_first=True)
-        batch["pos_q"] = pad_sequence(pos, batch_first=True).permute(2, 0, 1)
+        batch["ids_q"] = pad_sequence([e["ids_q"] for e in examples], batch_first=True)
         if "noise" in examples[0]:
             batch["noise"] = torch.cat([example["noise"] for example in examples])  # (B * K, m)
         return batch
@@ -131,7 +106,7 @@ class AMVL(Method):
         """
         p, q = self.prior_of(batch), self.posterior_of(batch)  # (B * K, m)
         z = q.sample(batch["noise"]) if "noise" in batch else q.mean
-        h = self.states(batch, self.into_slots(z), self.latent_id)
+        h = self.states(batch, self.head.into_slots(z), self.latent_id)
         sums = {
             "ce": self.cross_entropy(h, batch),
             "forward": self.divergence(q.detach(), p),
@@ -139,7 +114,7 @@ class AMVL(Method):
         }
         if "noise" in batch:
             return sums
-        h_prior = self.states(batch, self.into_slots(p.mean), self.latent_id)
+        h_prior = self.states(batch, self.head.into_slots(p.mean), self.latent_id)
         return sums | {
             "ce_prior": self.cross_entropy(h_prior, batch),
             "right": self.rows_right(h, batch),
@@ -154,13 +129,7 @@ class AMVL(Method):
     def posterior_of(self, batch):
         """q(z | x, y): read at the slots of [x, y, slots]."""
         at = batch["ids_q"][:, :-1] == self.latent_id
-        turned = batch | {"ids": batch["ids_q"], "pos": batch["pos_q"]}
-        return gaussian(self.posterior(self.states(turned)[at]))
-
-    def into_slots(self, z):
-        """The embeddings (B * K, d) that z (B * K, m) stands for."""
-        # z is float32, the map's weights may be bfloat16 while they are gathered
-        return self.head.decode(z.to(self.head.decode.weight.dtype))
+        return gaussian(self.posterior(self.states(batch | {"ids": batch["ids_q"]})[at]))
 
     def divergence(self, a, b):
         """Summed KL(a || b); a slot's counts for no less than free_bits nats [not stated: 0]."""

@@ -13,6 +13,7 @@ import math
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class LatentHead(nn.Module):
         self.total_variance = pca["total_variance"]
         # buffers: they move, shard and save with the head, and are never trained
         for name in ("basis", "mean", "eigenvalues"):
-            self.register_buffer(name, pca[name].float())
+            self.register_buffer(name, pca[name].float(), persistent=name in self.tensors)
 
     @classmethod
     def of_file(cls, tensors, meta, d, K):
@@ -214,12 +215,9 @@ class StateHead(LatentHead):
     tensors = fields = ()
 
     def __init__(self, d, K):
-        nn.Module.__init__(self)
-        self.K = K
-        self.total_variance = 0.0
-        # empty, and in no file: a subspace of nothing
-        for name, shape in (("basis", (d, 0)), ("mean", (d,)), ("eigenvalues", (0,))):
-            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        # in no file: a subspace of nothing
+        no_pca = {"basis": torch.zeros(d, 0), "mean": torch.zeros(d), "eigenvalues": torch.zeros(0)}
+        super().__init__(no_pca | {"total_variance": 0.0}, K)
 
     @classmethod
     def of_file(cls, tensors, meta, d, K):
@@ -233,6 +231,30 @@ class MonetHead(StateHead):
     """Output as input in a checkpoint that has Monet's tokens and no head file."""
 
     fixed_length = False
+
+
+LOG_VARIANCE = 10.0  # of a z, its bound both ways: without a KL term it has no end [ours]
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians, their mean and log-variance (..., m)."""
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+
+    def sample(self, noise):
+        """Reparameterised, from standard normal draws (..., m)."""
+        return self.mean + (self.log_variance / 2).exp() * noise
+
+    def detach(self):
+        """sg[.]"""
+        return Gaussian(self.mean.detach(), self.log_variance.detach())
+
+
+def gaussian(parameters):
+    """The Gaussians of a linear head's output (..., 2 m), in float32."""
+    mean, log_variance = parameters.float().chunk(2, dim=-1)
+    return Gaussian(mean, log_variance.clamp(-LOG_VARIANCE, LOG_VARIANCE))
 
 
 class SlotHead(StateHead):
@@ -261,11 +283,14 @@ class SlotHead(StateHead):
 
         noise (..., m): standard normal draws times a temperature.
         """
-        mean, log_variance = self.prior(h).chunk(2, dim=-1)
-        z = mean
-        if noise is not None:
-            z = mean + (log_variance / 2).exp() * noise
-        return self.decode(z)
+        p = gaussian(self.prior(h))
+        z = p.mean if noise is None else p.sample(noise)
+        return self.into_slots(z)
+
+    def into_slots(self, z):
+        """The embeddings (..., d) that z (..., m) stands for."""
+        # z is float32, the map's weights may be bfloat16 while FSDP holds them together
+        return self.decode(z.to(self.decode.weight.dtype))
 
 
 # a line a head: what train.py's `method` names, and what a head file says it holds

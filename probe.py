@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import load_examples, read_safetensors, write_json, write_then_rename
-from generate import generate, make_prompts
+from generate import followed_by, generate, make_prompts
 from images import open_image
 from launch import check_choices, claim, pick_device, settings_of, start
 from model import (
@@ -204,10 +204,8 @@ def norms_of_answer(vlm, prompt, answer, pad):
 
     The latents are fed as they were written: one forward gives the states of generation.
     """
-    answered = torch.tensor(answer["ids"])
-    ids = torch.cat([prompt["ids"], answered])  # (T)
-    after = prompt["pos"].max() + 1 + torch.arange(len(answered))  # text goes on by one
-    pos = torch.cat([prompt["pos"], after.expand(3, -1)], 1)
+    whole = followed_by(prompt, answer["ids"])
+    ids, pos = whole["ids"], whole["pos"]  # (T), (3, T)
     latents = None
     if len(answer["latents"]):
         latents = answer["latents"].to(vlm.device)  # (m, d)

@@ -12,10 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, kl_divergence
 
 import train
-from amvl import AMVL, LOG_VARIANCE, Gaussian, gaussian, grown, kl
+from amvl import AMVL, grown, kl
 from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts
 from launch import settings_of
-from model import IGNORE, SlotHead, embed, latent_ids, load_head, load_processor, load_vlm
+from model import (
+    IGNORE,
+    LOG_VARIANCE,
+    Gaussian,
+    SlotHead,
+    embed,
+    encode,
+    gaussian,
+    latent_ids,
+    load_head,
+    load_processor,
+    load_vlm,
+)
 
 close = torch.testing.assert_close
 K, m = 3, 5
@@ -84,7 +96,12 @@ def test_sums_are_those_of_naive_passes(base, world):
         end = int((ids == model.latent_id).nonzero()[-1]) + 1
         q_end = int((q_ids == model.latent_id).nonzero()[-1]) + 1
         h = slot_states(model, batch, ids, batch["pos"][:, i], end)(i)
-        h_q = slot_states(model, batch, q_ids, batch["pos_q"][:, i], q_end)(i)
+        # encoded anew in its own order
+        response = rows[i]["response"] + "<latent></latent>"
+        asked = encode(model.vlm, model.tokenizer, model.processor, rows[i], K, response)
+        pos_q = asked["pos"]
+        assert asked["ids"].tolist() == q_ids[: len(asked["ids"])].tolist()
+        h_q = slot_states(model, batch, q_ids, pos_q, q_end)(i)
         # what the posterior reads: the question, then the whole response, then the slots
         y = model.tokenizer.decode(q_ids[:q_end])
         assert rows[i]["answer"] in y and y.endswith("<|latent_pad|>" * K)
