@@ -4,6 +4,7 @@ to run a script as a user does."""
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ torch.set_num_threads(1)
 
 import huggingface_hub.constants
 from official_files import official
+from safetensors.torch import load_file
 
 import build_data
 import toy
@@ -191,6 +193,57 @@ def inputs(tmp_path_factory, base, world):
 def logged(folder):
     """The lines of a training log: the configuration, then one a step."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def method_args(method, base, data, out, *more):
+    """Settings of a short run of train.py, so slow that what is rounded otherwise stays small."""
+    return [
+        f"--method={method}",
+        f"--base={base}",
+        f"--data={data}/train.jsonl",
+        f"--val_data={data}/val.jsonl",
+        f"--out={out}",
+        "--global_batch=4",
+        "--max_steps=4",
+        "--eval_every=2",
+        "--save_every=2",
+        "--lr=1e-4",
+        "--lr_head=1e-4",
+        *more,
+    ]
+
+
+def check_other_ways(trained, tmp_path, args_for, fields):
+    """One row a micro-batch, 2 ranks with activation checkpointing, and a run that was stopped
+    half-way come to what one process came to in `trained`. args_for(out, *more): its settings."""
+    one = logged(trained)[1:]
+    ways = {
+        "rows": (1, ["--token_budget=1"]),
+        "ranks": (2, ["--token_budget=300", "--activation_checkpointing=1"]),
+    }
+    files = ("model.safetensors", "latent_head.safetensors")
+    for name, (ranks, more) in ways.items():
+        run("train.py", *args_for(tmp_path / name, *more), ranks=ranks)
+        for a, b in zip(one, logged(tmp_path / name)[1:]):
+            for field in fields:
+                if field in a:
+                    assert b[field] == pytest.approx(a[field], rel=2e-3, abs=1e-4), (name, field)
+        for file in files:
+            there = load_file(trained / file)
+            for k, v in load_file(tmp_path / name / file).items():
+                torch.testing.assert_close(v, there[k], rtol=0.0, atol=1e-3)
+
+    # forget the last checkpoint and what came after it, as a kill would
+    again = tmp_path / "again"
+    shutil.copytree(trained, again)
+    shutil.rmtree(again / "ckpt" / "step-0000004")
+    (again / "model.safetensors").unlink()
+    run("train.py", *args_for(again))
+    for file in files:
+        torch.testing.assert_close(
+            load_file(again / file), load_file(trained / file), rtol=0.0, atol=0.0
+        )
+    return again
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PIXELS, examples, logged, run
+from conftest import PIXELS, check_other_ways, examples, logged, method_args, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, kl_divergence
@@ -305,22 +306,7 @@ def test_rows_right_counts_whole_rows(base, world):
 
 
 def args_of(base, world, out, *more):
-    return [
-        "--method=amvl",
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--out={out}",
-        "--K=8",
-        "--slot_dim=6",
-        "--global_batch=4",
-        "--max_steps=4",
-        "--eval_every=2",
-        "--save_every=2",
-        "--lr=1e-3",
-        "--lr_head=1e-3",
-        *more,
-    ]
+    return method_args("amvl", base, world, out, "--K=8", "--slot_dim=6", *more)
 
 
 @pytest.fixture(scope="module")
@@ -338,29 +324,8 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, world, 
     )
     assert said["val_leakage_ce"] == pytest.approx(said["val_ce_prior"] - said["val_ce"])
     assert all(said[k] > 0 for k in ("kl_forward", "kl_reverse", "val_kl_forward"))
-    ways = {
-        "rows": (1, ["--token_budget=1"]),
-        "ranks": (2, ["--token_budget=300", "--activation_checkpointing=1"]),
-    }
-    for name, (ranks, more) in ways.items():
-        run("train.py", *args_of(base, world, tmp_path / name, *more), ranks=ranks)
-        for a, b in zip(one, logged(tmp_path / name)[1:]):
-            for field in ("loss", "ce", "kl_forward", "kl_reverse", "grad_norm"):
-                # the first step is the same sum in another order; then what differs grows
-                rel = 1e-3 if a["step"] == 1 else 3e-2
-                assert b[field] == pytest.approx(a[field], rel=rel), (name, field)
-        for file in ("model.safetensors", "latent_head.safetensors"):
-            weights = load_file(trained / file)
-            for k, v in load_file(tmp_path / name / file).items():
-                close(v, weights[k], rtol=0.0, atol=3e-3)
-
-    again = tmp_path / "again"
-    shutil.copytree(trained, again)
-    shutil.rmtree(again / "ckpt" / "step-0000004")
-    (again / "model.safetensors").unlink()
-    run("train.py", *args_of(base, world, again))
-    for name in ("model.safetensors", "latent_head.safetensors"):
-        close(load_file(again / name), load_file(trained / name), rtol=0.0, atol=0.0)
+    fields = ("loss", "ce", "kl_forward", "kl_reverse", "grad_norm")
+    check_other_ways(trained, tmp_path, partial(args_of, base, world), fields)
 
 
 def test_what_a_run_leaves(trained):

@@ -1,12 +1,23 @@
 """VaLR: its loss against naive loops, its rollout against step-by-step generation."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import PIXELS, examples, logged, make_open, noise, record, run
+from conftest import (
+    PIXELS,
+    check_other_ways,
+    examples,
+    logged,
+    make_open,
+    method_args,
+    noise,
+    record,
+    run,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_encoders import saved_encoder
@@ -262,20 +273,7 @@ def test_upsampling_keeps_places():
 
 
 def args_of(base, steps, out, *more):
-    return [
-        "--method=valr",
-        f"--base={base}",
-        f"--data={steps}/train.jsonl",
-        f"--val_data={steps}/val.jsonl",
-        f"--out={out}",
-        "--global_batch=4",
-        "--max_steps=4",
-        "--eval_every=2",
-        "--save_every=2",
-        "--lr=1e-3",
-        "--lr_head=1e-3",
-        *more,
-    ]
+    return method_args("valr", base, steps, out, *more)
 
 
 @pytest.fixture(scope="module")
@@ -289,33 +287,8 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
     """2 ranks, one row a micro-batch, activation checkpointing, and a run that stopped half-way."""
     one = logged(trained)[1:]
     assert one[-1]["rollout_error"] < 1e-4 and -1 <= one[-1]["cosine"] <= 1
-    ways = {
-        "rows": (1, ["--token_budget=1"]),
-        "ranks": (2, ["--token_budget=300", "--activation_checkpointing=1"]),
-    }
-    for name, (ranks, more) in ways.items():
-        run("train.py", *args_of(base, steps, tmp_path / name, *more), ranks=ranks)
-        for a, b in zip(one, logged(tmp_path / name)[1:]):
-            for field in ("loss", "ce", "cosine", "grad_norm"):
-                # the first step is the same sum in another order; a rollout lets what differs grow
-                rel = 2e-4 if a["step"] == 1 else 3e-2
-                assert b[field] == pytest.approx(a[field], rel=rel, abs=1e-4), (name, field)
-        assert logged(tmp_path / name)[-1]["val_cosine"] == pytest.approx(
-            one[-1]["val_cosine"], rel=1e-2, abs=1e-4
-        )
-        weights = load_file(trained / "model.safetensors")
-        for k, v in load_file(tmp_path / name / "model.safetensors").items():
-            close(v, weights[k], rtol=0.0, atol=5e-3)
-
-    # forget the last checkpoint and the log after it, as a kill would
-    again = tmp_path / "again"
-    shutil.copytree(trained, again)
-    shutil.rmtree(again / "ckpt" / "step-0000004")
-    (again / "model.safetensors").unlink()
-    run("train.py", *args_of(base, steps, again))
-    for name in ("model.safetensors", "latent_head.safetensors"):
-        same = load_file(again / name), load_file(trained / name)
-        close(*same, rtol=0.0, atol=0.0)
+    fields = ("loss", "ce", "cosine", "grad_norm", "val_cosine")
+    again = check_other_ways(trained, tmp_path, partial(args_of, base, steps), fields)
     # another picture under an old name is another run
     shutil.copytree(steps, tmp_path / "moved")
     noise(3).save(tmp_path / "moved" / "train" / "1-aux-0.png")
