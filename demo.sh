@@ -15,7 +15,7 @@ run eval.py --model=toy/base --out=out/eval/base
 run eval.py --model=out/text --out=out/eval/text
 run eval.py --model=out/gap --out=out/eval/gap
 run eval.py --model=out/gap --out=out/eval/gap-noise --intervention=noise
-run infer.py --show=out/latents.png
+run infer.py --show=out/latents.png --aux=out/toy/test/3-aux.png
 
 echo
 .venv/bin/python - <<'PY'
@@ -28,5 +28,5 @@ for name in ("base", "text", "gap", "gap-noise"):
         low, high = scores[moves]["interval"]
         print(f"{scores[moves]['accuracy']:8.3f} ({low:.2f}-{high:.2f})", end="")
     print()
-print("\nwhat the latents look like: out/latents.png")
+print("\nwhat the model imagined: out/latents.png")
 PY

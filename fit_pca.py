@@ -7,6 +7,7 @@ Reads the base model and data files. Writes, under <out>:
   targets/*.safetensors   the latent targets of each example, (m, K, d) bfloat16, m spans
   targets/index.json      which file holds which example
   pca.safetensors         mean (d), basis (d, k), eigenvalues (all d), and how they were made
+  bank.safetensors        some targets and their patches: what latents are drawn with (imagine.py)
 
     python fit_pca.py
     torchrun --nproc-per-node 8 fit_pca.py \
@@ -16,12 +17,11 @@ Reads the base model and data files. Writes, under <out>:
    goes on with the next.
 2. Stream mean and covariance from the files: the PCA is of the very bfloat16 vectors that are the
    targets.
-3. Fit, report and write the PCA.
+3. Fit, report and write the PCA and the bank.
 """
 
 import json
 import math
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from data import (
     write_then_rename,
 )
 from images import open_image, usable_rows
+from imagine import save_bank
 from launch import check_choices, claim, pick_device, rank_and_world, start
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
@@ -55,6 +56,7 @@ mode = "pool"  # an image's sqrt(K) grid: "pool" its merged tokens, or "resize" 
 retained = 0.95  # k is the smallest number of components with this share of the variance [paper]
 basis = "pca"  # or "random", a control: a random orthonormal basis of the same k
 centre = True  # False, a control: mu = 0 in v_hat = P_k c + mu
+n_bank = 2000  # examples in the bank, evenly over `data`; 7B: about 0.7 GB at K = 36
 degenerate = 1e-3  # rejects an image with var(v) / mean ||v||^2 over its latents below this [ours]
 batch = 64  # images a tower call
 shard = 512  # examples a file
@@ -306,7 +308,8 @@ def finish(shards, total, outer, n, made_by):
     if basis == "random":
         eigenvalues, vectors = random_basis(covariance)
 
-    index_path = Path(out) / "targets" / "index.json"
+    folder = Path(out)
+    index_path = folder / "targets" / "index.json"
     whole = made_by | {
         "rejected": rejected,
         "files": index,
@@ -323,9 +326,27 @@ def finish(shards, total, outer, n, made_by):
     meta = made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
     meta["targets"] = key_of(whole)  # a PCA belongs to the targets that it was fitted on
     meta = {name: str(x) for name, x in meta.items()}  # safetensors keeps strings only
-    pca_path = Path(out) / "pca.safetensors"
-    write_then_rename(pca_path, lambda tmp: save_file(tensors, tmp, meta))
-    print(f"wrote {os.path.join(out, 'pca.safetensors')} (k = {k}) and {index_path}")
+    write_then_rename(folder / "pca.safetensors", lambda tmp: save_file(tensors, tmp, meta))
+    examples = sample_targets(shards, set(rejected))
+    save_bank(folder / "bank.safetensors", examples, K, meta)
+    print(f"wrote {folder}/pca.safetensors (k = {k}), bank.safetensors ({len(examples)} examples)")
+    print(f"and {index_path}")
+
+
+def sample_targets(shards, rejected):
+    """[(row, its targets (m, K, d))] of n_bank training examples, evenly spread over them."""
+    rows = [
+        (row, path)
+        for path, part, _ in shards
+        for row in part
+        if path.name.startswith("train-") and row["aux_images"] and row["id"] not in rejected
+    ]
+    n = min(n_bank, len(rows))
+    examples = []
+    for row, path in [rows[i * len(rows) // n] for i in range(n)]:
+        with safe_open(path, "pt") as f:  # a header a row, not a shard in memory
+            examples.append((row, f.get_tensor(row["id"])))
+    return examples
 
 
 # --------------------------------------------------------------------------------------------------

@@ -336,5 +336,10 @@ class GAP(Method):
     # --- what it leaves
 
     def save(self, folder, weights):
-        """latent_head.safetensors, what `generate` asks for the next latent."""
-        save_head(folder, self.head, weights_of("head", weights), self.meta)
+        """latent_head.safetensors, what `generate` asks for the next latent.
+
+        It also says where the bank lies that its latents can be looked at with.
+        """
+        bank = self.pca_file.with_name("bank.safetensors").resolve()
+        meta = self.meta | {"bank": str(bank)}
+        save_head(folder, self.head, weights_of("head", weights), meta)

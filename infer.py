@@ -3,15 +3,14 @@
 Asks a trained model about images and prints the answer as it comes, a latent span as ⟨latent xK⟩.
 
 Reads a model folder and images; nothing else is needed. Writes, if asked:
-  --show=file.png             where in the query images each latent's nearest vision embeddings are
-                              (cosine; each panel from its lowest to its highest)
+  --show=file.png             the picture that each span's latents draw (imagine.py), beside the
+                              real one (--aux) and where in the query images they are found
   --latents=file.safetensors  the latents that were fed, (m * K, d), m spans
 
     python infer.py
     python infer.py --images=board.png --question="Start at nw. Moves: mirror. ..." --show=where.png
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from generate import (
     save_latents_file,
 )
 from images import open_image
+from imagine import bank_of, imagine
 from launch import check_choices, pick_device, start
 from model import (
     HEAD_FILE,
@@ -43,14 +43,15 @@ from model import (
 model = "out/gap"  # a folder written by train.py
 images = "out/toy/test/3.png"  # several: a.png,b.png
 question = ""  # "": the question of out/toy/test.jsonl that goes with the image
-show = ""  # file.png: where the latents look
+show = ""  # file.png: what the latents look like
+bank = ""  # for show; "": where the model folder says
 latents = ""  # file.safetensors: the latents
 max_new_tokens = 256  # text and latents
 temperature = 0.0  # 0: greedy
 top_p = 1.0  # 1: draw from the whole distribution
 seed = 12345  # of the draws
 intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
-aux = ""  # for oracle: the auxiliary image(s), a.png,b.png
+aux = ""  # the real auxiliary image(s), a.png,b.png: for oracle, and beside what is shown
 donor = ""  # for shuffle: a latents.safetensors of another example
 latent_size = 10  # most latents a span, for Monet's tokens without a head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
@@ -60,9 +61,9 @@ dtype = "float32"  # 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
 
 # the drawing, in pixels
-PICTURE = 140  # height of a panel's pictures
-CAPTION = 14  # height of the line above them
-GAP = 8  # between panels
+BOX = (400, 200)  # a picture is as large as fits
+CAPTION = 16  # height of the line above it
+GAP = 8  # between pictures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,62 +171,78 @@ def embed_pictures(vlm, processor, pictures):
     return [v.cpu() for v in visions], grids
 
 
-def heat_map(latent, vision, grid, size):
-    """Where a picture resembles a latent: a greyscale image of `size`, 0 to 255.
+def whole_spans(latents, head):
+    """The spans (K, d) of an answer's latents (n, d), without one that the token limit cut off."""
+    if not head.fixed_length:
+        return [latents]  # Monet's: where one span ends is not kept
+    return [span for span in latents.split(head.K) if len(span) == head.K]
 
-    The cosines of the latent (d) with the picture's embeddings (h*w, d), from lowest to highest.
-    """
-    cosine = F.cosine_similarity(latent[None], vision.float(), dim=-1)  # (h*w)
-    cosine = cosine.view(1, 1, *grid)
+
+def cosines(latents, vision):
+    """The highest cosine of each embedding of a picture (h*w, d) with any latent (K, d): (h*w)."""
+    return (F.normalize(vision.float(), dim=-1) @ F.normalize(latents, dim=-1).T).amax(1)
+
+
+def lit(picture, cosine, grid):
+    """A picture, dark where its cosines (h*w) with the latents are lowest."""
     low, high = cosine.min(), cosine.max()
-    cosine = (cosine - low) / (high - low).clamp(min=1e-6)
-    width, height = size
-    up = F.interpolate(cosine, size=(height, width), mode="bicubic", align_corners=False)
-    up = up.clamp(0, 1)  # bicubic overshoots
-    return Image.fromarray((up[0, 0] * 255).byte().numpy())
+    light = ((cosine - low) / (high - low).clamp(min=1e-6)).view(1, 1, *grid)
+    size = (picture.height, picture.width)
+    light = F.interpolate(light, size=size, mode="bicubic", align_corners=False)
+    light = light.clamp(0, 1)  # bicubic overshoots
+    mask = Image.fromarray((light[0, 0] * 255).byte().numpy())
+    dark = Image.blend(picture, Image.new("RGB", picture.size, "black"), 0.75)
+    return Image.composite(picture, dark, mask)
 
 
-def max_cosine(latent, visions):
-    """The highest cosine of a latent with any embedding of any picture."""
-    best = -1.0
-    for vision in visions:  # (h*w, d)
-        cosine = F.cosine_similarity(latent[None], vision.float(), dim=-1)
-        best = max(best, float(cosine.max()))
-    return best
+def fitted(picture):
+    """A picture as large as fits the BOX, wide, tall or small as it may be."""
+    scale = min(BOX[0] / picture.width, BOX[1] / picture.height)
+    return picture.resize([max(1, round(x * scale)) for x in picture.size])
 
 
-def darken(picture, brightness):
-    """The picture, at a quarter of its light where the brightness (greyscale) is 0."""
-    black = Image.new("RGB", picture.size, "black")
-    dark = Image.blend(picture, black, 0.75)
-    return Image.composite(picture, dark, brightness)
+def line_of(latents, memory, pictures, visions, grids, real):
+    """What is shown of one span, [(caption, picture)]: imagined, real, and where in each image."""
+    panels = []
+    if memory is not None:
+        drawn, cosine = imagine(latents, memory)
+        panels.append((f"imagined, cosine {cosine.min():.2f} to {cosine.max():.2f}", drawn))
+    if real is not None:
+        panels.append(("real", real))
+    for picture, vision, grid in zip(pictures, visions, grids):
+        cosine = cosines(latents, vision)
+        caption = f"where, cosine {cosine.min():.2f} to {cosine.max():.2f}"
+        panels.append((caption, lit(fitted(picture), cosine, grid)))
+    return [(caption, fitted(picture)) for caption, picture in panels]
 
 
-def draw_latents(path, found, pictures, visions, grids, K):
-    """Write a grid of panels, one a latent: the query images, darkened where the cosine is low."""
-    small = []
-    for picture in pictures:
-        width = max(1, round(picture.width * PICTURE / picture.height))
-        small.append(picture.resize((width, PICTURE)))
+def draw(path, lines):
+    """Write a picture of lines of (caption, picture), one below the other, as PNG."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
-    columns = math.isqrt(K)  # as the latents lie in the auxiliary image
-    lines = math.ceil(len(found) / columns)
-    panel_width = sum(picture.width for picture in small) + GAP
-    panel_height = CAPTION + PICTURE + GAP
-    size = (columns * panel_width + GAP, lines * panel_height + GAP)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, latent in enumerate(found):
-        line, column = divmod(i, columns)
-        x = GAP + column * panel_width
-        y = GAP // 2 + line * panel_height
-        best = max_cosine(latent, visions)
-        draw.text((x, y), f"latent {i + 1}: max cosine {best:.2f}", fill="black")
-        for picture, vision, grid in zip(small, visions, grids):
-            brightness = heat_map(latent, vision, grid, picture.size)
-            canvas.paste(darken(picture, brightness), (x, y + CAPTION))
-            x += picture.width
+    def width(caption, picture):
+        return GAP + max(picture.width, round(measure.textlength(caption)))
+
+    row = CAPTION + BOX[1] + GAP
+    widest = max(sum(width(*panel) for panel in panels) for panels in lines)
+    canvas = Image.new("RGB", (widest + GAP, len(lines) * row + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, panels in enumerate(lines):
+        x, y = GAP, GAP + i * row
+        for caption, picture in panels:
+            pen.text((x, y), caption, fill="black")
+            canvas.paste(picture, (x, y + CAPTION))
+            x += width(caption, picture)
     write_then_rename(path, lambda tmp: canvas.save(tmp, format="PNG"))
+
+
+def show_spans(path, vlm, processor, spans, pictures, memory):
+    """Draw each span's latents (K, d): what they imagine, the real picture, and where they look."""
+    visions, grids = embed_pictures(vlm, processor, pictures)
+    real = [open_image(path) for path in paths_of(aux)]
+    real += [None] * len(spans)  # of none, or of fewer spans than the model opened
+    lines = [line_of(s, memory, pictures, visions, grids, r) for s, r in zip(spans, real)]
+    draw(path, lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,6 +254,7 @@ def main():
     if show and not paths:
         raise SystemExit("--show needs a query image")
     asked = get_question(paths)
+    memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
 
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     processor = load_processor(model, min_pixels, max_pixels)
@@ -273,9 +291,13 @@ def main():
         save_latents_file(latents, found, head)
         print(f"wrote {latents}: {len(found)} latents")
     if show:
-        pictures = [open_image(path) for path in paths]
-        visions, grids = embed_pictures(vlm, processor, pictures)
-        draw_latents(show, found, pictures, visions, grids, head.K)
+        spans = whole_spans(found, head)
+        if not spans:
+            raise SystemExit(
+                f"the token limit cut the latents off: {len(found)} of {head.K}; raise "
+                f"max_new_tokens={max_new_tokens}"
+            )
+        show_spans(show, vlm, processor, spans, [open_image(path) for path in paths], memory)
         print(f"wrote {show}")
 
 
