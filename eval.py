@@ -15,12 +15,15 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 
 import bisect
 import hashlib
+import html
 import math
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from answers import extract_answer, extract_final
@@ -62,9 +65,11 @@ from generate import (
     to_text,
 )
 from images import open_image, usable_rows
+from imagine import bank_of, imagine
 from judge import JUDGED, Endpoint, judge
 from launch import check_choices, claim, clock, pick_device, rank_and_world, start
 from model import HEAD_FILE, encode, grid_features, load_head, load_processor, load_vlm
+from pages import coloured, figure, write_page
 from scores import mean
 from tables import Cell, images_of
 
@@ -94,6 +99,10 @@ dtype = "float32"  # 7B: bfloat16
 limit = 0  # > 0: only the first rows
 skip_unusable = False  # of a JSONL set: leave out rows with a broken image, do not refuse them
 score_only = False
+sheet = ""  # page.html: answers to look at, with what the model imagined (needs save_latents=1)
+n_sheet = 40  # answers on it
+sheet_order = "wrong"  # wrong: those first; category: by category
+bank = ""  # what imagined pictures are made of; "": where the model folder says
 allow_partial = False  # score what is there although answers are missing
 judge_url = ""  # http://localhost:8000/v1, OpenAI-compatible: also judge what no rule can decide
 judge_model = ""
@@ -669,20 +678,106 @@ def paired_difference(a, b):
 
 
 # --------------------------------------------------------------------------------------------------
+# a page to look at
+
+
+class Imaginer:
+    """Shows the latents that a run kept as pictures, beside the real ones."""
+
+    def __init__(self, test, vlm, head, memory):
+        self.folder = test.out / "latents"
+        self.vlm = vlm
+        pixels = test.settings["min_pixels"], test.settings["max_pixels"]
+        self.processor = load_processor(model, *pixels)
+        self.head = head
+        self.memory = memory  # a bank of imagine.py; None: no picture goes with these latents
+        self.mode = read_safetensors(Path(model) / HEAD_FILE)[1]["mode"] if memory else ""
+
+    def figures(self, row):
+        """An answer's spans as HTML: what each imagined, beside the real auxiliary images."""
+        real = [open_image(path) for path in row.get("aux_images", [])]
+        figures = []
+        for i, (latents, picture) in enumerate(zip_longest(self.spans(row), real), 1):
+            if latents is not None:
+                drawn, cosine = imagine(latents, self.memory)
+                caption = f"imagined {i}: cosine {mean(cosine.tolist()):.2f} with its patches"
+                if picture is not None:
+                    v = self.features(picture)
+                    match = F.cosine_similarity(latents, v, dim=-1)
+                    caption += f", {float(match.mean()):.2f} with the real features"
+                figures.append(figure(drawn, caption))
+            if picture is not None:
+                figures.append(figure(picture, f"real {i}"))
+        return "".join(figures)
+
+    def spans(self, row):
+        """The kept latents of an answer, (m, K, d); none where it opened no whole span."""
+        path = self.folder / latents_name(row["id"])
+        if self.memory is None or not row["latents"] or not path.exists():
+            return []
+        return load_latents_file(path, self.head)
+
+    @torch.inference_mode()
+    def features(self, picture):
+        """The features (K, d) of a real auxiliary image, as the targets were made."""
+        v = grid_features(self.vlm, self.processor, [picture], self.head.K, self.mode)
+        return v[0].cpu()
+
+
+def answer_sheet(test, graded, imaginer):
+    """Write a page of n_sheet answers: the images, the question, what was imagined and said."""
+    order = {"wrong": lambda row: row["correct"], "category": lambda row: str(row.get("category"))}
+    shown = sorted(graded, key=order[sheet_order])[:n_sheet]
+    path = Path(sheet)
+    if benchmarks:  # a page each
+        path = path.with_stem(f"{path.stem}-{test.name}")
+    cards = [card(row, imaginer) for row in tqdm(shown, desc="sheet", unit="answer")]
+    right = sum(row["correct"] for row in graded)
+    title = f"{model} on {test.name}: {right:g} of {len(graded)} right, {len(shown)} shown"
+    write_page(path, title, cards)
+    print(f"wrote {path}: open it in a browser")
+
+
+def card(row, imaginer):
+    """An answer as HTML."""
+    images = [figure(open_image(x), f"image {i}") for i, x in enumerate(images_of(row), 1)]
+    verdict = "right" if row["correct"] == 1 else "wrong"
+    read = f"read as {row['extracted']!r} ({row['method']}), gold answer {row['answer']!r}"
+    title = f"{row['id']}: {verdict}"
+    return (
+        f"<p><b>{html.escape(title)}</b> {html.escape(str(row.get('category', '')))}</p>"
+        f"{''.join(images)}{imaginer.figures(row)}"
+        f"<pre>{html.escape(question_text(row))}</pre><pre>{coloured(row['raw'])}</pre>"
+        f"<p>{html.escape(read)}</p>"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
-    check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
+    check_choices(
+        globals(),
+        intervention=INTERVENTIONS,
+        dtype=("float32", "bfloat16"),
+        sheet_order=("wrong", "category"),
+    )
     # before the model is loaded
+    memory = None
+    if sheet and (Path(model) / HEAD_FILE).is_file():
+        if not save_latents:
+            raise SystemExit("--sheet draws the latents that a run keeps: give --save_latents=1")
+        memory = bank_of(model, bank)
     names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
     claim(out)
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
 
-    if not score_only:
+    if sheet or not score_only:
         vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
         head = load_head(model, vlm, tokenizer, latent_size)
+    if not score_only:
         if head is None and intervention != "clean":
             raise SystemExit(
                 f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model "
@@ -698,6 +793,8 @@ def main():
         # the rank that finishes last sees all answers and scores them; no rank waits for another
         if left == 0 or score_only or world == 1:
             score(test, predictions)
+            if sheet:
+                answer_sheet(test, grade(test, predictions), Imaginer(test, vlm, head, memory))
         else:
             print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
     if benchmarks and rank == 0:

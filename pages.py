@@ -13,7 +13,8 @@ STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}\n"
     "article{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}"
     "figure{display:inline-block;margin:0 1em 1em 0;\nvertical-align:top}"
-    "img{max-width:320px;max-height:320px;border:1px solid #ddd}"
+    "img{max-width:320px;max-height:320px;border:1px solid #ddd;\nmin-width:130px;min-height:130px;"
+    "object-fit:contain}"
     "figcaption{font-size:12px;max-width:320px}\n"
     ".think{color:#777}"
     ".latent{background:#d33;color:#fff}"
@@ -40,21 +41,26 @@ def figure(image, caption):
 def coloured(response):
     """A response as HTML: each tag and what it holds in the colour of its kind.
 
-    All other markup is shown, not obeyed.
+    All other markup is shown, not obeyed. A model may leave a tag open, or close one that is not.
     """
-    pieces = []
+    pieces, opened = [], []
     # the parentheses make split() keep the tags
     for piece in re.split(f"({TAGS.pattern})", response):
         shown = html.escape(piece)
+        name = piece.strip("</>")
         if not TAGS.fullmatch(piece):
             pieces.append(shown)
-        # the tag is shown within the colour that it ends
-        elif piece.startswith("</"):
-            pieces.append(f'<b class="tag">{shown}</b></span>')
-        else:
-            name = piece.strip("<>")
+        elif not piece.startswith("</"):
             pieces.append(f'<span class="{name}"><b class="tag">{shown}</b>')
-    return "".join(pieces)
+            opened.append(name)
+        else:
+            # the tag is shown within the colour that it ends
+            pieces.append(f'<b class="tag">{shown}</b>')
+            while name in opened:
+                pieces.append("</span>")
+                if opened.pop() == name:
+                    break
+    return "".join(pieces) + "</span>" * len(opened)
 
 
 def write_page(path, title, cards):

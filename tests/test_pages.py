@@ -1,13 +1,18 @@
 """A page is one file that loads nothing, shows markup, does not obey it, and draws its pictures."""
 
+import itertools
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import RESPONSE, example, pixels, write_data
+from conftest import RESPONSE, example, pixels, run, write_data
 from PIL import Image
+
+from data import load_examples, read_lines
+from pages import coloured
 
 
 class Page(HTMLParser):
@@ -53,6 +58,37 @@ def test_sheet(stage, tmp_path):
         assert page.text.count(f"<{name}>") == page.text.count(f"</{name}>") == 3
         assert sheet.read_text().count(f'<span class="{name}">') == 3
         assert f".{name}{{" in sheet.read_text()
+
+
+def test_tags_that_do_not_match():
+    """Whatever a model wrote, colours end with it, and every sign of it is shown."""
+    tags = ["<think>", "</think>", "<answer>", "</answer>", "a < b"]
+    for response in map(" ".join, itertools.product(tags, repeat=4)):
+        page = Page(coloured(response))
+        assert not page.open and page.text == response
+        assert coloured(response).count("<span") == coloured(response).count("</span>")
+
+
+def test_a_page_of_answers(stages, tmp_path):
+    """Wrong answers first, what was imagined beside the real picture; made anew without asking."""
+    args = [f"--model={stages['gap']}", f"--data={stages['world']}/test.jsonl"]
+    args += [f"--out={tmp_path}/eval", "--max_new_tokens=40", f"--sheet={tmp_path}/page.html"]
+    assert "give --save_latents=1" in run("eval.py", *args, ok=False)
+    run("eval.py", *args, "--save_latents=1")
+    answers = {row["id"]: row for row in read_lines(tmp_path / "eval" / "scored.jsonl")}
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("article") == len(answers)
+    # a question picture each, the real picture of each span, and one imagined for each whole span
+    rows = load_examples(stages["world"] / "test.jsonl", training=False)
+    pictures = sum(1 + len(row["aux_images"]) + answers[row["id"]]["latents"] // 4 for row in rows)
+    assert page.tags.count("img") == pictures
+    assert page.text.count("with the real features") > 0 and not page.open
+    verdicts = re.findall(r"test-\d+: (right|wrong)", page.text)
+    assert verdicts == sorted(verdicts, reverse=True) and len(verdicts) == len(answers)
+    # later, from the files alone
+    before = (tmp_path / "page.html").read_bytes()
+    run("eval.py", *args, "--save_latents=1", "--score_only=1")
+    assert (tmp_path / "page.html").read_bytes() == before
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
