@@ -49,6 +49,9 @@ RANGES = {
     **dict.fromkeys(("beta1", "beta2", "ema_beta"), (0, 1)),
     "seed": (0, 2**63 - 1),
 }
+# what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
+RUN_ROOTS = ("out/toy", "data", "out")
+SHARED = ("data_root",)  # the benchmarks' files, which all runs read
 # 0 has a meaning of its own where the script's default is 0, and none elsewhere
 SIZES = ("max_new_tokens", "min_pixels", "max_pixels")
 
@@ -128,7 +131,7 @@ def override(script, args, n_words=0):
     """
     # the types and names are those of the values written in the script
     defaults = settings_of(script)
-    args, words, given = list(args), [], set()
+    args, words, given, run = list(args), [], set(), ""
     while args:
         key, equals, value = args.pop(0).partition("=")
         if not key.startswith("--") and not equals and len(words) < n_words:
@@ -136,18 +139,23 @@ def override(script, args, n_words=0):
             continue
         # --max-steps and --max_steps are one setting
         name = key.removeprefix("--").replace("-", "_")
-        if not key.startswith("--") or name not in defaults:
+        if not key.startswith("--") or name not in (*defaults, "run"):
             there = ", ".join(sorted(defaults))
             raise SystemExit(f"unknown setting {key!r}; this script has: {there}")
         if not equals and not args:
             raise SystemExit(f"{key} needs a value, as in {key}=value")
         # --key value, as other programs have it
         value = value if equals else args.pop(0)
+        if name == "run":
+            run = value
+            continue
         script[name] = cast(key, value, type(defaults[name]))
         given.add(name)
     if len(words) < n_words:
         found = len(words)
         raise SystemExit(f"expected {n_words} words before the settings, found {found}; see --help")
+    if run:
+        move_to_run(script, run, defaults, given)
     # the toy's validation rows are of no use beside one's own data
     if "data" in given and "val_data" in defaults and "val_data" not in given:
         if script["data"] != defaults["data"] and script["val_data"]:
@@ -155,6 +163,23 @@ def override(script, args, n_words=0):
             script["val_data"] = ""
     check_ranges(script, defaults)
     return words
+
+
+def move_to_run(script, run, defaults, given):
+    """--run=NAME: default paths lie in out/NAME, so that a run's stages find each other there."""
+    for name, default in defaults.items():
+        if type(default) is not str or name in SHARED or name in given:
+            continue
+        path = Path(default)
+        for root in RUN_ROOTS:
+            if path.is_relative_to(root):
+                script[name] = str(Path("out") / run / path.relative_to(root))
+                break
+    # one's own data may have no validation rows, which the toy's has
+    val_data = script.get("val_data")
+    if val_data and "val_data" not in given and not Path(val_data).exists():
+        print(f"no val_data: {val_data} is not there; --val_data=FILE names another")
+        script["val_data"] = ""
 
 
 def cast(key, value, kind):
@@ -209,6 +234,9 @@ def help_text(script):
             comments[token.start[0]] = token.string.lstrip("# ")
     known = settings_of(script)
     lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
+    lines.append(
+        "  --run=NAME".ljust(46) + "default paths lie in out/NAME (out/toy, data and out do)"
+    )
     for statement in ast.parse(source).body:
         if not isinstance(statement, ast.Assign):
             continue

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TOY, run
 
 from launch import RANGES, SIZES, claim, override, settings_of
+
+SCRIPTS = sorted(
+    path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
+)
 
 # --- settings and folders
 
@@ -49,11 +54,37 @@ def test_unknown_folders(tmp_path, world):
     assert "bad.png: not a usable image" in text
 
 
-# --- starting a script and stopping it
+def test_a_run_has_one_folder(tmp_path, monkeypatch, capsys):
+    """--run=NAME: each stage's defaults lie in out/NAME, and what one writes the next reads."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("out/mine/val.jsonl", "out/mine/ablate/toy/val.jsonl"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).touch()
+    found = {}
+    for script in SCRIPTS:
+        given = runpy.run_path(str(ROOT / script))  # its settings, not started
+        before = settings_of(given)
+        override(given, ["--run", "mine"])
+        found[script] = {k: (v, given[k]) for k, v in before.items() if v != given[k]}
+        for old, new in found[script].values():
+            assert Path("out/mine") in (Path(new), *Path(new).parents), (script, old, new)
+    now = {script: {k: new for k, (_, new) in pairs.items()} for script, pairs in found.items()}
+    assert now["build_data.py"]["out"] == "out/mine" and "data_root" not in now["eval.py"]
+    assert now["train.py"]["data"] == now["fit_pca.py"]["data"] == "out/mine/train.jsonl"
+    assert now["train.py"]["val_data"] == "out/mine/val.jsonl"
+    assert now["train.py"]["pca"] == now["fit_pca.py"]["out"]
+    assert now["train.py"]["difficulty"] == now["sample_difficulty.py"]["out"]
+    assert now["train.py"]["out"] == now["eval.py"]["model"] == now["infer.py"]["model"]
 
-SCRIPTS = sorted(
-    path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
-)
+    # what is given stays, and validation data that is not there is left out with a word
+    Path("out/mine/val.jsonl").unlink()
+    train = runpy.run_path(str(ROOT / "train.py"))
+    override(train, ["--run=mine", "--pca=out/pca"])
+    assert train["pca"] == "out/pca" and train["val_data"] == ""
+    assert "out/mine/val.jsonl is not there" in capsys.readouterr().out
+
+
+# --- starting a script and stopping it
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
