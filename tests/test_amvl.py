@@ -384,8 +384,9 @@ def test_the_other_stages_take_it(tmp_path, world, trained):
     close(noise.norm(dim=-1), fed.norm(dim=-1))
     assert F.cosine_similarity(noise, fed).abs().max() < 0.5
     run("probe.py", *data, f"{out}/probe")
-    text = run("infer.py", data[0], f"--images={world}/test/3.png", "--question=Where?")
-    assert "⟨latent x8⟩" in text
+    asked = [f"--images={world}/test/3.png", "--question=Where?", f"--show={tmp_path}/show.png"]
+    assert "⟨latent x8⟩" in run("infer.py", data[0], *asked)
+    assert (tmp_path / "show.png").exists()  # where the slots look: no picture goes with them
 
 
 def test_leakage_is_measured_as_it_is(base, world):

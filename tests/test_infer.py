@@ -1,8 +1,9 @@
 """What does it answer, and what did it imagine? With a model that has latents, and the base."""
 
+import pytest
 import torch
 from conftest import run
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 import infer
@@ -45,3 +46,37 @@ def test_infer_shows_and_saves(tmp_path, stages):
         "--question=What is this?",
         "--max_new_tokens=5",
     )
+
+
+def test_a_drawing_of_tall_wide_and_several_pictures(tmp_path):
+    """Each picture keeps its shape and is as large as fits; none covers another."""
+    torch.manual_seed(0)
+    colours = ["red", "lime", "blue", "yellow"]
+    sizes = [(30, 900), (900, 30), (40, 40), (3000, 2000)]
+    pictures = [Image.new("RGB", size, c) for size, c in zip(sizes, colours)]
+    visions = [torch.randn(6, 8) for _ in pictures]
+    real = Image.new("RGB", (60, 20), "magenta")
+    panels = infer.line_of(torch.randn(4, 8), None, pictures, visions, [(2, 3)] * 4, real)
+    assert [caption.split(",")[0] for caption, _ in panels] == ["real", *["where"] * 4]
+    for (_, panel), (width, height) in zip(panels, [(60, 20), *sizes]):
+        assert panel.width == infer.BOX[0] or panel.height == infer.BOX[1]
+        assert panel.width <= infer.BOX[0] and panel.height <= infer.BOX[1]
+        assert abs(panel.width - panel.height * width / height) <= max(1, width / height)
+    flat = [(caption, Image.new("RGB", p.size, c)) for (caption, p), c in zip(panels, colours)]
+    infer.draw(tmp_path / "a.png", [flat, flat[:1]])
+    drawn = Image.open(tmp_path / "a.png").convert("RGB")
+    for (_, panel), c in zip(flat, colours):
+        area = panel.width * panel.height * (2 if c == "red" else 1)
+        count = dict((colour, n) for n, colour in drawn.getcolors(1 << 20))
+        assert count[ImageColor.getrgb(c)] == area
+
+
+def test_where_is_where_the_embeddings_are():
+    """The embedding that is one of the latents is lit, the one that is its opposite is dark."""
+    latents = torch.eye(4)
+    vision = torch.stack([torch.ones(4), latents[2] * 5, -torch.ones(4), torch.ones(4)])
+    cosine = infer.cosines(latents, vision)
+    assert cosine.tolist() == pytest.approx([0.5, 1.0, -0.5, 0.5])
+    white = Image.new("RGB", (40, 40), "white")
+    seen = infer.lit(white, cosine, (2, 2)).convert("L")
+    assert seen.getpixel((35, 5)) > 240 and seen.getpixel((5, 35)) < 80
