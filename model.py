@@ -566,8 +566,8 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
     }
 
 
-def prompt_ids(vlm, tokenizer, processor, row, grids):
-    """Ids of the chat prompt; without `system` in the row the template's own stands."""
+def chat_messages(row):
+    """A row's question as a chat; without `system` in the row the template's own stands."""
     # an image stands at its mark in the text, or before the text
     text = question_text(row)
     pieces = text.split(IMAGE_MARK)
@@ -582,7 +582,13 @@ def prompt_ids(vlm, tokenizer, processor, row, grids):
     messages = [{"role": "user", "content": content}]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return messages
+
+
+def prompt_ids(vlm, tokenizer, processor, row, grids):
+    """Ids of the chat prompt, an image pad for each embedding of an image."""
+    chat = chat_messages(row)
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
     # the template writes one pad an image; the tower's merger leaves t * h * w / 4 embeddings
     pad, merged = vlm.config.image_token_id, processor.merge_size**2

@@ -9,12 +9,16 @@ correct, accuracy, answers, and whether the count is a lower bound because sampl
     python sample_difficulty.py
     torchrun --nproc-per-node 8 sample_difficulty.py \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl
+    python sample_difficulty.py --url=http://localhost:8000/v1 --served_model=NAME \
+        --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl     # by vLLM, SGLang or the like
 
 A killed run goes on where it stopped: each rank appends to a file of its own, and once all have
 finished, rank 0 merges them.
 """
 
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,11 +37,13 @@ from data import (
     weights_digest,
     write_lines,
 )
+from endpoint import FAILURES, NO_KEY, hidden
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, make_prompts, to_text
 from images import usable_rows
 from launch import check_choices, claim, pick_device, rank_and_world, start
 from model import load_processor, load_vlm
+from served import Served, draw, served_messages
 
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # a Qwen2.5-VL folder
@@ -57,23 +63,27 @@ max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an 
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
 dtype = "float32"  # 7B: bfloat16
 seed = 12345  # of the draws
+url = ""  # http://localhost:8000/v1, OpenAI-compatible: a server of `base` that draws the answers
+served_model = ""  # its name there
+served_key = "SERVED_KEY"  # the environment variable with its key, if it wants one
+workers = 64  # questions that it is asked at once
+tries = 7  # of a request
+give_up = 20  # questions in a row without an answer: the server is down
 # --------------------------------------------------------------------------------------------------
 
 
 class Tally:
     """The answers to a batch of questions as they come in, and how many are right."""
 
-    def __init__(self, rows, tokenizer):
+    def __init__(self, rows):
         self.rows = rows
-        self.tokenizer = tokenizer
         self.answers = [{} for _ in rows]  # by number of the sample: they end in any order
         # of the answers that have come in
         self.correct = [0 for _ in rows]
 
-    def add(self, q, s, ids):
+    def add(self, q, s, text):
         """Take sample s of question q. True where the question's other samples can be dropped."""
         row = self.rows[q]
-        text = to_text(self.tokenizer, ids)
         answer = extract_answer(text, row.get("options"))[0]
         self.answers[q][s] = answer
         self.correct[q] += is_correct(answer, row)
@@ -117,6 +127,8 @@ def run_key():
         "dtype",
         "seed",
     ]
+    if url:
+        names.append("served_model")
     if early_stop:  # a full count fits every tau and rule
         names += ["tau", "rule"]
     settings = {name: globals()[name] for name in names}
@@ -150,27 +162,77 @@ def finished(rows, key):
     return done
 
 
-def sample(rows, vlm, tokenizer, processor):
-    """Draw the answers to a batch of questions. Returns their Tally.
+def sample(rows):
+    """Draw the answers to batches of questions with the base itself. Yields a Tally a batch.
 
     The prompt and its image are run once a question; its samples share the cache.
     """
-    asked = [row | {"instruction": instruction} for row in rows]
-    # one a sample: its draws depend on no batch, no rank and no kill
-    seeds = [seed_of(seed, row["id"], s) for row in rows for s in range(n_samples)]
-    tally = Tally(rows, tokenizer)
-    generate(
-        vlm,
-        None,  # no latent head: the base writes text only
-        tokenizer,
-        make_prompts(vlm, tokenizer, processor, asked),
-        n_samples=n_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        on_finish=tally.add,
-        seeds=seeds,
-    )
+    vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
+    processor = load_processor(base, min_pixels, max_pixels)
+    for i in range(0, len(rows), batch):
+        tally = Tally(rows[i : i + batch])
+        asked = [row | {"instruction": instruction} for row in tally.rows]
+        # one a sample: its draws depend on no batch, no rank and no kill
+        seeds = [seed_of(seed, row["id"], s) for row in tally.rows for s in range(n_samples)]
+        generate(
+            vlm,
+            None,  # no latent head: the base writes text only
+            tokenizer,
+            make_prompts(vlm, tokenizer, processor, asked),
+            n_samples=n_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            on_finish=lambda q, s, ids, tally=tally: tally.add(q, s, to_text(tokenizer, ids)),
+            seeds=seeds,
+        )
+        yield tally
+
+
+def sample_served(rows):
+    """The same by a server, several questions at once. Yields a Tally a question, as they end.
+
+    Raises SystemExit in the end where some have no answer: the next run asks for those alone.
+    """
+    processor = load_processor(base, min_pixels, max_pixels)
+    key = os.environ.get(served_key) or NO_KEY
+    server = Served(url, served_model, key, tries, max_new_tokens, temperature, top_p)
+    unanswered, in_a_row = {}, 0
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = {pool.submit(ask_server, server, processor, row): row for row in rows}
+        for future in as_completed(futures):
+            try:
+                tally = future.result()
+            except FAILURES as e:
+                unanswered[futures[future]["id"]] = hidden(f"{type(e).__name__}: {e}", key)
+                in_a_row += 1
+                if in_a_row == give_up:
+                    break
+                continue
+            in_a_row = 0
+            yield tally
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if unanswered:
+        id, said = next(iter(unanswered.items()))
+        raise SystemExit(
+            f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: "
+            f"{' '.join(said.split())[:300]}; run again to ask for what is missing"
+        )
+
+
+def ask_server(server, processor, row):
+    """The Tally of one question."""
+    tally = Tally([row])
+    messages = served_messages(row | {"instruction": instruction}, processor)
+    # most questions that end early end with their first sample
+    for wave in (1, n_samples - 1) if early_stop else (n_samples,):
+        first = len(tally.answers[0])
+        texts = draw(server, messages, wave, seed_of(seed, row["id"], first))
+        ended = [tally.add(0, s, text) for s, text in enumerate(texts, first)]
+        if any(ended):
+            break
     return tally
 
 
@@ -185,18 +247,14 @@ def sample_all(rows):
     left = [row for row in rows if row["id"] not in done]
     mine = left[rank::world]
 
-    vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
-    processor = load_processor(base, min_pixels, max_pixels)
     bar = tqdm(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
     # a file a rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
-        for i in range(0, len(mine), batch):
-            part = mine[i : i + batch]
-            tally = sample(part, vlm, tokenizer, processor)
+        for tally in sample_served(mine) if url else sample(mine):
             # once the whole batch has ended: a kill costs one batch
-            for q in range(len(part)):
+            for q in range(len(tally.rows)):
                 append(f, tally.line(q, key))
-            bar.update(len(part))
+            bar.update(len(tally.rows))
     bar.close()
 
 

@@ -1,0 +1,86 @@
+"""What does a served model answer to our prompts?
+
+49,309 questions x 8 samples are a job for vLLM or SGLang; any OpenAI-compatible server does it.
+It is sent the chat that `model.prompt_ids` puts into tokens, each image at the size at which our
+own tower would see it, so that the server's own pixel limits change nothing.
+"""
+
+import base64
+import io
+from functools import partial
+from typing import NamedTuple
+
+from huggingface_hub import InferenceClient
+from PIL import Image
+
+from endpoint import answered, hidden
+from images import open_image
+from model import chat_messages, image_grid
+
+TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
+
+
+class Served(NamedTuple):
+    """A model behind an endpoint, and how it is to answer."""
+
+    url: str  # up to and with /v1
+    model: str  # its name there
+    key: str  # or endpoint.NO_KEY
+    tries: int  # of a request
+    max_tokens: int
+    temperature: float
+    top_p: float
+
+
+def served_messages(row, processor):
+    """A row's chat with its images inside, as a server takes it."""
+    images = iter(row["images"])
+    messages = chat_messages(row)
+    for message in messages:
+        if isinstance(message["content"], list):
+            message["content"] = [
+                image_part(next(images), processor) if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+    return messages
+
+
+def image_part(source, processor):
+    """An image as part of a message: a PNG of the size that the processor would make it."""
+    _, h, w = image_grid(processor, source)
+    size = (w * processor.patch_size, h * processor.patch_size)
+    buffer = io.BytesIO()
+    open_image(source).resize(size, Image.BICUBIC).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+
+
+def draw(served, messages, n, seed):
+    """n answers to a chat, in as few requests as the server allows: some ignore `n`.
+
+    Raises one of endpoint.FAILURES where no try gives an answer, SystemExit where none can.
+    """
+    texts = []
+    while len(texts) < n:
+        # another seed a request: the same one would draw the same answers again
+        call = partial(ask, served, messages, n - len(texts), seed + len(texts))
+        texts += answered(call, served.url, served.tries, key=served.key)
+    return texts[:n]
+
+
+def ask(served, messages, n, seed):
+    """The answers that one request gives: at least one, else ValueError."""
+    client = InferenceClient(base_url=served.url, api_key=served.key, timeout=TIMEOUT)
+    reply = client.chat_completion(
+        messages,
+        model=served.model,
+        n=n,
+        seed=seed % 2**31,  # what all servers take
+        max_tokens=served.max_tokens,
+        temperature=served.temperature,
+        top_p=served.top_p,
+    )
+    texts = [choice.message.content for choice in reply.choices]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"an answer without text: {hidden(str(reply)[:200], served.key)}")
+    return texts

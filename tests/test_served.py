@@ -1,0 +1,141 @@
+"""What does a served model answer to our prompts? A local server that fails in every way it can."""
+
+import base64
+import io
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import TOY, run, sampling
+from PIL import Image
+
+from data import load_examples, read_lines, write_lines
+from model import image_grid, load_processor
+from sample_difficulty import needs_latents
+from served import served_messages
+
+ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
+
+
+class Server(BaseHTTPRequestHandler):
+    """Chat completions: the right answer to the questions in `solved`, one of 8 to `rare`."""
+
+    rows, solved, rare = {}, set(), set()
+    faults, refused, lock = [], set(), threading.Lock()
+    asked, said = [], Counter()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"][-1]["text"]
+        row = self.rows[text.removesuffix(" Tag it.")]
+        with self.lock:
+            self.asked.append((row["id"], body))
+            fault = self.faults.pop() if self.faults else None
+            first = self.said[row["id"]]
+            # many servers draw one answer whatever is asked for
+            n = body["n"] if row["id"][-1] in "02468" else 1
+            self.said[row["id"]] += 0 if fault else n
+        if row["id"] in self.refused:
+            fault = 400
+        if fault == "cut":
+            self.connection.close()
+            return
+        right = f"<answer> {row['answer']} </answer>"
+        answers = []
+        for s in range(first, first + n):
+            good = row["id"] in self.solved or row["id"] in self.rare and s == 5
+            answers.append(right if good else "<answer> no idea </answer>")
+        message = [{"index": 0, "message": {"role": "assistant", "content": a}} for a in answers]
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+        text = json.dumps(reply | {"choices": [] if fault == "empty" else message}).encode()
+        self.send_response(fault if isinstance(fault, int) else 200)
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(world, tmp_path):
+    """(url, folder with train.jsonl, {id: row}): questions that the server can tell apart."""
+    rows = load_examples(world / "train.jsonl", training=False)
+    rows = [dict(row, question=f"{n}. {row['question']}") for n, row in enumerate(rows)]
+    write_lines(tmp_path / "train.jsonl", rows)
+    ids = [row["id"] for row in rows]
+    Server.rows = {row["question"]: row for row in rows}
+    Server.solved, Server.rare = set(ids[::3]), set(ids[1::6])
+    Server.faults, Server.refused = [], set()
+    Server.asked.clear()
+    Server.said.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", tmp_path, dict(zip(ids, rows))
+    server.shutdown()
+
+
+def args_of(world, out, url, **change):
+    more = {"url": url, "served_model": "m", "instruction": " Tag it.", "workers": 4}
+    return sampling(TOY, world, out, **more | change)
+
+
+def test_counts_are_the_servers(server):
+    """Through refusals, cuts and servers that ignore n; early stop changes no assignment."""
+    url, folder, rows = server
+    Server.faults = [429, 500, "cut", "empty", 503]
+    run("sample_difficulty.py", *args_of(folder, folder / "full", url, early_stop=0), env=ONLINE)
+    full = read_lines(folder / "full")
+    assert [line["id"] for line in full] == list(rows)
+    for line in full:
+        want = 8 if line["id"] in Server.solved else int(line["id"] in Server.rare)
+        assert line["correct"] == want and len(line["answers"]) == 8
+    n_full = sum(Server.said.values())
+    seeds = Counter((id, body["seed"]) for id, body in Server.asked)
+    assert len(seeds) >= len(Server.asked) - 5  # only what failed is asked again
+
+    Server.said.clear()
+    run("sample_difficulty.py", *args_of(folder, folder / "early", url), env=ONLINE)
+    early = read_lines(folder / "early")
+    for a, b in zip(early, full, strict=True):
+        assert needs_latents(a, 0.0, "paper") == needs_latents(b, 0.0, "paper")
+    assert sum(Server.said.values()) == n_full - 7 * len(Server.solved)
+
+
+def test_what_has_no_answer_is_asked_for_by_the_next_run(server):
+    """And nothing else is; until then there is no difficulty.jsonl."""
+    url, folder, rows = server
+    out = folder / "d"
+    Server.refused = set(list(rows)[3:5])
+    text = run("sample_difficulty.py", *args_of(folder, out, url), env=ONLINE, ok=False)
+    assert "2 questions without an answer" in text and not out.exists()
+    Server.asked.clear()
+    Server.refused = set()
+    run("sample_difficulty.py", *args_of(folder, out, url), env=ONLINE)
+    assert {id for id, _ in Server.asked} == set(list(rows)[3:5])
+    assert len(read_lines(out)) == len(rows)
+    # a server that is down, or has no such model, is left in a sentence
+    for status, said in ((404, "answers 404"), (400, "without an answer")):
+        Server.faults = [status] * 10_000
+        more = {"tries": 1, "give_up": 3}
+        other = args_of(folder, folder / f"e{status}", url, **more)
+        assert said in run("sample_difficulty.py", *other, env=ONLINE, ok=False)
+        assert len(Server.faults) > 10_000 - 3 - 2 * 4
+
+
+def test_images_go_at_the_size_that_our_tower_sees(world):
+    rows = load_examples(world / "train.jsonl", training=False)
+    for low, high in ((56 * 56, 1280 * 28 * 28), (200_000, 400_000), (784, 3136)):
+        processor = load_processor(TOY, low, high)
+        content = served_messages(rows[0], processor)[-1]["content"]
+        parts = [part for part in content if part["type"] == "image_url"]
+        assert len(parts) == len(rows[0]["images"])
+        for part, source in zip(parts, rows[0]["images"]):
+            _, encoded = part["image_url"]["url"].split(",")
+            image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+            _, h, w = image_grid(processor, source)
+            assert image.size == (14 * w, 14 * h) and low <= image.width * image.height <= high
+        assert content[-1] == {"type": "text", "text": rows[0]["question"]}
