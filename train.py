@@ -66,6 +66,7 @@ from images import usable_rows
 from launch import check_choices, claim, clock, pick_device, rank_and_world, settings_of, start
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
+from plot import draw_curves
 from valr import VaLR
 
 METHODS = {
@@ -122,12 +123,14 @@ activation_checkpointing = False  # 7B: True
 cpu_offload = False  # shards and optimizer on the host, where GPUs are small
 eval_every = 500  # steps between validations; 0: only after the last
 save_every = 500  # steps between checkpoints; 0: only after the last
+curves = True  # draw <out>/curves.png in the end (plot.py), where matplotlib is installed
 max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345  # of the order of examples, and of the head's first weights
 # --------------------------------------------------------------------------------------------------
 
 # settings that may change on resume: those that change no number, and paths, whose contents count
 FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
+FREE += ("curves",)
 PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
 
 # --------------------------------------------------------------------------------------------------
@@ -469,6 +472,14 @@ def open_log(first, settings):
     return open_append(path)
 
 
+def draw_own_curves():
+    """Draw <out>/curves.png, or say what is missing for it."""
+    try:
+        draw_curves([out], Path(out) / "curves.png")
+    except SystemExit as e:  # matplotlib is optional, and the model is written
+        print(e)
+
+
 def peak_memory(device):
     """Most bytes held so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -625,6 +636,8 @@ def main():
     export(model, tokenizer, processor)
     if rank == 0:
         print(f"wrote {out}")
+        if curves:
+            draw_own_curves()
     dist.barrier()
     dist.destroy_process_group()
 
