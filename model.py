@@ -514,9 +514,10 @@ def add_latent_tokens(vlm, tokenizer):
 
 def latent_ids(tokenizer):
     """Ids (start, pad, end) of a tokenizer's latent tokens, ours or Monet's, or None thrice."""
+    # asked for each answer: get_vocab() would copy all of Qwen's 151,665 entries every time
     for names in ((LATENT_START, LATENT_PAD, LATENT_END), MONET_TOKENS):
-        ids = [tokenizer.get_vocab().get(name) for name in names]
-        if None not in ids:
+        ids = tokenizer.convert_tokens_to_ids(list(names))
+        if not {None, tokenizer.unk_token_id} & set(ids):
             return ids
     return None, None, None
 

@@ -346,6 +346,18 @@ def test_no_span_without_the_tokens(loaded, base, world):
     )
 
 
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>"])
+def test_latent_ids_are_looked_up(loaded, base, monkeypatch, unknown):
+    """No copy of the vocabulary an answer; a token that is not there is not the unknown one."""
+    _, tokenizer, _ = loaded
+    without = load_vlm(base)[1]
+    monkeypatch.setattr(type(tokenizer), "get_vocab", None)
+    for t in (tokenizer, without):
+        t.unk_token = unknown
+    assert latent_ids(tokenizer) == list(range(len(tokenizer) - 3, len(tokenizer)))
+    assert latent_ids(without) == (None, None, None)
+
+
 def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
     folder, vlm, tokenizer, processor = monet
     rows = load_examples(world / "test.jsonl", training=False)
