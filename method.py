@@ -8,10 +8,8 @@ Shape letters: B rows, T positions, N labels, V vocabulary rows, d model width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from data import strip_latents, strip_parser
 from images import open_image
@@ -159,18 +157,54 @@ def idle(module):
 
 
 def cross_entropy(h, labels, lm_head, chunk=512):
-    """Summed cross-entropy of states h (N, d) against labels (N), in checkpointed chunks.
+    """Summed cross-entropy of states h (N, d) against labels (N), with float32 softmax.
 
     Logits exist for `chunk` rows at a time: at V = 152,064 the full (T, V) float32 matrix is what
     runs out of memory.
     """
+    return CrossEntropy.apply(h, lm_head.weight, labels, chunk, torch.is_grad_enabled())
 
-    def of_chunk(h, labels):
-        logits = lm_head(h).float()  # (chunk, V)
-        return F.cross_entropy(logits, labels, reduction="sum")
 
-    total = h.new_zeros((), dtype=torch.float32)
-    # backward computes a chunk's logits again instead of keeping them
-    for h_chunk, labels_chunk in zip(h.split(chunk), labels.split(chunk)):
-        total = total + checkpoint(of_chunk, h_chunk, labels_chunk, use_reentrant=False)
-    return total
+class CrossEntropy(torch.autograd.Function):
+    """The above; both gradients are computed with the logits at hand, and wait for the backward.
+
+    With z = W h and p = softmax(z), the loss is log sum exp(z) - z_label, and
+
+        dL/dz = p - onehot(label),   dL/dh = W^T dL/dz,   dL/dW = sum of dL/dz h^T
+
+    so no logit is computed twice or kept.
+    """
+
+    @staticmethod
+    def forward(ctx, h, W, labels, chunk, trained):
+        dh = torch.zeros_like(h) if trained else None  # (N, d)
+        dW = torch.zeros_like(W) if trained and ctx.needs_input_grad[1] else None  # (V, d)
+        total = h.new_zeros((), dtype=torch.float32)
+        # all chunks share it: on a CPU fresh memory costs as much as what is computed in it
+        buffer = h.new_empty(min(chunk, len(h)), len(W))
+        for first in range(0, len(h), chunk):
+            part = slice(first, first + chunk)
+            h_part, at = h[part], (torch.arange(len(h[part]), device=h.device), labels[part])
+            logits = torch.mm(h_part, W.T, out=buffer[: len(h_part)])
+            z = logits.float()  # (chunk, V): the buffer itself, unless that is bfloat16
+            z -= z.amax(-1, keepdim=True)
+            z_label = z[at]
+            sums = z.exp_().sum(-1, keepdim=True)
+            total += sums.log().sum() - z_label.sum()
+            if trained:
+                dz = z.div_(sums)
+                dz[at] -= 1
+                dz = dz.to(h.dtype)
+                dh[part] = dz @ W
+                if dW is not None:
+                    dW.addmm_(dz.T, h_part)
+        ctx.gradients = dh, dW
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        dh, dW = ctx.gradients
+        ctx.gradients = None  # scaled in place: they serve one backward
+        dh = dh.mul_(scale)
+        dW = dW.mul_(scale) if dW is not None else None
+        return dh, dW, None, None, None

@@ -19,16 +19,40 @@ from model import IGNORE, encode, load_processor, load_vlm
 close = torch.testing.assert_close
 
 
-def test_chunked_cross_entropy():
+@pytest.mark.parametrize("n", [0, 7, 50])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradients(n, frozen, dtype):
+    """Of a tied LM head, over two micro-batches with weights, against autograd in float64."""
     torch.manual_seed(0)
-    h = torch.randn(50, 8, requires_grad=True)
-    labels, lm_head = torch.randint(30, (50,)), nn.Linear(8, 30)
-    plain = nn.functional.cross_entropy(lm_head(h), labels, reduction="sum")
-    ours = cross_entropy(h, labels, lm_head, chunk=7)
-    close(ours, plain)
-    leaves = [h, lm_head.weight]
-    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves)):
-        close(a, b)
+    table = nn.Embedding(30, 8).to(dtype).requires_grad_(not frozen)
+    lm_head = nn.Linear(8, 30, bias=False)
+    lm_head.weight = table.weight
+    shift = torch.randn(8, dtype=dtype, requires_grad=True)
+    ids, labels = torch.randint(30, (2, n)), torch.randint(30, (2, n))
+
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in (shift, table.weight)]
+    plain, ours = 0.0, 0.0
+    for weight, x, y in zip((0.3, -2.0), ids, labels):
+        logits = (nn.functional.embedding(x, wide[1]) + wide[0]).tanh() @ wide[1].T
+        plain = plain + weight * nn.functional.cross_entropy(logits, y, reduction="sum")
+        loss = weight * cross_entropy((table(x) + shift).tanh(), y, lm_head, chunk=7)
+        loss.backward()
+        ours = ours + loss.detach()
+        with torch.no_grad():
+            again = weight * cross_entropy((table(x) + shift).tanh(), y, lm_head, chunk=7)
+        assert torch.equal(again, loss)
+    plain.backward()
+
+    precise = dtype == torch.float32
+    rtol, atol = (1e-6, 5e-6) if precise else (0.03, 0.3)
+    assert ours.dtype == torch.float32
+    close(ours.double(), plain.detach(), rtol=1e-6 if precise else 0.01, atol=atol)
+    for a, b in zip((shift, table.weight), wide):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            assert a.grad.dtype == dtype
+            close(a.grad.double(), b.grad, rtol=rtol, atol=atol)
 
 
 # --- a made-up method: a linear map of each state says how many label tokens are still to come
