@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,6 @@ from model import (
     IGNORE,
     LATENT_PAD,
     LATENT_START,
-    TOWER_ATTENTION,
     PCAHead,
     add_latent_tokens,
     embed,
@@ -62,6 +62,7 @@ from model import (
     load_processor,
     load_vlm,
     positions,
+    quicken,
     tower_attention,
 )
 
@@ -157,9 +158,9 @@ HF_SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_retu
 
 def sampling():
     vlm, tokenizer = load_vlm(base, device=device)
-    stock, _ = load_vlm(base, device=device)
-    # load_vlm gives both our attention in the vision tower: this one gets HF's own back
-    stock.model.visual.config._attn_implementation = "sdpa"
+    # not by load_vlm, which gives the vision tower our attention and patch embedding
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    stock.to(device).eval()
     rows = load_examples(data)
     small = load_processor(base, *PIXELS)
     large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
@@ -283,11 +284,8 @@ def training():
 
 def training_side():
     """One side of (b). Prints JSON."""
-    if side == "ours":
-        attention, backward = TOWER_ATTENTION, our_backward
-    else:
-        attention, backward = "sdpa", their_backward
-    job = narrow_job(attention)
+    backward = our_backward if side == "ours" else their_backward
+    job = narrow_job()
     # all that train.py trains: the decoder, its embeddings and LM head, and the latent head
     params = [p for p in [*job.vlm.parameters(), *job.head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
@@ -355,15 +353,16 @@ def pad(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def narrow_job(attention):
-    """A Training of width 256 with Qwen's vocabulary on noise; `attention` is the tower's."""
+def narrow_job():
+    """A Training of width 256 with Qwen's vocabulary on noise."""
     tokenizer = toy.make_tokenizer()
     # both processes make the same weights and examples
     torch.manual_seed(0)
     vlm = narrow_vlm(tokenizer)
     add_latent_tokens(vlm, tokenizer)
     vlm.model.visual.requires_grad_(False)
-    vlm.model.visual.config._attn_implementation = attention
+    if side == "ours":
+        quicken(vlm.model.visual)
     processor = Qwen2VLImageProcessorPil(min_pixels=PIXELS[0], max_pixels=PIXELS[1])
     pca = random_pca(256, 64)
     rng = random.Random(0)
@@ -531,17 +530,19 @@ def make_tower(heads, dim, depth, full):
 
 
 def forwards(tower, grid):
-    """Two functions that run a tower over one image of noise: our attention, and the stock one."""
+    """Two functions that run a tower over one image of noise: quickened, and as it is."""
     grids = torch.tensor([grid], device=device)
     # (patches, 1176): 3 colours, 2 frames, 14 x 14 pixels
     pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
 
+    ours = deepcopy(tower)
+    quicken(ours)
+
     @torch.inference_mode()
-    def forward(implementation):
-        tower.config._attn_implementation = implementation
+    def forward(tower):
         tower(pixels, grid_thw=grids)
 
-    return partial(forward, TOWER_ATTENTION), partial(forward, "sdpa")
+    return partial(forward, ours), partial(forward, tower)
 
 
 def window_attention(heads, dim, grid):

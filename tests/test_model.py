@@ -218,11 +218,35 @@ def test_tower_equals_stock(base, sizes, numbers, monkeypatch):
         close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
 
 
-def test_tower_equals_stock_in_bfloat16(base):
+def test_tower_is_as_exact_as_stock_in_bfloat16(base):
+    """It rounds elsewhere: both are equally far from the stock tower in float64."""
     ours, stock, pixels, grids = two_towers(base, "ragged", torch.bfloat16)
-    a, b = (tower(pixels.bfloat16(), grid_thw=grids).pooler_output for tower in (ours, stock))
+    pixels = pixels.bfloat16()
+    a, b = (tower(pixels, grid_thw=grids).pooler_output for tower in (ours, stock))
+    exact = stock.double()(pixels.double(), grid_thw=grids).pooler_output
     assert a.dtype == torch.bfloat16
-    close(a, b)
+    far, stock_far = ((x.double() - exact).norm().item() for x in (a, b))
+    assert far < 1.05 * stock_far < 0.01 * exact.norm().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_embedded_as_by_the_convolution(base, dtype):
+    """At 7B's width, pixels and weights of the order of the real ones; and its gradients."""
+    torch.manual_seed(0)
+    tower = stock_vlm(base).model.visual
+    conv = torch.nn.Conv3d(3, 1280, (2, 14, 14), stride=(2, 14, 14), bias=False).to(dtype)
+    tower.patch_embed.proj = conv
+    model.quicken(tower)
+    ours = tower.patch_embed.proj
+    assert ours.weight is conv.weight and not isinstance(ours, torch.nn.Conv3d)
+    pixels = torch.randn(50, 3, 2, 14, 14, dtype=dtype, requires_grad=True)
+    found = []
+    for embedding in (ours, conv):
+        v = embedding(pixels).view(50, 1280)
+        found.append((v, *torch.autograd.grad(v.float().sin().sum(), [pixels, conv.weight])))
+    for a, b in zip(*found):
+        one_rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
+        close(a, b, rtol=0.0, atol=one_rounding * float(b.detach().abs().max()))
 
 
 def test_windows_share_a_call(base, monkeypatch):
@@ -268,7 +292,7 @@ def test_windows_are_taken_once():
 
 
 def test_saved_config_is_stock(base, tmp_path):
-    """The attention's name is this process's: neither in a saved folder nor on the decoder."""
+    """What quickens the tower is this process's: neither in a saved folder nor on the decoder."""
     vlm, stock = load_vlm(base)[0], stock_vlm(base)
     assert vlm.model.visual.config._attn_implementation == model.TOWER_ATTENTION
     assert (
@@ -283,6 +307,8 @@ def test_saved_config_is_stock(base, tmp_path):
     ).read_text()
     again = stock_vlm(tmp_path / "ours")
     assert again.model.visual.config._attn_implementation == "sdpa"
+    ours, theirs = vlm.state_dict(), stock.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
     pixels, grids = torch.randn(36, 1176), torch.tensor([[1, 6, 6]])
     close(*(m.model.visual(pixels, grid_thw=grids).pooler_output for m in (vlm, again)))
 
