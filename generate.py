@@ -20,6 +20,7 @@ from model import HEAD_FILE, embed, encode, encode_images, latent_ids
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
 FIRST_POSITIONS = 32  # room for new keys and values at first; doubled when full
+NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
 # --------------------------------------------------------------------------------------------------
@@ -242,8 +243,11 @@ def pick(logits, temperature, top_p, u):
         return logits.argmax(-1)
     # float32, so that the sum of 152,064 of them is 1
     p = torch.softmax(logits / temperature, -1)
-    if top_p < 1:
-        p = nucleus(p, top_p)
+    return from_nucleus(p, top_p, u) if top_p < 1 else from_all(p, u)
+
+
+def from_all(p, u):
+    """Columns (R) of p (R, V), not negative, by inverse CDF at u (R)."""
     cdf = p.cumsum(-1)
     # the last column is the total: u < 1 keeps the index on a token of non-zero probability
     u = u.to(cdf) * cdf[:, -1]
@@ -251,12 +255,33 @@ def pick(logits, temperature, top_p, u):
     return drawn.clamp(max=p.shape[-1] - 1)
 
 
-def nucleus(p, top_p):
-    """p (R, V) with 0 for all but the likeliest tokens that together reach top_p."""
-    p_sorted, order = p.sort(-1, descending=True)
-    likelier = p_sorted.cumsum(-1) - p_sorted  # the tokens before this one, together
-    p_sorted[likelier >= top_p] = 0
-    return torch.zeros_like(p).scatter(-1, order, p_sorted)
+def from_nucleus(p, top_p, u, k=NUCLEUS):
+    """The same, from the likeliest tokens alone that together reach top_p.
+
+    They are looked for among the k likeliest, for rows of more among 16 k, then among all: to sort
+    the whole vocabulary takes ten times as long as to draw from it.
+    """
+    V = p.shape[-1]
+    tokens = torch.arange(V, device=p.device).expand_as(p)
+    if k < V:
+        tokens = p.topk(k).indices.sort(-1).values  # (R, k)
+    # equally likely ones in the order of the vocabulary: the draw depends on no algorithm
+    likeliest, order = p.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    likelier = likeliest.cumsum(-1) - likeliest  # the tokens before this one, together
+    outside = likelier >= top_p
+    outside[:, 0] = False  # top_p=0: the likeliest alone
+
+    # by inverse CDF in the order of the vocabulary, as from all of p with 0 outside
+    inside = torch.zeros_like(likeliest).scatter(-1, order, likeliest.masked_fill(outside, 0))
+    drawn = tokens.gather(-1, from_all(inside, u)[:, None])[:, 0]
+
+    # more tokens may belong to it unless the last of the k is less likely than all inside
+    least = likeliest.masked_fill(outside, 1).amin(-1)
+    wider = least == likeliest[:, -1]
+    if k < V and wider.any():
+        k = 16 * k if k == NUCLEUS else V
+        drawn[wider] = from_nucleus(p[wider], top_p, u[wider], k)
+    return drawn
 
 
 def intervene(kind, head, v_hat, noise=None, fed=None):

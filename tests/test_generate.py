@@ -7,9 +7,19 @@ import torch
 from conftest import PIXELS, examples, hf_inputs, make_open, record, run
 from safetensors.torch import load_file
 
+import generate as generate_file
 from data import LATENT_SPAN, load_examples, read_lines
 from eval import latents_name
-from generate import ema_norm, generate, intervene, make_prompts, pick, to_text
+from generate import (
+    ema_norm,
+    from_all,
+    from_nucleus,
+    generate,
+    intervene,
+    make_prompts,
+    pick,
+    to_text,
+)
 from images import open_image
 from model import (
     LATENT_END,
@@ -173,6 +183,28 @@ def test_sampling_follows_the_distribution():
         drawn = torch.bincount(pick(logits, temperature, top_p, u), minlength=4) / 20000
         close(drawn, p / p.sum(), rtol=0.0, atol=0.012)
     assert pick(logits[:2], 1.0, 1.0, torch.tensor([0.0, 1 - 1e-7])).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 1024])
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.9999])
+def test_nucleus_is_that_of_a_whole_sort(top_p, k, monkeypatch):
+    """The draws of each row, peaked, flat, tied as in bfloat16, or with tokens that are never."""
+    monkeypatch.setattr(generate_file, "NUCLEUS", k)
+    g = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.0, 0.01, 1, 3, 10]).repeat(40)[:, None]
+    logits = (torch.randn(200, 500, generator=g) * scales).bfloat16().float()
+    logits[:, ::7] = -torch.inf
+    p, u = logits.softmax(-1), torch.rand(200, generator=g)
+    slow = p.clone()
+    for row in slow:
+        before = 0.0
+        for i in row.argsort(descending=True, stable=True).tolist():
+            inside = before < top_p or before == 0.0
+            before += float(row[i])
+            row[i] *= inside
+    if top_p == 0.0:
+        assert ((slow > 0).sum(-1) == 1).all()
+    assert torch.equal(from_nucleus(p, top_p, u, k), from_all(slow, u))
 
 
 def test_ema_is_the_loop():
