@@ -26,10 +26,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from data import append, key_of, load_examples, open_append, read_lines, write_then_rename
-from launch import check_choices, start
+from launch import Progress, check_choices, start
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +447,7 @@ def run_all():
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
     todo = jobs(names, numbers, weights)
     with open_append(results + ".jsonl") as f:
-        bar = tqdm(todo, unit="run", desc="ablate")
+        bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:
             bar.set_postfix_str(f"{job.name}, seed {job.seed}")
             if (job.name, job.seed, job.key) in finished():  # by another process, meanwhile

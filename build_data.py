@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from checks import (
     check_answer,
@@ -60,7 +59,7 @@ from data import (
 from duplicates import fingerprints, groups_of
 from endpoint import NO_KEY
 from images import decode_image, open_image, orientation
-from launch import check_choices, pick_device, start
+from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
 from resume import Reject, clean, run_stage
@@ -329,7 +328,7 @@ def convert():
 def read_source(paths, name):
     """All items of a source's files, each with an id, the folder of its images, and its error."""
     rows = []
-    for path in tqdm(paths, desc="reading", unit="file"):
+    for path in Progress(paths, desc="reading", unit="file"):
         folder = root or os.path.dirname(path) or "."
         inside = os.path.relpath(path, folder)
         for n, item, error in read_items(path):
@@ -664,7 +663,7 @@ def contact_sheet():
     """A page of n_sheet random examples: query image, auxiliary image, question, response."""
     rows = load_data()
     picked = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
-    cards = [card(row) for row in tqdm(picked, desc="sheet", unit="example")]
+    cards = [card(row) for row in Progress(picked, desc="sheet", unit="example")]
     write_page(sheet, f"{len(picked)} of {len(rows)} examples of {data}", cards)
     print(f"wrote {sheet}: open it in a browser")
 

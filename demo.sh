@@ -11,9 +11,9 @@ run sample_difficulty.py                               # 8 answers a question fr
 run fit_pca.py                                         # latent targets and their PCA
 run train.py                                           # GAP
 run train.py --method=text --out=out/text              # dense-caption SFT on the same data
-run eval.py --model=toy/base --out=out/eval/base
-run eval.py --model=out/text --out=out/eval/text
-run eval.py --model=out/gap --out=out/eval/gap
+run eval.py --model=toy/base
+run eval.py --model=out/text
+run eval.py --model=out/gap
 run eval.py --model=out/gap --out=out/eval/gap-noise --intervention=noise
 run infer.py --show=out/latents.png --aux=out/toy/test/3-aux.png
 

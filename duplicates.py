@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import append, key_of, open_append, read_lines
+from launch import Progress
 from resume import Reject, each
 
 # The perceptual hash: the signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image. What
@@ -67,7 +67,7 @@ def fingerprints(images, total, name, folder, workers, decode):
 
     with open_append(path) as f:
         results = each(one, images, workers)
-        for where, key, print_ in tqdm(results, total=total, desc=name, unit="image"):
+        for where, key, print_ in Progress(results, total=total, desc=name, unit="image"):
             # two workers may have read the same content: one line is enough
             if key not in known:
                 known[key] = print_
@@ -98,7 +98,7 @@ def nearest(ours, theirs, block=128):
     """
     ours, theirs = hash_words(ours), hash_words(theirs)  # (n, 4), (m, 4)
     distance, index = np.zeros(len(ours), int), np.zeros(len(ours), int)
-    for i in tqdm(range(0, len(ours), block), desc="near-duplicates", unit="block"):
+    for i in Progress(range(0, len(ours), block), desc="near-duplicates", unit="block"):
         here = slice(i, i + block)
         bits = 0  # that differ: (block, m); never bit 0, so at most 255, and uint8 holds that
         # a word at a time: (block, m) at once, and never (block, m, 4)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from answers import extract_answer, extract_final
 from benchmarks import (
@@ -67,7 +66,7 @@ from generate import (
 from images import open_image, usable_rows
 from imagine import bank_of, imagine
 from judge import JUDGED, Endpoint, judge
-from launch import check_choices, claim, clock, pick_device, rank_and_world, start
+from launch import Progress, check_choices, claim, clock, pick_device, rank_and_world, start
 from model import HEAD_FILE, encode, grid_features, load_head, load_processor, load_vlm
 from pages import coloured, figure, write_page
 from scores import mean
@@ -78,7 +77,7 @@ model = "out/gap"  # a folder from train.py, or any Qwen2.5-VL folder
 data = "out/toy/test.jsonl"  # a JSONL test set, used when `benchmarks` is empty
 benchmarks = ""  # e.g. "HRBench4K,MMStar"; "gap", "valr", "amvl": all of a paper's table
 data_root = "data/benchmarks"  # where the official files lie
-out = "out/eval/gap"
+out = ""  # "": eval/<the model's name>, beside the model where that lies below out/
 system = ""  # system prompt; "" is the chat template's own, as the harnesses leave it
 instruction = ""  # put after every question, e.g. "\nPut your final answer in <answer> </answer>."
 min_pixels = 0  # an image; 0: 56*56 for a JSONL set (the toy's), else what BENCHMARKS names
@@ -355,7 +354,7 @@ def answer_all(test, vlm, tokenizer, head):
     check_feed(test, donors)
     answerer = Answerer(test, vlm, tokenizer, processor, head, donors)
 
-    bar = tqdm(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
+    bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
     with open_append(test.out / f"predictions.rank{rank}.jsonl") as file:
 
         def record(row, line):
@@ -500,6 +499,10 @@ def score(test, predictions):
         print_scores(title, scores["scores_judged"])
     if test.name == "MMHal-Bench":
         write_mmhal_responses(test, graded)
+    print(f"wrote {test.out / 'scored.jsonl'} and metrics.json")
+    if all(row["truncated"] for row in graded):
+        limit = test.settings["max_new_tokens"]
+        print(f"every answer was cut off: raise max_new_tokens={limit}, or look at `raw` for why")
     if failures:
         print(
             f"{len(failures)} questions failed and count as wrong; run eval.py again to retry "
@@ -634,7 +637,7 @@ def beside(ours, table):
 
 
 def compare(a, b):
-    """Print the paired difference of two finished runs.
+    """Print the paired difference of two finished runs, and what settings they differ in.
 
     a, b: folders with scored.jsonl, of one test set or of several.
     """
@@ -643,6 +646,7 @@ def compare(a, b):
         raise SystemExit(
             f"{a}: no scored.jsonl below it; eval.py writes one when all answers are there"
         )
+    print(f"A: {a}\nB: {b}")
     for name in names:
         one, two = read_grades(Path(a) / name), read_grades(Path(b) / name)
         # of other questions the difference would be the questions', not the models'
@@ -653,7 +657,20 @@ def compare(a, b):
             )
         # paired: the difference of two means would be far wider
         in_order_of_one = [two[id] for id in one]
-        print(f"{name.parent}: {paired_difference(list(one.values()), in_order_of_one)}")
+        title = "" if name.parent == Path() else f"{name.parent}: "
+        print(f"{title}{paired_difference(list(one.values()), in_order_of_one)}")
+        for setting, (x, y) in differing(Path(a) / name, Path(b) / name).items():
+            print(f"  {setting}: A {x!r}, B {y!r}")
+
+
+def differing(a, b):
+    """{setting: (A's, B's)} of the settings in which the runs of two scored.jsonl differ."""
+    records = [path.with_name("metrics.json") for path in (a, b)]
+    if not all(path.exists() for path in records):  # a scored.jsonl alone may have been copied
+        return {}
+    one, two = (read_json(path, settings=dict)["settings"] for path in records)
+    names = [name for name in one | two if one.get(name) != two.get(name)]
+    return {name: (one.get(name), two.get(name)) for name in names}
 
 
 def read_grades(path):
@@ -665,16 +682,60 @@ def read_grades(path):
 def paired_difference(a, b):
     """What the grades a and b of the same questions differ by, in words."""
     differences = [y - x for x, y in zip(a, b)]
-    n, d = len(differences), mean(differences)
-    # rounding can leave a little less than nothing
-    variance = max(0.0, mean(x * x for x in differences) - d * d)
-    half = 1.96 * math.sqrt(variance / n)  # of the 95 % interval
+    d = mean(differences)
+    low, high = difference_interval(differences)
     wins = sum(x > 0 for x in differences)
     losses = sum(x < 0 for x in differences)
     return (
-        f"n = {n}, A {mean(a):.3f}, B {mean(b):.3f}, B - A {d:+.3f} (95 % interval {d - half:+.3f} "
-        f"to {d + half:+.3f}); B wins {wins}, loses {losses}, McNemar p = {mcnemar(b, a):.3g}"
+        f"n = {len(a)}, A {mean(a):.3f}, B {mean(b):.3f}, B - A {d:+.3f} (95 % interval {low:+.3f} "
+        f"to {high:+.3f}); B wins {wins}, loses {losses}, McNemar p = {mcnemar(b, a):.3g}"
     )
+
+
+def difference_interval(differences):
+    """The 95 % interval of the mean of paired differences of grades, as (low, high).
+
+    Of right and wrong it is exact, and excludes 0 just where McNemar's p is below .05: that of the
+    wins' share among the pairs that differ, whose number is taken as it is.
+    """
+    n = len(differences)
+    if not set(differences) <= {-1.0, 0.0, 1.0}:  # VSI-Bench's grades may lie between
+        d = mean(differences)
+        # rounding can leave a little less than nothing
+        variance = max(0.0, mean(x * x for x in differences) - d * d)
+        half = 1.96 * math.sqrt(variance / n)
+        return d - half, d + half
+    wins, differ = sum(x > 0 for x in differences), sum(x != 0 for x in differences)
+    low, high = clopper_pearson(wins, differ)
+    return (2 * low - 1) * differ / n, (2 * high - 1) * differ / n
+
+
+def clopper_pearson(k, n, tail=0.025):
+    """The exact 95 % interval of a share of which k of n were seen, as (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+
+    def at_least(k, p):
+        """The probability of k or more of n."""
+        logs = [
+            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+            + i * math.log(p) + (n - i) * math.log1p(-p)
+            for i in range(k, n + 1)
+        ]  # fmt: skip
+        return math.fsum(map(math.exp, logs))
+
+    def solve(k, probability):
+        """The p at which k or more have this probability, by bisection: it grows with p."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            p = (low + high) / 2
+            low, high = (p, high) if at_least(k, p) < probability else (low, p)
+        return (low + high) / 2
+
+    # the share below which k or more is improbable, and that above which k or fewer is
+    low = solve(k, tail) if k > 0 else 0.0
+    high = solve(k + 1, 1 - tail) if k < n else 1.0
+    return low, high
 
 
 # --------------------------------------------------------------------------------------------------
@@ -731,7 +792,7 @@ def answer_sheet(test, graded, imaginer):
     path = Path(sheet)
     if benchmarks:  # a page each
         path = path.with_stem(f"{path.stem}-{test.name}")
-    cards = [card(row, imaginer) for row in tqdm(shown, desc="sheet", unit="answer")]
+    cards = [card(row, imaginer) for row in Progress(shown, desc="sheet", unit="answer")]
     right = sum(row["correct"] for row in graded)
     title = f"{model} on {test.name}: {right:g} of {len(graded)} right, {len(shown)} shown"
     write_page(path, title, cards)
@@ -755,7 +816,16 @@ def card(row, imaginer):
 # --------------------------------------------------------------------------------------------------
 
 
+def default_out():
+    """out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X."""
+    folder = Path(model)
+    beside = folder.parent if folder.is_relative_to("out") else Path("out")
+    return str(beside / "eval" / folder.resolve().name)
+
+
 def main():
+    global out
+    out = out or default_out()
     check_choices(
         globals(),
         intervention=INTERVENTIONS,

@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from data import (
     check_finite,
@@ -43,7 +42,7 @@ from data import (
 )
 from images import open_image, usable_rows
 from imagine import save_bank
-from launch import check_choices, claim, pick_device, rank_and_world, start
+from launch import Progress, check_choices, claim, pick_device, rank_and_world, start
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
 # --------------------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def moments(paths, d, device):
     total = torch.zeros(d, dtype=torch.float64, device=device)
     outer = torch.zeros(d, d, dtype=torch.float64, device=device)
     n = 0
-    for path in tqdm(paths, desc="covariance", unit="shard", disable=rank_and_world()[0] > 0):
+    for path in Progress(paths, desc="covariance", unit="shard", disable=rank_and_world()[0] > 0):
         with safe_open(path, "pt") as f:
             rejected = set(json.loads(f.metadata()["rejected"]))
             kept = [f.get_tensor(name) for name in f.keys() if name not in rejected]  # (m, K, d)
@@ -407,11 +406,11 @@ def main():
         write_json(note, made_by)
     check_indexed()
     mine = shards[rank::world]
-    for path, rows, key in tqdm(mine, desc="targets", unit="shard", disable=rank > 0):
+    for path, rows, key in Progress(mine, desc="targets", unit="shard", disable=rank > 0):
         if is_made(path, key):
             continue
         if path.exists():
-            tqdm.write(f"{path}: of other examples, pictures or settings; made anew")
+            Progress.write(f"{path}: of other examples, pictures or settings; made anew")
         encode_shard(path, rows, key, vlm, processor)
     if world > 1:
         dist.barrier()

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import remembered
+from launch import Progress
 
 # what Pillow raises for a broken file
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)
@@ -167,7 +167,9 @@ def usable_rows(rows, leave_out, fields=("images",)):
     # Pillow lets other threads run while it decodes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = pool.map(image_fault, names)
-        bar = tqdm(faults, total=len(names), desc="pictures", unit="image", leave=False, delay=5)
+        bar = Progress(
+            faults, total=len(names), desc="pictures", unit="image", leave=False, delay=5
+        )
         fault_of = {name: fault for name, fault in zip(names, bar) if fault}
     # all of them in one message: one at a time would take a day to mend
     good, lines = [], []

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
-from tqdm import tqdm
 
 from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
 from endpoint import FAILURES, NO_KEY, answered, hidden
+from launch import Progress
 
 # whose own harness has a judge, and what ours is asked for in its place
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
@@ -112,7 +112,7 @@ def ask_all(test, prompts, keys, endpoint):
     with open_append(path) as f, ThreadPoolExecutor(endpoint.workers) as pool:
         # in the order of todo, however the replies come in
         new = pool.map(ask, todo)
-        for id in tqdm(todo, desc=f"judge {test.name}", unit="answer"):
+        for id in Progress(todo, desc=f"judge {test.name}", unit="answer"):
             reply = next(new)
             # by this thread alone, so that no two replies share a line
             replies[keys[id]] = reply

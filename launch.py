@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 USERS_ERRORS = {
     errno.ENOENT,  # no such file
@@ -34,6 +35,8 @@ USERS_ERRORS = {
     errno.ENAMETOOLONG,
     errno.EPIPE,  # whoever read our output has gone
 }
+
+LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 
 # settings by name: the least and the largest value that make sense, whatever script has them
 RANGES = {
@@ -248,6 +251,40 @@ def help_text(script):
                     default = default[:36] + "..."
                 lines.append(f"  --{target.id}={default}".ljust(46) + comment)
     return "\n".join(line.rstrip() for line in lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# progress
+
+
+class Progress(tqdm):
+    """tqdm's bar in a terminal; in a file or a pipe a plain line every LINE_SECONDS, and the last.
+
+    Everything that tqdm shows goes through `display`.
+    """
+
+    def __init__(self, *args, **settings):
+        self.plain = not sys.stderr.isatty()
+        self.shown = time.monotonic()
+        super().__init__(*args, **settings | ({"ncols": 0} if self.plain else {}))
+
+    def display(self, msg=None, pos=None):
+        if not self.plain:
+            return super().display(msg, pos)
+        closing = self.disable  # tqdm ends the last line itself
+        if msg is None and (closing or time.monotonic() - self.shown >= LINE_SECONDS):
+            self.shown = time.monotonic()
+            self.fp.write(str(self) + ("" if closing else "\n"))
+            self.fp.flush()
+        return False
+
+    def clear(self, *args, **settings):
+        if not self.plain:
+            super().clear(*args, **settings)
+
+    def moveto(self, n):
+        if not self.plain:
+            super().moveto(n)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from data import (
     IMAGE_MARK,
@@ -36,6 +37,8 @@ from data import (
     write_then_rename,
 )
 from images import image_size
+
+disable_progress_bar()  # of loading and writing weights: a stage has one bar, its own
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
 # the same three in a Monet checkpoint

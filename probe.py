@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import load_examples, read_safetensors, write_json, write_then_rename
 from generate import followed_by, generate, make_prompts
 from images import open_image
-from launch import check_choices, claim, pick_device, settings_of, start
+from launch import Progress, check_choices, claim, pick_device, settings_of, start
 from model import (
     HEAD_FILE,
     embed,
@@ -233,7 +232,7 @@ def measure(rows, vlm, head, tokenizer, processor):
     written, pairs = [], []
     _, pad, _ = latent_ids(tokenizer)
     mode = mode_of_targets()
-    bar = tqdm(total=len(rows), unit="question", desc="probe")
+    bar = Progress(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
         prompts = make_prompts(vlm, tokenizer, processor, part)

@@ -10,9 +10,8 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data import append, key_of, open_append, read_lines, write_lines
+from launch import Progress
 
 
 class Reject(Exception):
@@ -76,7 +75,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
     def outcome(item):
         return outcome_of(work, *item)
 
-    bar = tqdm(desc=name, unit="item", total=len(rows), initial=len(rows) - len(todo))
+    bar = Progress(desc=name, unit="item", total=len(rows), initial=len(rows) - len(todo))
     with open_append(path) as f, bar:
         for line in each(outcome, todo, workers):
             bar.update()

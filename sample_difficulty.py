@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from answers import extract_answer, is_correct
 from data import (
@@ -41,7 +40,7 @@ from endpoint import FAILURES, NO_KEY, hidden
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, make_prompts, to_text
 from images import usable_rows
-from launch import check_choices, claim, pick_device, rank_and_world, start
+from launch import Progress, check_choices, claim, pick_device, rank_and_world, start
 from model import load_processor, load_vlm
 from served import Served, draw, served_messages
 
@@ -247,7 +246,7 @@ def sample_all(rows):
     left = [row for row in rows if row["id"] not in done]
     mine = left[rank::world]
 
-    bar = tqdm(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
+    bar = Progress(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
     # a file a rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
         for tally in sample_served(mine) if url else sample(mine):

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -34,7 +33,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import write_lines
-from launch import check_choices, start
+from launch import Progress, check_choices, start
 from model import IGNORE, embed, load_vlm, positions
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def write_split(folder, split, n):
     images = folder / split
     images.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i in tqdm(range(n), desc=split, unit="example"):
+    for i in Progress(range(n), desc=split, unit="example"):
         board = new_board(rng)
         n_moves = (1, 2, 3, 4, 1)[i % 5]  # two in five can be answered at once
         names, path = new_path(rng, n_moves)
@@ -542,7 +541,7 @@ def train_phase(vlm, lessons, phase):
     optimizer = torch.optim.AdamW(
         vlm.parameters(), lr=base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    bar = tqdm(range(steps), unit="step", desc=f"base, phase {phase + 1}", mininterval=1)
+    bar = Progress(range(steps), unit="step", desc=f"base, phase {phase + 1}", mininterval=1)
     for step in bar:
         ids, labels, pos, pixels, grids = lessons.batch(base_batch, kinds, rng)
         vision = vlm.model.visual(pixels, grid_thw=grids).pooler_output  # (N, d)

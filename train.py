@@ -42,7 +42,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from tqdm import tqdm
 
 from amvl import AMVL
 from data import (
@@ -63,7 +62,16 @@ from data import (
 )
 from gap import GAP
 from images import usable_rows
-from launch import check_choices, claim, clock, pick_device, rank_and_world, settings_of, start
+from launch import (
+    Progress,
+    check_choices,
+    claim,
+    clock,
+    pick_device,
+    rank_and_world,
+    settings_of,
+    start,
+)
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
 from plot import draw_curves
@@ -511,7 +519,7 @@ def report_lengths(model, rows):
     """Say how many rows are longer than a micro-batch or the model's context, and the longest."""
     if rank_and_world()[0] > 0:
         return
-    bar = tqdm(rows, desc="lengths", unit="example", leave=False, delay=5)
+    bar = Progress(rows, desc="lengths", unit="example", leave=False, delay=5)
     lengths = [len(model.encode(row)["ids"]) for row in bar]
     context = model.vlm.config.text_config.max_position_embeddings
     longest = max(range(len(rows)), key=lengths.__getitem__)
@@ -594,7 +602,7 @@ def main():
 
     loader = ThreadPoolExecutor(1)  # images of the next step are read while this one runs
     ahead = loader.submit(load, first)
-    bar = tqdm(
+    bar = Progress(
         total=total,
         initial=first,
         unit="step",

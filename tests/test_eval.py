@@ -3,7 +3,6 @@ scores by hand, the comparison."""
 
 import base64
 import json
-import math
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT, kill_when, run
 from official_files import args_of, b64, picture, plant
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 
 import eval as evaluate
 from benchmarks import BENCHMARKS, PUBLISHED
@@ -220,35 +220,66 @@ def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
 
 
 def test_wilson_against_scipy():
-    from scipy.stats import binomtest
-
     for k, n in ((0, 10), (3, 10), (10, 10), (170, 384)):
         ci = binomtest(k, n).proportion_ci(method="wilson")
         assert evaluate.wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-4)
 
 
 def test_compare(tmp_path):
-    from scipy.stats import binomtest
-
+    """Names both runs, what they differ in, and an interval that agrees with the exact test."""
     rng = random.Random(0)
     a, b = ([rng.random() < p for _ in range(200)] for p in (0.5, 0.65))
     for name, right in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"id": i, "correct": c}) + "\n" for i, c in enumerate(right)]
         (tmp_path / name / "scored.jsonl").write_text("".join(lines))
+        settings = {"model": f"out/{name}", "seed": 1}
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"settings": settings}))
     both = (tmp_path / "a", tmp_path / "b")
     text = run("eval.py", "--compare", *both)
+    assert f"A: {both[0]}\nB: {both[1]}\n" in text
+    assert "model: A 'out/a', B 'out/b'" in text and "seed:" not in text
     wins, losses = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
-    d = (wins - losses) / 200
-    half = 1.96 * math.sqrt((wins + losses) / 200 - d * d) / math.sqrt(200)
+    test = binomtest(wins, wins + losses)
+    share = test.proportion_ci(method="exact")
+    low, high = ((2 * p - 1) * (wins + losses) / 200 for p in share)
     assert (
-        f"B - A {d:+.3f} (95 % interval {d - half:+.3f} to {d + half:+.3f}); "
-        f"B wins {wins}, loses {losses}"
+        f"B - A {(wins - losses) / 200:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); "
+        f"B wins {wins}, loses {losses}, McNemar p = {test.pvalue:.3g}"
     ) in text
-    assert f"p = {binomtest(wins, wins + losses).pvalue:.3g}" in text
     (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
     assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
     assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
+
+
+def test_an_interval_excludes_zero_where_the_exact_test_does():
+    """Of every outcome of up to 24 pairs, ties among them, and some larger; scipy's bounds."""
+    outcomes = [(w, n - w, t) for n in range(25) for w in range(n + 1) for t in (0, 5) if n + t]
+    for wins, losses, ties in [*outcomes, (30, 60, 400), (480, 520, 0), (440, 560, 7)]:
+        n = wins + losses
+        low, high = evaluate.difference_interval([1.0] * wins + [-1.0] * losses + [0.0] * ties)
+        ours = [1] * wins + [0] * (losses + ties)
+        p = evaluate.mcnemar(ours, [0] * wins + [1] * losses + [0] * ties)
+        assert (low > 0 or high < 0) == (p < 0.05), (wins, losses)
+        if n:
+            share = binomtest(wins, n).proportion_ci(method="exact")
+            want = [(2 * x - 1) * n / (n + ties) for x in share]
+            assert [low, high] == pytest.approx(want, abs=1e-6)
+    # grades between right and wrong have no counts
+    grades = [0.5, -0.25, 0.0, 1.0]
+    low, high = evaluate.difference_interval(grades)
+    assert (low + high) / 2 == pytest.approx(0.3125) and low < 0.3125 < high
+
+
+def test_the_default_folder_follows_the_models_name(monkeypatch):
+    for model, out in (
+        ("out/gap", "out/eval/gap"),
+        ("out/mine/gap", "out/mine/eval/gap"),
+        ("toy/base", "out/eval/base"),
+        ("/models/Qwen2.5-VL-7B-Instruct/", "out/eval/Qwen2.5-VL-7B-Instruct"),
+    ):
+        monkeypatch.setattr(evaluate, "model", model)
+        assert evaluate.default_out() == out
 
 
 # --- an answer belongs to its question and pixels

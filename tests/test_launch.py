@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TOY, run
 
-from launch import RANGES, SIZES, claim, override, settings_of
+import launch
+from launch import RANGES, SIZES, Progress, claim, override, settings_of
 
 SCRIPTS = sorted(
     path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
@@ -82,6 +83,24 @@ def test_a_run_has_one_folder(tmp_path, monkeypatch, capsys):
     override(train, ["--run=mine", "--pca=out/pca"])
     assert train["pca"] == "out/pca" and train["val_data"] == ""
     assert "out/mine/val.jsonl is not there" in capsys.readouterr().out
+
+
+def test_progress_in_a_pipe_is_plain_lines(monkeypatch, capsys):
+    """No carriage return, one line every few seconds and the last; in a terminal it is tqdm's."""
+    now = [0.0]
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    for _ in (bar := Progress(range(100), desc="steps", mininterval=0)):
+        now[0] += 1.0
+        bar.set_postfix_str("ce 1")
+        if now[0] == 50:
+            bar.write("a word between")
+    text = capsys.readouterr()
+    lines = text.err.splitlines()
+    assert "\r" not in text.err + text.out and "a word between\n" == text.out
+    assert 8 <= len(lines) <= 11 and all("steps" in line for line in lines)
+    assert "100/100" in lines[-1] and text.err.endswith("\n")
+    list(Progress(range(3), leave=False))
+    assert capsys.readouterr().err == ""
 
 
 # --- starting a script and stopping it
