@@ -19,7 +19,7 @@ from model import HEAD_FILE, embed, encode, encode_images, latent_ids
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
-FIRST_POSITIONS = 32  # room for new keys and values at first; doubled when full
+FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
@@ -146,24 +146,25 @@ class Decoder:
         q, k, v = (proj(y).view(Q, S, H, -1, D).transpose(1, 2) for proj in projections)
         q, k = apply_rotary_pos_emb(q, k, *rope)
         k_prompt, v_prompt = self.prompt[i]  # (Q, H, T, D)
-        k_new = self.keys[i].add(k, self.t)  # (Q, H, S, t + 1, D)
-        v_new = self.values[i].add(v, self.t)
+        k_new = self.keys[i].add(k)  # parts (Q, H, S, n, D) of t + 1 positions
+        v_new = self.values[i].add(v)
 
         # all S * G queries of a prompt meet it in one product
         q_flat = q.reshape(Q, H, S * G, D)
         to_prompt = (q_flat @ k_prompt.mT).view(Q, H, S, G, -1)
         if self.bias is not None:
             to_prompt = to_prompt + self.bias
-        to_new = q @ k_new.mT
-        scores = torch.cat([to_prompt, to_new], -1).mul(attention.scaling)
+        to_new = [q @ part.mT for part in k_new]
+        scores = torch.cat([to_prompt, *to_new], -1).mul(attention.scaling)
 
         # one softmax over both parts, in float32 as the stock attention has it
         weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + t + 1)
         T = k_prompt.shape[2]
-        w_prompt, w_new = weights[..., :T], weights[..., T:]
+        w_prompt, *w_new = weights.split([T, *(part.shape[3] for part in v_new)], -1)
         w_flat = w_prompt.reshape(Q, H, S * G, T)
-        from_prompt = (w_flat @ v_prompt).view(Q, H, S, G, D)
-        o = from_prompt + w_new @ v_new
+        o = (w_flat @ v_prompt).view(Q, H, S, G, D)
+        for w, part in zip(w_new, v_new):
+            o = o + w @ part
         return attention.o_proj(o.transpose(1, 2).reshape(Q, S, -1))
 
     def keep(self, q, s):
@@ -179,32 +180,35 @@ class Decoder:
 
 
 class NewPositions:
-    """One layer's keys, or values, of new positions: (Q, H, S, t, D) in a buffer that doubles."""
+    """One layer's keys, or values, of new positions: in parts (Q, H, S, n, D), of which the last
+    has room left.
+
+    A part holds as many as all before it. What is written is never copied for room: in the step
+    that doubled one buffer, all rows waited for it.
+    """
 
     def __init__(self):
-        self.buffer = None
+        self.parts = []
+        self.t = self.room = 0  # positions written, and all that the parts have room for
 
-    def add(self, x, t):
-        """Store x (Q, H, S, 1, D) as position t; returns positions 0 to t."""
-        # its shape is known with the first position
-        if self.buffer is None:
-            self.buffer = self.room(x, FIRST_POSITIONS)
-        if self.buffer.shape[3] == t:  # full: room for twice as many
-            self.buffer = torch.cat([self.buffer, self.room(x, t)], 3)
-        self.buffer[:, :, :, t] = x[:, :, :, 0]
-        return self.buffer[:, :, :, : t + 1]
-
-    @staticmethod
-    def room(x, n):
-        """Room for n positions of x (Q, H, S, 1, D)."""
-        Q, H, S, _, D = x.shape
-        return x.new_empty(Q, H, S, n, D)
+    def add(self, x):
+        """Store x (Q, H, S, 1, D) as the next position; returns the parts as far as written."""
+        if self.t == self.room:
+            Q, H, S, _, D = x.shape
+            n = self.room or FIRST_POSITIONS
+            self.parts.append(x.new_empty(Q, H, S, n, D))
+            self.room += n
+        self.t += 1
+        *full, last = self.parts
+        written = last.shape[3] - (self.room - self.t)
+        last[:, :, :, written - 1] = x[:, :, :, 0]
+        return [*full, last[:, :, :, :written]]
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
         # the two index arrays come first in what this gives
-        kept = self.buffer[q[:, None], :, s]  # (Q', S', H, t, D)
-        self.buffer = kept.transpose(1, 2).contiguous()
+        kept = [part[q[:, None], :, s] for part in self.parts]  # (Q', S', H, n, D)
+        self.parts = [part.transpose(1, 2).contiguous() for part in kept]
 
 
 def followed_by(prompt, ids):

@@ -185,6 +185,22 @@ def test_sampling_follows_the_distribution():
     assert pick(logits[:2], 1.0, 1.0, torch.tensor([0.0, 1 - 1e-7])).tolist() == [0, 3]
 
 
+def test_new_positions_stay_where_they_are_written(monkeypatch):
+    """No part is copied for room; `keep` picks rows of all parts, in any order."""
+    monkeypatch.setattr(generate_file, "FIRST_POSITIONS", 3)
+    x = torch.randn(3, 2, 4, 14, 5)  # (Q, H, S, t, D)
+    kept, places = generate_file.NewPositions(), set()
+    for t in range(13):
+        parts = kept.add(x[:, :, :, t : t + 1])
+        assert torch.equal(torch.cat(parts, 3), x[:, :, :, : t + 1])
+        places.add(parts[0].data_ptr())
+    assert len(places) == 1 and [part.shape[3] for part in parts] == [3, 3, 6, 1]
+    q, s = torch.tensor([2, 0]), torch.tensor([[1, 0, 3], [3, 2, 2]])
+    rows = x[q[:, None], :, s].transpose(1, 2)
+    kept.keep(q, s)
+    assert torch.equal(torch.cat(kept.add(rows[:, :, :, 13:]), 3), rows)
+
+
 @pytest.mark.parametrize("k", [1, 3, 20, 1024])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.9999])
 def test_nucleus_is_that_of_a_whole_sort(top_p, k, monkeypatch):
