@@ -376,6 +376,7 @@ def read_safetensors(path, names=(), fields=()):
 
     Raises SystemExit if it lacks one of the tensors `names` or of the metadata `fields`.
     """
+    check_there(path)
     try:
         with safe_open(path, "pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
@@ -391,6 +392,23 @@ def read_safetensors(path, names=(), fields=()):
     for name, tensor in tensors.items():
         check_finite(tensor, f"{path}: tensor {name!r}")
     return tensors, meta
+
+
+WRITTEN_BY = {
+    "pca.safetensors": "fit_pca.py writes it",
+    "bank.safetensors": "fit_pca.py writes it",
+    "index.json": "fit_pca.py writes it",
+    "latent_head.safetensors": "train.py writes it",
+    "log.jsonl": "train.py writes it",
+    "config.json": "expected a Qwen2.5-VL folder, which train.py writes, or a download",
+}
+
+
+def check_there(path):
+    """Raise SystemExit for a file that is not there, naming the stage that writes it."""
+    if not Path(path).is_file():
+        by = WRITTEN_BY.get(Path(path).name, "")
+        raise SystemExit(f"{path}: no such file{by and '; '}{by}")
 
 
 def check_finite(tensor, what):

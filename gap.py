@@ -17,6 +17,7 @@ from safetensors import safe_open
 from data import (
     LATENT_SPAN,
     check_finite,
+    check_there,
     file_digest,
     key_of,
     question_key,
@@ -133,8 +134,7 @@ class Targets:
     def __init__(self, folder):
         self.folder = Path(folder) / "targets"
         self.index_file = self.folder / "index.json"
-        if not self.index_file.is_file():
-            raise SystemExit(f"{self.index_file}: no such file; run fit_pca.py first")
+        check_there(self.index_file)
         # the index is written last by fit_pca.py: where it stands, the targets are whole
         kinds = {"K": int, "d": int, "mode": str, "tower": str}
         kinds |= {"rejected": list, "files": dict, "pictures": dict, "shards": dict}

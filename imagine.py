@@ -61,8 +61,6 @@ def load_bank(path, targets):
 
     Raises SystemExit if it is not there, no bank, or of other targets than the head was trained on.
     """
-    if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such bank; fit_pca.py writes it, --bank names another place")
     tensors, meta = read_safetensors(path, ("v", "tiles", "aspect"), ("targets", "pictures"))
     if meta["targets"] != targets:
         raise SystemExit(

@@ -31,6 +31,7 @@ from data import (
     IMAGE_MARK,
     LATENT_SPAN,
     check_finite,
+    check_there,
     question_text,
     read_json,
     read_safetensors,
@@ -391,9 +392,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     """
     folder = Path(folder)
     config = folder / "config.json"
-    if not config.is_file():
-        wanted = "expected a Qwen2.5-VL folder in the Hugging Face layout"
-        raise SystemExit(f"{config}: no such file; {wanted}")
+    check_there(config)
     # Qwen2-VL and Qwen3-VL have other towers and other positions
     kind = read_json(config).get("model_type")
     if kind != "qwen2_5_vl":

@@ -10,7 +10,7 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
 import math
 from pathlib import Path
 
-from data import check_fields, read_lines, write_then_rename
+from data import check_fields, check_there, read_lines, write_then_rename
 from launch import start
 from report import mean_interval, value
 
@@ -67,8 +67,7 @@ def read_log(folder):
     Raises SystemExit if it has no step yet.
     """
     path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; train.py writes it")
+    check_there(path)
     _, *rows = read_lines(path) or [None]  # the first line has the settings
     if not rows:
         raise SystemExit(f"{path}: no steps yet")
