@@ -158,6 +158,8 @@ n_sheet = 40  # examples on it
 # --------------------------------------------------------------------------------------------------
 
 LOCK = threading.Lock()
+MOST_SHARE = 1.1  # of a box in shares of the sides; they reach 1.002 in Visual-CoT, and are clipped
+MOST_OF_PICTURE = 0.8  # of its area in a crop with a margin: the whole picture again shows nothing
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,21 +388,19 @@ def convert_one(row):
 
 
 def stand_in(image, box):
-    """The auxiliary image that a box (x1, y1, x2, y2) gives, by the rule `draw`. Raises Reject."""
+    """The auxiliary image that a Box gives, by the rule `draw`. Raises Reject."""
     size = np.tile(image.size, 2)  # (width, height, width, height)
-    box_pixels = np.array(box)
-    if max(box) <= 1.1:  # in shares of the sides, not in pixels: they reach 1.002 in Visual-CoT
-        box_pixels = box_pixels * size
-    inside = np.clip(box_pixels, 0, size)
-    sides = inside[2:] - inside[:2]
-    if sides.min() < 2:
-        detail = f"{box} in {image.width} x {image.height}"
+    corners = np.array(box[:4])
+    detail = f"{corners.tolist()} in {image.width} x {image.height}"
+    if box.shares:
+        if np.abs(corners).max() > MOST_SHARE:
+            raise Reject("box reaches beyond the image", float(np.abs(corners).max()), detail)
+        corners = corners * size
+    inside = np.clip(corners, 0, size)
+    if (inside[2:] - inside[:2]).min() < 2:
         raise Reject("box is empty or outside the image", None, detail)
 
-    margin = 0
-    if draw == "crop":
-        margin = crop_margin * np.tile(sides, 2) * (-1, -1, 1, 1)
-    edges = np.clip(np.rint(inside + margin), 0, size).astype(int)
+    edges = widened(inside, size) if draw == "crop" else np.rint(inside).astype(int)
     x1, y1, x2, y2 = edges
     if draw == "outline":
         image = image.copy()
@@ -413,6 +413,17 @@ def stand_in(image, box):
     scale = max(1, crop_side / max(part.size), min_side / min(part.size))
     larger = (round(part.width * scale), round(part.height * scale))
     return check_size(part.resize(larger, Image.BICUBIC))
+
+
+def widened(inside, size):
+    """A box (x1, y1, x2, y2) with crop_margin around it, or less where it would be the picture."""
+    sides = np.tile(inside[2:] - inside[:2], 2) * (-1, -1, 1, 1)
+    for margin in (crop_margin, crop_margin / 2, 0):
+        edges = np.clip(np.rint(inside + margin * sides), 0, size).astype(int)
+        width, height = edges[2:] - edges[:2]
+        if width * height <= MOST_OF_PICTURE * size[0] * size[1]:
+            break
+    return edges
 
 
 # --------------------------------------------------------------------------------------------------

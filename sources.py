@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from answers import boxed, extract_answer
 from data import LATENT_SPAN, SURROGATE
@@ -167,12 +168,23 @@ def text_of(value):
     return str(value).strip()
 
 
-def box_of(values):
-    """(x1, y1, x2, y2), finite floats. Raises ValueError or TypeError for anything else."""
+class Box(NamedTuple):
+    """A part of the first image: finite floats, in pixels or as shares of the image's sides."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    shares: bool
+
+
+def box_of(values, shares):
+    """The Box of four numbers. Raises ValueError or TypeError for anything else."""
+    # the source says which they are: a share above 1 is a fault of its, and no pixel
     x1, y1, x2, y2 = map(float, values)
     if not math.isfinite(x1 + y1 + x2 + y2):
         raise ValueError("a box with a number that is not finite")
-    return x1, y1, x2, y2
+    return Box(x1, y1, x2, y2, shares)
 
 
 def listed(value):
@@ -262,7 +274,7 @@ def from_viscot(item):
         # question, box, "<image>", answer; the box, in pixels, stands in the second path after ###
         turns = [turn["value"] for turn in item["conversations"]]
         path, question, answer = item["image"][0], turns[0], turns[3]
-        box = json.loads(item["image"][1].partition("###")[2])
+        box = box_of(json.loads(item["image"][1].partition("###")[2]), shares=False)
     else:
         folder = item["dataset"]
         if folder == "textcap":  # its images are those of textvqa
@@ -270,14 +282,15 @@ def from_viscot(item):
         path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
         width, height = item["width"], item["height"]
         sides = (width, height, width, height)
-        box = [v / side for v, side in zip(item["bboxs"][0], sides, strict=True)]
+        shares = [v / side for v, side in zip(item["bboxs"][0], sides, strict=True)]
+        box = box_of(shares, shares=True)
     answer = text_of(answer)
     return {
         "images": [path],
         "question": ASKS_FOR_BOX.sub("", question),
         "answer": answer,
         "response": wrapped(LATENT_SPAN, answer),
-        "aux": [box_of(box)],
+        "aux": [box],
         "category": "Visual_CoT",
     }
 
@@ -292,7 +305,7 @@ def from_lvr(item):
         "question": question,
         "answer": answer,
         "response": wrapped(text, answer),
-        "aux": [box_of(box) for box in item["bboxes"]],
+        "aux": [box_of(box, shares=True) for box in item["bboxes"]],
         "category": f"lvr_{item['dataset']}",
     }
 

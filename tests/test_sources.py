@@ -142,6 +142,8 @@ def test_boxes(stage, tmp_path, monkeypatch):
         [],
         [[0, 0, 0.5, 0.5]] * 2,
         [[1e300, 5, 1e301, 9]],
+        [[0.04, 0.03, 4.0, 4.0]],  # read as pixels it would be a corner
+        [[-3.0, 0.1, 0.5, 0.5]],
         [[True, None, 1, 1]],
     ]
     bad = [lvr | {"bboxes": boxes} for boxes in bad_boxes]
@@ -150,6 +152,27 @@ def test_boxes(stage, tmp_path, monkeypatch):
     assert kept[0]["response"] == "<think> <latent></latent> </think> <answer> red </answer>"
     crop = pixels(tmp_path / "out" / kept[0]["aux_images"][0])
     assert (crop == pixels(image)[8:92, 24:136]).all()
+
+
+def test_a_margin_never_makes_a_crop_the_whole_picture(monkeypatch):
+    """It shrinks where it would; a box keeps its own pixels, and shares just above 1 are cut."""
+    image = noise(3, (200, 100))
+    monkeypatch.setattr(b, "crop_side", 1)
+    whole = 200 * 100
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        x1, x2 = np.sort(rng.uniform(0, 1.002, 2))
+        y1, y2 = np.sort(rng.uniform(0, 1.002, 2))
+        if min((x2 - x1) * 200, (y2 - y1) * 100) < 28:
+            continue
+        part = b.stand_in(image, sources.Box(x1, y1, x2, y2, True))
+        box = min(200, x2 * 200) - x1 * 200, min(100, y2 * 100) - y1 * 100
+        assert part.width >= box[0] - 1 and part.height >= box[1] - 1
+        area = part.width * part.height
+        assert area <= 0.8 * whole or area <= (box[0] + 1) * (box[1] + 1)
+        # with room for it, all of the margin is there
+        if 1.4 * box[0] < 0.8 * 200 and 1.4 * box[1] < 100 and x1 > 0.3 < y1 and x2 < 0.7 > y2:
+            assert abs(part.width - 1.4 * box[0]) <= 2
 
 
 def test_zebra(stage, tmp_path):
