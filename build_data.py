@@ -83,7 +83,7 @@ seed = 12345  # of what is drawn: `limit`, the split, the sheet
 limit = 0  # > 0: only so many items, drawn by the seed
 
 # convert
-source = ""  # gap monet viscot lvr zebra teacher qa
+source = ""  # gap monet viscot lvr zebra chat teacher qa
 files = ""  # the source's JSON or JSONL; a pattern with * may name several
 root = ""  # the folder that its image paths start from, and may not leave; "": that of each file
 label = ""  # name of the output file and row of the composition table; "": the source's own

@@ -315,16 +315,20 @@ ZEBRA_MARK = re.compile(
 )
 
 
+def picture_of(cell):
+    """An image cell as a path or encoded bytes: a path, or {"bytes": base64, "path": ...}."""
+    if not isinstance(cell, dict):
+        return image_bytes(cell) if str(cell).startswith("data:") else cell
+    if cell.get("bytes"):  # as parquet exports have it
+        return image_bytes(cell["bytes"])
+    return cell["path"]
+
+
 def from_zebra(item):
     """Zebra-CoT as JSONL: the trace names its images, and a column of that name holds each."""
 
     def picture(name):
-        cell = item[name]
-        if not isinstance(cell, dict):
-            return cell
-        if cell.get("bytes"):  # {"bytes": base64, "path": ...}, as parquet exports have it
-            return image_bytes(cell["bytes"])
-        return cell["path"]
+        return picture_of(item[name])
 
     def span_or_nothing(mark):
         return LATENT_SPAN if mark[1] == "reasoning" else ""
@@ -346,6 +350,106 @@ def from_zebra(item):
     }
 
 
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+IMAGE_IN_TEXT = re.compile(
+    r"""<img\s+src=["']?(?P<src>[^"'>]+?)["']?\s*/?>|<img>(?P<path>[^<]+)</img>"""
+    r"|<(?:output_)?image>"
+)
+
+
+def from_chat(item):
+    """Chats as training frameworks have them, the last reply being the response.
+
+    `conversations` (ShareGPT, LLaVA), `messages` (OpenAI, ms-swift, LLaMA-Factory), query, response
+    and history (ms-swift), or Mirage's text_input and text_output. A picture of a reply is a latent
+    span's; earlier turns are part of the question.
+    """
+    turns = [(role, *pulled_out(text)) for role, text in turns_of(item)]
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()  # a question without a reply
+    if len(turns) < 2:
+        raise Reject("no question and reply", None, " ".join(role for role, *_ in turns))
+
+    *asked, (_, text, in_reply) = turns
+    in_question = [picture for _, _, found in asked for picture in found]
+    columns = [cell for c in ("images", "image", "image_input") for cell in listed(item.get(c))]
+    columns += listed(item.get("image_output"))
+    pictures = [picture_of(cell) for cell in columns]
+    # a mark without a name is the next picture of the columns, in the order of the text
+    unnamed = (in_question + in_reply).count(None)
+    extra = len(pictures) - unnamed
+    if extra > 0 and None not in in_question:  # what no mark stands for belongs to the question
+        in_question, pictures = pictures[:extra] + in_question, pictures[extra:]
+    if len(pictures) != unnamed:
+        raise Reject("image marks and images differ", len(columns), f"{unnamed} marks")
+    left = iter(pictures)
+    images, aux = (
+        [next(left) if picture is None else picture for picture in part]
+        for part in (in_question, in_reply)
+    )
+
+    tagged_answer, _ = extract_answer(text) if "<answer>" in text else (None, "")
+    answer = boxed(text) or tagged_answer or item.get("answer") or text.replace("<image>", "")
+    answer = text_of(answer)
+    response = text.replace("<image>", LATENT_SPAN)
+    if "</answer>" not in response:
+        response = wrapped("" if response.strip() == answer else response, answer)
+    example = {
+        "images": images,
+        "question": told(asked),
+        "answer": answer,
+        "response": in_our_tags(response),
+        "aux": aux,
+        "category": text_of(item.get("category") or item.get("dataset") or ""),
+    }
+    options = listed(item.get("options") or item.get("choices"))
+    return example | ({"options": [text_of(option) for option in options]} if options else {})
+
+
+def turns_of(item):
+    """[(role, text)] of a chat; a picture within a list of parts stands as <img src=...> in it."""
+    if "text_output" in item:  # Mirage
+        return [("user", text_of(item["text_input"])), ("assistant", text_of(item["text_output"]))]
+    if "query" in item:
+        past = [text for asked, reply in item.get("history") or [] for text in (asked, reply)]
+        texts = [*past, item["query"], item["response"]]
+        return [(("user", "assistant")[n % 2], text_of(text)) for n, text in enumerate(texts)]
+    turns = []
+    for turn in item.get("conversations") or item["messages"]:
+        role = turn.get("role", turn.get("from"))
+        content = turn["content"] if "content" in turn else turn["value"]
+        if isinstance(content, list):
+            content = "".join(map(text_of_part, content))
+        if role != "system":  # the run's own prompt says how to answer
+            turns.append((ROLES.get(role, role), text_of(content)))
+    return turns
+
+
+def text_of_part(part):
+    """A part of a message as text."""
+    if part["type"] == "text":
+        return part["text"]
+    source = part.get("image") or part.get("image_url") or part.get("url") or ""
+    source = source["url"] if isinstance(source, dict) else source
+    return f'<img src="{source}">' if source else "<image>"
+
+
+def pulled_out(text):
+    """(text with <image> for each picture, [what it names, or None]): of a turn."""
+    names = []
+    for mark in IMAGE_IN_TEXT.finditer(text):
+        name = mark["src"] or mark["path"]
+        names.append(picture_of(name.strip()) if name else None)
+    return IMAGE_IN_TEXT.sub("<image>", text), names
+
+
+def told(turns):
+    """The question that turns (role, text, pictures) ask: of several, who said what."""
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n".join(f"{role.capitalize()}: {text}" for role, text, _ in turns)
+
+
 SOURCES = {
     "gap": from_table,
     "teacher": from_table,
@@ -354,4 +458,5 @@ SOURCES = {
     "viscot": from_viscot,
     "lvr": from_lvr,
     "zebra": from_zebra,
+    "chat": from_chat,
 }

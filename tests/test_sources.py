@@ -175,6 +175,100 @@ def test_a_margin_never_makes_a_crop_the_whole_picture(monkeypatch):
             assert abs(part.width - 1.4 * box[0]) <= 2
 
 
+TALK = "Look closer. <image> It is red. \\boxed{red}"
+
+
+def chats():
+    """{layout: the same chat in it}, with pictures q.png of the question and a.png of the reply."""
+    q, a = "q.png", "a.png"
+    ask = "<image>\nWhich colour?"
+    parts = [{"type": "image", "image": q}, {"type": "text", "text": "Which colour?"}]
+    reply = [
+        {"type": "text", "text": "Look closer. "},
+        {"type": "image_url", "image_url": {"url": a}},
+        {"type": "text", "text": " It is red. \\boxed{red}"},
+    ]
+    cell = {"bytes": base64.b64encode(encoded(noise(1))).decode(), "path": None}
+    mirage = {"image_input": [q], "image_output": [a], "text_input": "Which colour?"}
+    return {
+        "ShareGPT": {
+            "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": TALK}],
+            "images": [q, a],
+        },
+        "LLaVA, one image": {
+            "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": "red"}],
+            "image": q,
+        },
+        "messages": {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": ask},
+                {"role": "assistant", "content": TALK},
+                {"role": "user", "content": "Thanks."},
+            ],
+            "images": [cell, a],
+        },
+        "parts": {
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": reply},
+            ],
+        },
+        "marks in the text": {
+            "query": f"<img>{q}</img>Which colour?",
+            "response": TALK.replace("<image>", f'<img src="{a}">'),
+            "history": [],
+        },
+        "no mark of the query": {"query": "Which colour?", "response": TALK, "images": [q, a]},
+        "Mirage": mirage | {"text_output": TALK.replace("<image>", "<output_image>")},
+    }
+
+
+@pytest.mark.parametrize("layout", chats())
+def test_chats(stage, tmp_path, layout):
+    """Each layout of a chat gives the same example."""
+    saved(tmp_path / "src/q.png", noise(1))
+    saved(tmp_path / "src/a.png", noise(2))
+    (row,), rejects = convert(stage, tmp_path, "chat", [chats()[layout]])
+    assert not rejects and row["question"].replace("<image>", "").strip() == "Which colour?"
+    assert row["answer"] == "red" and row["response"].endswith("<answer> red </answer>")
+    assert (pixels(tmp_path / "out" / row["images"][0]) == pixels(noise(1))).all()
+    if layout == "LLaVA, one image":
+        assert row["response"] == "<think>  </think> <answer> red </answer>"
+        assert row["aux_images"] == []
+        return
+    assert "Look closer. <latent></latent> It is red." in row["response"]
+    assert (pixels(tmp_path / "out" / row["aux_images"][0]) == pixels(noise(2))).all()
+
+
+def test_chats_of_several_turns_and_damaged_ones(stage, tmp_path):
+    saved(tmp_path / "src/q.png", noise(1))
+    saved(tmp_path / "src/a.png", noise(2))
+    more = {
+        "query": "And <image>?",
+        "response": "<think> Now <image> </think> <answer> B </answer>",
+        "history": [["What is <image>?", "A cat."]],
+        "images": ["q.png", "q.png", "a.png"],
+        "choices": ["cat", "dog"],
+    }
+    damaged = [
+        more | {"images": ["q.png"]},
+        more | {"images": ["q.png"] * 4},
+        more | {"history": [["one of two"]]},
+        {"conversations": [{"from": "human", "value": "alone"}]},
+        {"conversations": []},
+        {"messages": [{"role": "user", "content": None}]},
+        {"query": "no reply", "response": None},
+        {"text": "another layout"},
+    ]
+    (row,), rejects = convert(stage, tmp_path, "chat", [more, *damaged])
+    assert len(rejects) == len(damaged)
+    assert row["question"] == "User: What is <image>?\nAssistant: A cat.\nUser: And <image>?"
+    assert len(row["images"]) == 2 and len(row["aux_images"]) == 1 and row["answer"] == "B"
+    assert row["response"] == "<think> Now <latent></latent> </think> <answer> B </answer>"
+    assert row["options"] == ["cat", "dog"]
+
+
 def test_zebra(stage, tmp_path):
     saved(tmp_path / "src/p1.png", noise(1))
     bytes_cell = {"bytes": base64.b64encode(encoded(noise(2))).decode(), "path": "elsewhere.png"}
