@@ -58,7 +58,7 @@ from data import (
 )
 from duplicates import fingerprints, groups_of
 from endpoint import NO_KEY
-from images import decode_image, open_image, orientation
+from images import decode_image, open_image, orientation, other_kind
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
@@ -243,6 +243,8 @@ def decode(content):
 
     The suffix is "" where the bytes have to be written anew to look like this to every reader.
     """
+    if kind := other_kind(content):
+        raise Reject("no image", None, kind)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -371,7 +373,12 @@ def convert_one(row):
     def picture(name):
         """What store() takes, of a path or encoded bytes."""
         content = name if isinstance(name, bytes) else read_inside(row["root"], name)
-        return content, *decode(content)
+        try:
+            return content, *decode(content)
+        except Reject as e:  # which of an item's pictures it is
+            if isinstance(name, str):
+                e.detail = f"{name}: {e.detail}".removesuffix(": ")
+            raise
 
     pictures = [picture(name) for name in images]
     drawn = []
@@ -632,12 +639,19 @@ def split():
     groups = groups_of(rows, prints_of(files, len(files), "images"))
     random.Random(seed).shuffle(groups)
     wanted = round(val_share * len(rows))
+    if val_share > 0:
+        wanted = max(wanted, min(map(len, groups)))  # of few rows still one group
     held_out = set()
     for group in groups:  # one that is too large for what is left goes to train
         if len(held_out) + len(group) <= wanted:
             held_out |= {row["id"] for row in group}
     train = [row for row in rows if row["id"] not in held_out]
     val = [row for row in rows if row["id"] in held_out]
+    if not train:
+        raise SystemExit(
+            f"{data}: all {len(rows)} examples share images, so val_share={val_share} leaves none "
+            "to train on; give --val_share=0, or more examples"
+        )
     write_lines(Path(out) / "train.jsonl", train)
     write_lines(Path(out) / "val.jsonl", val)
     print_composition(train, val)

@@ -35,8 +35,32 @@ TURNED = {
 }
 
 
+NO_PICTURE = (  # where a file's name promises what it does not hold: place, first bytes, advice
+    (0, b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` where it came from"),
+    (4, b"ftyphei", "a HEIC photo; save it as JPEG or PNG"),
+    (4, b"ftyphevc", "a HEIC photo; save it as JPEG or PNG"),
+    (4, b"ftypmif1", "a HEIC photo; save it as JPEG or PNG"),
+    (
+        0,
+        b"PAR1",
+        "a parquet table; write it as JSON lines with pandas: "
+        "`read_parquet(FILE).to_json(OUT, orient='records', lines=True)`",
+    ),
+    (0, b"PK\x03\x04", "a zip archive; unpack it"),
+    (0, b"\x1f\x8b", "a gzip archive; unpack it"),
+)
+
+
 class BadImage(ValueError):
     """Why a picture can not be used."""
+
+
+def other_kind(content):
+    """What a file is, from its first bytes, and what to do; "" where it may be what it is said."""
+    for place, begins, advice in NO_PICTURE:
+        if content[place:].startswith(begins):
+            return advice
+    return ""
 
 
 def open_image(source):
@@ -74,7 +98,19 @@ def decode_image(source):
     except BadImage:
         raise
     except IMAGE_ERRORS as e:
-        raise BadImage(" ".join(str(e).split())) from None
+        raise BadImage(other_kind(first_bytes(source)) or " ".join(str(e).split())) from None
+
+
+def first_bytes(source):
+    """How a picture's file begins; nothing where it can not be read."""
+    try:
+        file = image_file(source)
+        if isinstance(file, io.BytesIO):
+            return file.read(64)
+        with open(file, "rb") as f:
+            return f.read(64)
+    except (OSError, ValueError):
+        return b""
 
 
 def image_file(source):

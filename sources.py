@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from answers import boxed, extract_answer
 from data import LATENT_SPAN, SURROGATE
-from images import image_bytes
+from images import image_bytes, other_kind
 from resume import Reject
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +87,11 @@ def read_items(path):
 
     A list is read as far as it can be: past damage it is not known where the next item starts.
     """
-    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    content = Path(path).read_bytes()
+    if kind := other_kind(content):
+        yield 1, None, f"{kind}; expected JSON or JSON lines"
+        return
+    text = content.decode("utf-8-sig", "surrogateescape")
     if text.lstrip().startswith("["):
         yield from read_list(text)
         return

@@ -16,6 +16,7 @@ from PIL import Image
 
 import build_data as b
 from data import load_examples, read_lines
+from images import open_image
 from resume import Reject
 
 
@@ -102,6 +103,42 @@ def test_hostile_images_and_paths(stage, tmp_path):
         assert np.abs(pixels(image).astype(int) - pixels(wanted)).max() <= 2, row["id"]
     after = tree(tmp_path)
     assert {k for k in after if after[k] != before.get(k)} <= {".", "src", "src/h.jsonl"}
+
+
+OTHER_KINDS = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "parquet": b"PAR1\x15\x04",
+    "zip": b"PK\x03\x04",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_of_another_kind_is_called_by_its_name(stage, tmp_path, kind):
+    """In the same words as a picture, as a picture of a later stage, and as the source's file."""
+    path = tmp_path / "src/photo.jpg"
+    path.parent.mkdir()
+    path.write_bytes(OTHER_KINDS[kind])
+    with pytest.raises(SystemExit, match=f"photo.jpg: .*{kind}"):
+        open_image(path)
+    assert not stage("convert", "qa", source="qa", files=str(path))
+    (reject,) = read_lines(tmp_path / "out/rejects.qa.jsonl")
+    assert "photo.jpg:1" in reject["id"] and kind in reject["detail"]
+    item = {"image": "photo.jpg", "question": "Which?", "answer": "red"}
+    kept, (reject,) = convert(stage, tmp_path, "qa", [item])
+    assert not kept and "items.json:1" in reject["id"]
+    assert "photo.jpg" in reject["detail"] and kind in reject["detail"]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_split_of_few_rows_has_both_sides(stage, tmp_path, n):
+    data = write_data(tmp_path, [example(i) for i in range(n)])
+    assert len(stage("split", "train", data=data)) == n - 1
+    assert len(read_lines(tmp_path / "out/val.jsonl")) == 1
+    assert len(stage("split", "train", data=data, val_share=0.0)) == n
+    alone = write_data(tmp_path, [example(0)], "alone")
+    with pytest.raises(SystemExit, match="leaves none to train on"):
+        stage("split", data=alone, val_share=0.1)
 
 
 @settings(max_examples=150, deadline=None)
