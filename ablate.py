@@ -303,6 +303,7 @@ def trained(folder, run, seed, file):
     }
     if study == "gap":
         settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
+    settings["curves"] = 0  # of a folder that is deleted
     call("train.py", train_args, **(settings | own))
 
     log = read_lines(model / "log.jsonl")
