@@ -18,7 +18,6 @@ finished, rank 0 merges them.
 
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from generate import generate, make_prompts, to_text
 from images import usable_rows
 from launch import Progress, check_choices, claim, pick_device, rank_and_world, start
 from model import load_processor, load_vlm
+from resume import each
 from served import Served, draw, served_messages
 
 # --------------------------------------------------------------------------------------------------
@@ -196,23 +196,25 @@ def sample_served(rows):
     processor = load_processor(base, min_pixels, max_pixels)
     key = os.environ.get(served_key) or NO_KEY
     server = Served(url, served_model, key, tries, max_new_tokens, temperature, top_p)
+
+    def outcome(row):
+        """(id, Tally, ""), or (id, None, why there is no answer)."""
+        try:
+            return row["id"], ask_server(server, processor, row), ""
+        # returned and not raised: one question must not end the others
+        except FAILURES as e:
+            return row["id"], None, hidden(f"{type(e).__name__}: {e}", key)
+
     unanswered, in_a_row = {}, 0
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = {pool.submit(ask_server, server, processor, row): row for row in rows}
-        for future in as_completed(futures):
-            try:
-                tally = future.result()
-            except FAILURES as e:
-                unanswered[futures[future]["id"]] = hidden(f"{type(e).__name__}: {e}", key)
-                in_a_row += 1
-                if in_a_row == give_up:
-                    break
-                continue
+    for id, tally, said in each(outcome, rows, workers):
+        if tally:
             in_a_row = 0
             yield tally
-    finally:
-        pool.shutdown(cancel_futures=True)
+            continue
+        unanswered[id] = said
+        in_a_row += 1
+        if in_a_row == give_up:
+            break
     if unanswered:
         id, said = next(iter(unanswered.items()))
         raise SystemExit(
