@@ -58,7 +58,7 @@ from data import (
 )
 from duplicates import fingerprints, groups_of
 from endpoint import NO_KEY
-from images import decode_image, open_image, orientation, other_kind
+from images import decode_image, open_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
@@ -282,13 +282,6 @@ def check_size(image):
     if high > 200 * low:  # the processor's own limit
         raise Reject("image too narrow for the processor", high // low, size)
     return image
-
-
-def png_of(image):
-    """An image as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def store(content, image, suffix):

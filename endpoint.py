@@ -1,5 +1,6 @@
 """How is a served model asked? Retries with growing pauses, and what no retry can help."""
 
+import base64
 import random
 import time
 
@@ -52,3 +53,9 @@ def is_refusal(status):
 def hidden(text, key):
     """A text that an endpoint sent, without the key that it was asked with."""
     return text.replace(key, "***") if key and key != NO_KEY else text
+
+
+def image_part(png):
+    """An encoded PNG as a part of a message."""
+    text = base64.b64encode(png).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}

@@ -113,6 +113,13 @@ def first_bytes(source):
         return b""
 
 
+def png_of(image):
+    """An image as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def image_file(source):
     """What Pillow opens, for a path, encoded bytes or a data URI."""
     if isinstance(source, bytes):

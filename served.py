@@ -5,16 +5,14 @@ It is sent the chat that `model.prompt_ids` puts into tokens, each image at the 
 own tower would see it, so that the server's own pixel limits change nothing.
 """
 
-import base64
-import io
 from functools import partial
 from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import answered, hidden
-from images import open_image
+from endpoint import answered, hidden, image_part
+from images import open_image, png_of
 from model import chat_messages, image_grid
 
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
@@ -39,20 +37,17 @@ def served_messages(row, processor):
     for message in messages:
         if isinstance(message["content"], list):
             message["content"] = [
-                image_part(next(images), processor) if part["type"] == "image" else part
+                image_part(seen_size(next(images), processor)) if part["type"] == "image" else part
                 for part in message["content"]
             ]
     return messages
 
 
-def image_part(source, processor):
-    """An image as part of a message: a PNG of the size that the processor would make it."""
+def seen_size(source, processor):
+    """An image as a PNG of the size that the processor would make it."""
     _, h, w = image_grid(processor, source)
     size = (w * processor.patch_size, h * processor.patch_size)
-    buffer = io.BytesIO()
-    open_image(source).resize(size, Image.BICUBIC).save(buffer, "PNG")
-    text = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+    return png_of(open_image(source).resize(size, Image.BICUBIC))
 
 
 def draw(served, messages, n, seed):

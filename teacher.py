@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append
-from endpoint import answered, hidden, is_refusal
+from endpoint import answered, hidden, image_part, is_refusal
 from resume import Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs
@@ -89,8 +89,7 @@ def edit_image(served, prompt, png):
 
 def write_text(served, prompt, pngs, max_tokens, temperature):
     """What a teacher writes who sees images (PNGs), then a prompt. One request; raises Reject."""
-    content = [{"type": "image_url", "image_url": {"url": data_url(png)}} for png in pngs]
-    content.append({"type": "text", "text": prompt})
+    content = [*map(image_part, pngs), {"type": "text", "text": prompt}]
     client = InferenceClient(base_url=served.url, api_key=served.key, timeout=served.timeout)
     # None where the request fails: seconds are known then, tokens are not
     start, usage = time.monotonic(), None
@@ -114,11 +113,6 @@ def write_text(served, prompt, pngs, max_tokens, temperature):
         raise Reject("teacher wrote no text")
     # an endpoint may echo its request, and this text becomes training data
     return hidden(text, served.key)
-
-
-def data_url(png):
-    """A PNG as the text that stands for it in a message."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def log_cost(served, start, usage=None):
