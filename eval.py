@@ -47,7 +47,6 @@ from data import (
     question_text,
     read_json,
     read_lines,
-    read_safetensors,
     seed_of,
     versions,
     weights_digest,
@@ -67,7 +66,15 @@ from images import open_image, usable_rows
 from imagine import bank_of, imagine
 from judge import JUDGED, Endpoint, judge
 from launch import Progress, check_choices, claim, clock, pick_device, rank_and_world, start
-from model import HEAD_FILE, encode, grid_features, load_head, load_processor, load_vlm
+from model import (
+    HEAD_FILE,
+    encode,
+    grid_features,
+    load_head,
+    load_processor,
+    load_vlm,
+    mode_of_targets,
+)
 from pages import coloured, figure, write_page
 from scores import mean
 from tables import Cell, images_of
@@ -323,11 +330,11 @@ class Answerer:
         if not intervention.startswith("oracle"):
             return None
         # as fit_pca.py made the targets that the head was trained on: pool or resize
-        _, meta = read_safetensors(Path(model) / HEAD_FILE, ())
+        mode = mode_of_targets(model)
         images = [open_image(path) for row in rows for path in row["aux_images"]]
         with torch.inference_mode():
             # (M, K, d): the M images of all rows, as grids of K features
-            features = grid_features(self.vlm, self.processor, images, self.head.K, meta["mode"])
+            features = grid_features(self.vlm, self.processor, images, self.head.K, mode)
         return list(features.cpu().split([len(row["aux_images"]) for row in rows]))
 
     def donated(self, row):
@@ -469,7 +476,7 @@ def summaries(groups):
 
 
 def score(test, predictions):
-    """Write scored.jsonl and metrics.json and print the table.
+    """Write scored.jsonl and metrics.json and print the table. Returns the graded rows.
 
     Raises SystemExit if answers are missing.
     """
@@ -508,6 +515,7 @@ def score(test, predictions):
             f"{len(failures)} questions failed and count as wrong; run eval.py again to retry "
             f"them. The first, {failures[0]['id']!r}: {failures[0]['error']}"
         )
+    return graded
 
 
 def judged_scores(test, graded):
@@ -752,7 +760,7 @@ class Imaginer:
         self.processor = load_processor(model, *pixels)
         self.head = head
         self.memory = memory  # a bank of imagine.py; None: no picture goes with these latents
-        self.mode = read_safetensors(Path(model) / HEAD_FILE)[1]["mode"] if memory else ""
+        self.mode = mode_of_targets(model)
 
     def figures(self, row):
         """An answer's spans as HTML: what each imagined, beside the real auxiliary images."""
@@ -844,7 +852,8 @@ def main():
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
 
-    if sheet or not score_only:
+    vlm = head = None  # not needed to score, nor for a page without imagined pictures
+    if memory or not score_only:
         vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
         head = load_head(model, vlm, tokenizer, latent_size)
     if not score_only:
@@ -862,9 +871,9 @@ def main():
         left = len(test.rows) - len(predictions)
         # the rank that finishes last sees all answers and scores them; no rank waits for another
         if left == 0 or score_only or world == 1:
-            score(test, predictions)
+            graded = score(test, predictions)
             if sheet:
-                answer_sheet(test, grade(test, predictions), Imaginer(test, vlm, head, memory))
+                answer_sheet(test, graded, Imaginer(test, vlm, head, memory))
         else:
             print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
     if benchmarks and rank == 0:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import RESERVED, load_examples, read_safetensors, write_then_rename
+from data import RESERVED, load_examples, write_then_rename
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -37,6 +37,7 @@ from model import (
     load_head,
     load_processor,
     load_vlm,
+    mode_of_targets,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def latents_to_feed(vlm, processor, head):
     if intervention.startswith("oracle"):
         if not aux:
             raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
-        mode = read_safetensors(Path(model) / HEAD_FILE, ())[1]["mode"]
+        mode = mode_of_targets(model)
         pictures = [open_image(path) for path in paths_of(aux)]
         with torch.inference_mode():
             return [grid_features(vlm, processor, pictures, head.K, mode).cpu()]

@@ -675,6 +675,15 @@ def grid_features(vlm, processor, images, K, mode):
     return torch.stack(features)
 
 
+def mode_of_targets(folder):
+    """How the targets of a folder's head were made of images: fit_pca.py's mode.
+
+    None without a head file, or with a head that was trained without targets.
+    """
+    path = Path(folder) / HEAD_FILE
+    return read_safetensors(path)[1].get("mode") if path.exists() else None
+
+
 def spread(v):
     """Variance over mean squared norm of each image's features v (n, K, d): 0 for a blank image."""
     if v.shape[1] == 1:

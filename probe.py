@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import load_examples, read_safetensors, write_json, write_then_rename
+from data import load_examples, write_json, write_then_rename
 from generate import followed_by, generate, make_prompts
 from images import open_image
 from launch import Progress, check_choices, claim, pick_device, settings_of, start
 from model import (
-    HEAD_FILE,
     embed,
     grid_features,
     latent_ids,
@@ -34,6 +33,7 @@ from model import (
     load_pca,
     load_processor,
     load_vlm,
+    mode_of_targets,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def measure(rows, vlm, head, tokenizer, processor):
     moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
     written, pairs = [], []
     _, pad, _ = latent_ids(tokenizer)
-    mode = mode_of_targets()
+    mode = mode_of_targets(model)
     bar = Progress(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
@@ -256,15 +256,6 @@ def measure(rows, vlm, head, tokenizer, processor):
             bar.update()
     bar.close()
     return moments, written, pairs
-
-
-def mode_of_targets():
-    """How a checkpoint's targets were made of images: fit_pca.py's mode, None without a head."""
-    path = Path(model) / HEAD_FILE
-    if not path.exists():
-        return None
-    _, meta = read_safetensors(path, ())
-    return meta.get("mode")
 
 
 # --------------------------------------------------------------------------------------------------
