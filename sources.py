@@ -198,6 +198,12 @@ def listed(value):
     return value if isinstance(value, list) else [value]
 
 
+def with_options(example, options):
+    """An example with its options as texts, if there are any."""
+    texts = [text_of(option) for option in listed(options)]
+    return example | ({"options": texts} if texts else {})
+
+
 # --------------------------------------------------------------------------------------------------
 # the sources
 
@@ -227,9 +233,7 @@ def from_table(item):
         "aux": listed(row["aux_images"]),
         "category": text_of(row["category"] or ""),
     }
-    if row["options"]:
-        example["options"] = [text_of(option) for option in listed(row["options"])]
-    return example
+    return with_options(example, row["options"])
 
 
 BOXED_SUFFIX = re.compile(r"\s*Put your final answer within \\boxed\{\}\.?\s*$")
@@ -396,18 +400,19 @@ def from_chat(item):
     answer = boxed(text) or tagged_answer or item.get("answer") or text.replace("<image>", "")
     answer = text_of(answer)
     response = text.replace("<image>", LATENT_SPAN)
-    if "</answer>" not in response:
+    if "</answer>" in response:
+        response = in_our_tags(response)
+    else:
         response = wrapped("" if response.strip() == answer else response, answer)
     example = {
         "images": images,
         "question": told(asked),
         "answer": answer,
-        "response": in_our_tags(response),
+        "response": response,
         "aux": aux,
         "category": text_of(item.get("category") or item.get("dataset") or ""),
     }
-    options = listed(item.get("options") or item.get("choices"))
-    return example | ({"options": [text_of(option) for option in options]} if options else {})
+    return with_options(example, item.get("options") or item.get("choices"))
 
 
 def turns_of(item):
