@@ -104,6 +104,8 @@ def draw_curves(folders, path):
         for title, fields in PANELS.items()
     }
     panels = {title: fields for title, fields in panels.items() if fields}
+    if not panels:  # a run that has diverged at once holds no finite number
+        raise SystemExit(f"{', '.join(map(str, folders))}: log.jsonl holds nothing to draw")
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     size = (3.4 * columns, 2.5 * lines)

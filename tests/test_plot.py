@@ -86,6 +86,10 @@ def test_logs_that_can_not_be_drawn(tmp_path):
         with pytest.raises(SystemExit) as e:
             plot.read_log(folder)
         assert str(folder / "log.jsonl") in str(e.value) and said in str(e.value)
+    diverged = write_log(tmp_path / "c", rows_of(3, ce=lambda i: math.nan, lr=lambda i: 0.1))
+    with pytest.raises(SystemExit, match="holds nothing to draw"):
+        plot.draw_curves([diverged], tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_the_main_figure_is_of_the_lines(tmp_path):
