@@ -130,6 +130,27 @@ def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
     return text
 
 
+def send_completion(request, answers, status=200, headers=()):
+    """Answer a request to a local endpoint as OpenAI's servers do, a choice for each answer."""
+    choices = [
+        {
+            "index": n,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": answer},
+        }
+        for n, answer in enumerate(answers)
+    ]
+    reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+    text = json.dumps(reply | {"choices": choices}).encode()
+    request.send_response(status)
+    for name, value in headers:
+        request.send_header(name, value)
+    request.send_header("Content-Type", "application/json")
+    request.send_header("Content-Length", str(len(text)))
+    request.end_headers()
+    request.wfile.write(text)
+
+
 def examples(world, n=6):
     return load_examples(world / "train.jsonl")[:n]
 

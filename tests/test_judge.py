@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import run
+from conftest import run, send_completion
 from huggingface_hub.errors import HTTPError
 from official_files import args_of, plant
 
@@ -31,23 +31,12 @@ class Endpoint(BaseHTTPRequestHandler):
         if n == 3:
             self.connection.close()
             return
-        self.reply(self.reply_to(body["messages"][0]["content"]))
+        send_completion(self, [self.reply_to(body["messages"][0]["content"])])
 
     def reply_to(self, prompt):
         if "Rate an answer" in prompt:
             return "It is fine.\nRating: 5"
         return "D" if "the last" in prompt else "Z"
-
-    def reply(self, content):
-        message = {"role": "assistant", "content": content}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        text = json.dumps(answer | {"choices": [choice]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
 
     def log_message(self, *args):
         pass

@@ -8,7 +8,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import TOY, run, sampling
+from conftest import TOY, run, sampling, send_completion
 from PIL import Image
 
 from data import load_examples, read_lines, write_lines
@@ -47,14 +47,9 @@ class Server(BaseHTTPRequestHandler):
         for s in range(first, first + n):
             good = row["id"] in self.solved or row["id"] in self.rare and s == 5
             answers.append(right if good else "<answer> no idea </answer>")
-        message = [{"index": 0, "message": {"role": "assistant", "content": a}} for a in answers]
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
-        text = json.dumps(reply | {"choices": [] if fault == "empty" else message}).encode()
-        self.send_response(fault if isinstance(fault, int) else 200)
-        self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
+        status = fault if isinstance(fault, int) else 200
+        sent = [] if fault == "empty" else answers
+        send_completion(self, sent, status, [("Retry-After", "0")])
 
     def log_message(self, *args):
         pass
