@@ -137,8 +137,14 @@ seed = 12345  # of the order of examples, and of the head's first weights
 # --------------------------------------------------------------------------------------------------
 
 # settings that may change on resume: those that change no number, and paths, whose contents count
-FREE = ("eval_every", "save_every", "token_budget", "cpu_offload", "activation_checkpointing")
-FREE += ("curves",)
+FREE = (
+    "eval_every",
+    "save_every",
+    "token_budget",
+    "cpu_offload",
+    "activation_checkpointing",
+    "curves",
+)
 PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
 
 # --------------------------------------------------------------------------------------------------
