@@ -14,11 +14,9 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """
 
-import ctypes
 import json
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import append, key_of, load_examples, open_append, read_lines, write_then_rename
-from launch import Progress, check_choices, start
+from launch import Progress, check_choices, end_with_parent, start
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
@@ -222,18 +220,6 @@ def settings_for(name):
 
 # --------------------------------------------------------------------------------------------------
 # one run
-
-
-PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
-
-
-def end_with_parent():
-    """Let a script that ablate.py starts end when ablate.py is killed (on Linux).
-
-    Else it would live on, and meet the one that the next sitting starts on the same folder.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def call(script, extra, **settings):

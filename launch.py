@@ -6,6 +6,7 @@ device, and the claim of a run on its output folder.
 """
 
 import ast
+import ctypes
 import errno
 import fcntl
 import inspect
@@ -13,6 +14,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import time
 import tokenize
@@ -36,6 +38,7 @@ USERS_ERRORS = {
     errno.EPIPE,  # whoever read our output has gone
 }
 
+PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
 LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 
 # settings by name: the least and the largest value that make sense, whatever script has them
@@ -71,6 +74,8 @@ def start(main=None, **commands):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank that torchrun has started
+        end_with_parent()
     script = vars(sys.modules["__main__"])  # the script's globals
     args = sys.argv[1:]
     # wherever it stands, and before anything else is looked at
@@ -294,6 +299,16 @@ class Progress(tqdm):
 def rank_and_world():
     """This process's rank and the number of processes, as torchrun sets them (else 0 and 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def end_with_parent():
+    """Let this process end when the one that started it ends, however that ends (on Linux).
+
+    torchrun's ranks have a process group each: they outlive a killed torchrun, go on training, and
+    meet the launch that resumes.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def pick_device():

@@ -80,6 +80,23 @@ def start_and_kill(args, out, step, ranks=1):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # its ranks, each a process group of its own, end with it: train.py sees to that
+    deadline = time.monotonic() + 30
+    while still_running(f"--out={out}"):
+        assert time.monotonic() < deadline, "a rank lives on without its launcher"
+        time.sleep(0.01)
+    assert not (out / "model.safetensors").exists(), "a rank trained on without its launcher"
+
+
+def still_running(argument):
+    """Whether a process with this argument lives (on Linux; else it is not known: False)."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if argument.encode() in file.read_bytes().split(b"\0"):
+                return True
+        except OSError:  # it ended as we looked
+            continue
+    return False
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
