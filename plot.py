@@ -2,7 +2,7 @@
 
 Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a PNG:
 
-    python plot.py                                       # out/gap/curves.png
+    python plot.py                                              # out/gap/curves.png
     python plot.py --runs=out/gap,out/text --out=curves.png     # runs side by side
     python plot.py --results=results/toy --out=results/toy.png  # accuracy against examples
 """
@@ -15,25 +15,33 @@ from launch import start
 from report import mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
-runs = "out/gap"  # folders of train.py, with commas between
+runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png
 results = ""  # what ablate.py wrote: its main figure instead of curves
 methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of that figure, by the names of their runs
 easy = "1 moves"  # the category that needs no latents and is left out of it
 # --------------------------------------------------------------------------------------------------
 
-# a panel each, of what shares a unit; a run has the fields of its method
+PERFECT = "1 is perfect"
+# a panel each, of what shares a unit; a run has the fields of its method. A field of a method that
+# is not here has a panel of its own
 PANELS = {
-    "cross-entropy, nats a token": ("ce", "ce_prior", "leakage_ce"),
+    "loss, as minimised": ("loss",),
+    "cross-entropy, nats a token": ("ce", "ce_prior"),
+    "leakage, nats a token": ("leakage_ce",),
     "latent loss": ("latent",),
     "KL, nats a question": ("kl_forward", "kl_reverse"),
-    "1 is perfect": ("r2", "cosine", "right_posterior", "right_prior", "leakage"),
+    PERFECT: ("r2", "cosine", "right_posterior", "right_prior", "leakage"),
     "error of the rollout": ("rollout_error",),
     "length of latents": ("norm_predicted", "norm_target"),
     "gradient norm": ("grad_norm",),
 }
+NO_CURVE = ("step", "lr", "peak_gib", "tokens_per_s", "flops_per_s", "mfu", "seconds")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
+WORST = -1  # R2 of the first steps can be hugely negative, and would flatten what follows
+# inches: of a panel, of the room for names beside it, of what is above, below and to the left
+PANEL, BESIDE, BETWEEN, LEFT, KEY = (2.2, 1.6), 1.4, 0.55, 0.5, 0.3
 WINDOWS = 50  # a curve is the mean of so many windows of steps, over what each step was
 
 
@@ -57,29 +65,114 @@ def save(fig, path):
     print(f"wrote {path}")
 
 
+def check_number(names, what):
+    """Raise SystemExit where two of them would have one colour."""
+    if len(names) > len(COLOURS):
+        raise SystemExit(
+            f"{len(names)} {what}: there are colours for {len(COLOURS)}, draw fewer at once"
+        )
+
+
+def spread(heights, gap, top):
+    """Heights moved apart to be `gap` from each other, as little as may be, none above `top`.
+
+    Their order stays.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = list(heights)
+    for below, i in zip(order, order[1:]):
+        moved[i] = max(moved[i], moved[below] + gap)
+    for above, i in zip([None, *reversed(order)], reversed(order)):
+        moved[i] = min(moved[i], top if above is None else moved[above] - gap)
+    return moved
+
+
+def label(ax, names, at, side, size=8):
+    """Write names [(text, height in data, colour)] beside their curves, none on another.
+
+    To the right or left, as `side` says, of `at`, a share of the axis's width.
+    """
+    points = 72 * ax.figure.get_size_inches()[1] * ax.get_position().height
+    x = ax.get_xlim()[0]
+    to_axes = ax.transScale + ax.transLimits
+    heights = [to_axes.transform((x, y))[1] for _, y, _ in names]
+    where = {
+        "transform": ax.transAxes,
+        "ha": "left" if side == "right" else "right",
+        "va": "center",
+    }
+    for (text, _, colour), height in zip(names, spread(heights, 1.2 * size / points, 1)):
+        ax.text(at, height, text, color=colour, fontsize=size, **where)
+
+
 # --------------------------------------------------------------------------------------------------
 # training curves
 
 
-def read_log(folder):
+def log_of(run):
+    """The log.jsonl of a run, which is given as a folder or as that file."""
+    path = Path(run)
+    return path if path.suffix == ".jsonl" else path / "log.jsonl"
+
+
+def read_log(run):
     """{field: (steps, values)} of a run's log.jsonl, numbers that are finite only.
 
-    Raises SystemExit if it has no step yet.
+    Says which fields were not finite. Raises SystemExit if there is nothing to draw.
     """
-    path = Path(folder) / "log.jsonl"
+    path = log_of(run)
     check_there(path)
-    _, *rows = read_lines(path) or [None]  # the first line has the settings
+    settings, *rows = read_lines(path) or [{}]
+    if "step" in settings:
+        raise SystemExit(f"{path}:1: expected the settings of the run, found a step")
     if not rows:
         raise SystemExit(f"{path}: no steps yet")
-    found = {}
-    for row in rows:
-        check_fields(row, {"step": int}, path)
+    kept = []
+    for n, row in enumerate(rows, 2):
+        check_fields(row, {"step": int}, f"{path}:{n}")
+        # a run that goes on from a checkpoint takes the steps after it again
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+
+    found, broken = {}, {}
+    for row in kept:
         for field, x in row.items():
-            if isinstance(x, (int, float)) and math.isfinite(x):
-                steps, values = found.setdefault(field, ([], []))
-                steps.append(row["step"])
-                values.append(x)
+            # not isinstance, which takes True for a number
+            if type(x) not in (int, float) or field.removeprefix("val_") in NO_CURVE:
+                continue
+            if not math.isfinite(x):
+                broken.setdefault(field, []).append(row["step"])
+                continue
+            steps, values = found.setdefault(field, ([], []))
+            steps.append(row["step"])
+            values.append(x)
+    for field, steps in broken.items():
+        print(f"{path}: {field} is no finite number at {len(steps)} steps, the first {steps[0]}")
+    if not found:
+        raise SystemExit(f"{path}: no finite number to draw in {len(kept)} steps")
     return found
+
+
+def panels_of(logs):
+    """{title: fields} of the panels that these logs fill."""
+    there = {field.removeprefix("val_"): None for log in logs for field in log}  # in their order
+    known = {field for fields in PANELS.values() for field in fields}
+    own = {field: (field,) for field in there if field not in known}
+    panels = {
+        title: [field for field in fields if field in there]
+        for title, fields in (PANELS | own).items()
+    }
+    return {title: fields for title, fields in panels.items() if fields}
+
+
+def names_of(folders):
+    """What each run is called in a picture: its folder's name, the path where two share that."""
+    names = [log_of(folder).absolute().parent.name for folder in folders]
+    return [
+        name if names.count(name) == 1 else str(log_of(folder).parent)
+        for name, folder in zip(names, folders)
+    ]
 
 
 def windows(steps, values, n=WINDOWS):
@@ -98,35 +191,79 @@ def wants_log(values):
 def draw_curves(folders, path):
     """A panel a unit; a colour a run, a style a field; dots are validation data."""
     plt = pyplot()
-    logs = {folder: read_log(folder) for folder in folders}
-    panels = {
-        title: [field for field in fields if any(field in log for log in logs.values())]
-        for title, fields in PANELS.items()
-    }
-    panels = {title: fields for title, fields in panels.items() if fields}
-    if not panels:  # a run that has diverged at once holds no finite number
-        raise SystemExit(f"{', '.join(map(str, folders))}: log.jsonl holds nothing to draw")
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    size = (3.4 * columns, 2.5 * lines)
-    fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for ax, (title, fields) in zip(axes.flat, panels.items()):
-        drawn = []
-        for i, (folder, log) in enumerate(logs.items()):
-            for j, field in enumerate(fields):
-                drawn += draw_field(ax, log, field, curve_look(i, j, len(logs)), Path(folder).name)
-        if wants_log(drawn):
-            ax.set_yscale("log")
-        ax.set_title(title, loc="left", fontsize=9)
-        ax.legend(frameon=False, fontsize=7)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:
-        ax.set_xlabel("step")
-    if any(field.startswith("val_") for log in logs.values() for field in log):
-        fig.supxlabel("dots: validation data", fontsize=7, x=0.99, ha="right")
+    check_number(folders, "runs")
+    logs = [read_log(folder) for folder in folders]
+    panels = panels_of(logs)
+    fig, axes = grid(plt, len(panels))
+    last = max(steps[-1] for log in logs for steps, _ in log.values())
+    for ax, (title, fields) in zip(axes, panels.items()):
+        ax.set_xlim(0, 1.02 * last)  # the same in each panel, whatever a run has of it
+        draw_panel(ax, title, fields, logs)
+    key(fig, names_of(folders), any(field.startswith("val_") for log in logs for field in log))
     save(fig, path)
     plt.close(fig)
+
+
+def grid(plt, n):
+    """A figure of n panels of one size, at most three in a row, and their axes."""
+    columns = min(3, n)
+    rows = math.ceil(n / columns)
+    (width, height), step = PANEL, PANEL[1] + BETWEEN
+    whole = (LEFT + columns * (width + BESIDE), KEY + rows * step + 0.2)
+    fig = plt.figure(figsize=whole)
+    axes = []
+    for i in range(n):
+        x = LEFT + i % columns * (width + BESIDE)
+        y = whole[1] - KEY - 0.25 - height - i // columns * step
+        inches = zip((x, y, width, height), whole * 2)
+        axes.append(fig.add_axes([inch / of for inch, of in inches]))
+        if i + columns >= n:  # none below it
+            axes[-1].set_xlabel("step", fontsize=8)
+        axes[-1].tick_params(labelsize=8)
+    return fig, axes
+
+
+def key(fig, names, validated):
+    """One line above the panels: the colours of the runs, and what a dot is."""
+    from matplotlib.lines import Line2D
+
+    lines, words = [], []
+    if len(names) > 1:
+        lines = [Line2D([], [], lw=2, color=colour) for colour in COLOURS[: len(names)]]
+        words = list(names)
+    if validated:
+        lines.append(Line2D([], [], ls="", marker="o", ms=4, color="0.4"))
+        words.append("validation data")
+    if lines:
+        left = 0.2 / fig.get_size_inches()[0]
+        where = {"loc": "upper left", "bbox_to_anchor": (left, 1), "borderaxespad": 0.3}
+        fig.legend(lines, words, ncols=len(words), frameon=False, fontsize=8, **where)
+
+
+def draw_panel(ax, title, fields, logs):
+    """The fields of a panel for all runs, on an axis that fits them."""
+    drawn, ends = [], []
+    for i, log in enumerate(logs):
+        for j, field in enumerate(fields):
+            look = curve_look(i, j, len(logs))
+            shown = draw_field(ax, log, field, look)
+            if shown:
+                ends.append((field, shown[-1], look["color"]))
+            drawn += shown
+    low, high = min(drawn), max(drawn)
+    if title == PERFECT:
+        ax.set_ylim(max(WORST, min(0, 1.05 * low)), 1.05)
+        if low < WORST:
+            title += f", cut off at {WORST}"
+            ends = [(field, max(WORST, y), colour) for field, y, colour in ends]
+    elif wants_log(drawn):
+        ax.set_yscale("log")
+    elif low == high:  # an error that there is none of, or validation once
+        ax.set_ylim(low - 0.05, low + 1)
+    ax.set_title(title, loc="left", fontsize=9)
+    # a field alone is what the title says
+    if len(fields) > 1 or title.startswith(PERFECT):
+        label(ax, ends, 1.01, "right")
 
 
 def curve_look(run, field, n_runs):
@@ -136,19 +273,23 @@ def curve_look(run, field, n_runs):
     return {"color": COLOURS[run % len(COLOURS)], "linestyle": STYLES[field % len(STYLES)]}
 
 
-def draw_field(ax, log, field, look, run):
-    """Draw a field of a run, and its validation. Returns the numbers that the axis must show."""
+def draw_field(ax, log, field, look):
+    """Draw a field of a run, and its validation. Returns what the axis must show.
+
+    The last of it is where the curve ends.
+    """
     shown = []
-    if field in log:
-        steps, values = log[field]
-        ax.plot(steps, values, lw=0.5, alpha=0.2, color=look["color"])
-        middle, means = windows(steps, values)
-        ax.plot(middle, means, lw=1.4, label=f"{run}: {field}", **look)
-        shown += means
     if f"val_{field}" in log:
         steps, values = log[f"val_{field}"]
         ax.plot(steps, values, "o", ms=4, color=look["color"])
         shown += values
+    if field in log:
+        steps, values = log[field]
+        ax.plot(steps, values, lw=0.5, alpha=0.2, color=look["color"])
+        middle, means = windows(steps, values)
+        # a step alone has no line
+        ax.plot(middle, means, lw=1.4, marker="" if len(means) > 1 else "_", **look)
+        shown += means
     return shown
 
 
@@ -156,42 +297,72 @@ def draw_field(ax, log, field, look, run):
 # the ablation's main figure
 
 
-def accuracies(lines):
-    """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines."""
-    found = {name.strip(): {} for name in methods.split(",")}
-    for line in lines:
+def accuracies(lines, file=""):
+    """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines.
+
+    Where a run was made anew with other settings, only its latest count.
+    """
+    wanted = [name.strip() for name in methods.split(",") if name.strip()]
+    settings = {line["name"]: line["settings"] for line in lines}  # the latest
+    by_seed, older = {}, 0
+    for n, line in enumerate(lines, 1):
         name, _, _ = line["name"].partition(" n=")
+        if name not in wanted:
+            continue
+        check_fields(line["settings"], {"examples": int}, f"{file}:{n}")
+        if line["settings"] != settings[line["name"]] or not line["settings"]["examples"]:
+            older += 1
+            continue
         accuracy = value(line, "clean", "hard", easy)
-        if name in found and accuracy is not None:
-            found[name].setdefault(line["settings"]["examples"], []).append(accuracy)
-    return {name: dict(sorted(sizes.items())) for name, sizes in found.items() if sizes}
+        if accuracy is not None:
+            of_size = by_seed.setdefault((name, line["settings"]["examples"]), {})
+            of_size[line["seed"]] = accuracy
+    if older:
+        print(f"{file}: {older} lines left out, of earlier settings or of no known size")
+    found = {name: {} for name in wanted}
+    for (name, examples), seeds in sorted(by_seed.items()):
+        found[name][examples] = [seeds[seed] for seed in sorted(seeds)]
+    return {name: sizes for name, sizes in found.items() if sizes}
 
 
 def draw_accuracies(path_of_lines, path):
     """Accuracy against examples: means with 95 % t-intervals over seeds, each seed a faint dot."""
     plt = pyplot()
-    lines = read_lines(path_of_lines, name=str, settings=dict, evals=dict)
-    found = accuracies(lines)
+    check_there(path_of_lines)
+    lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
+    found = accuracies(lines, path_of_lines)
     if not found:
         raise SystemExit(f"{path_of_lines}: no runs of {methods}")
-    fig, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    check_number(found, "methods")
+    fig = plt.figure(figsize=(6.4, 3.6))
+    ax = fig.add_axes([0.09, 0.13, 0.9, 0.85])
+    names = []
     for i, (name, sizes) in enumerate(found.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        shift = 1.03 ** (i - len(found) / 2)  # side by side, where many are at the ceiling
+        colour = COLOURS[i]
+        shift = 1.035 ** (i - (len(found) - 1) / 2)  # side by side: many are at the ceiling
         at = [n * shift for n in sizes]
         stats = [mean_interval(seeds) for seeds in sizes.values()]
         means = [mean for mean, _, _ in stats]
-        ax.plot(at, means, "o-", ms=4, lw=1.4, color=colour, label=name)
+        ax.plot(at, means, "o-", ms=4, lw=1.2, color=colour)
         for x, seeds, (_, low, high) in zip(at, sizes.values(), stats):
-            ax.plot([x] * len(seeds), seeds, "o", ms=3, alpha=0.35, color=colour)
+            beside = [x * 1.013] * len(seeds)
+            ax.plot(beside, seeds, "o", ms=3, mew=0, alpha=0.4, color=colour)
             if len(seeds) > 1:  # one seed says nothing of what another would give
                 ax.plot([x, x], [max(0, low), min(1, high)], lw=0.8, color=colour)
+        names.append((name, means[0], colour))
     every = sorted({n for sizes in found.values() for n in sizes})
     ax.set(xscale="log", xlabel="training examples", ylabel="accuracy, hard questions")
     ax.set_xticks(every, [f"{n:,}" for n in every], minor=False)
     ax.set_xticks([], minor=True)
+    # beside the fewest examples, where methods differ most, is room for their names
+    width = math.log(max(2.0, every[-1] / every[0]))
+    first = every[0] / math.exp(0.08 + 0.02 * width)
+    ax.set_xlim(every[0] / math.exp(0.08 + 0.17 * width), every[-1] * math.exp(0.08 + 0.02 * width))
     ax.set_ylim(-0.02, 1.02)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    to_axes = ax.transScale + ax.transLimits
+    label(ax, names, to_axes.transform((first, 0))[0], "left", size=9)
+    what = "mean and 95 % t-interval over seeds;\nfaint: each seed"
+    ax.text(0.98, 0.3, what, transform=ax.transAxes, ha="right", color="0.4", fontsize=8)
     save(fig, path)
     plt.close(fig)
 

@@ -87,7 +87,7 @@ def test_logs_that_can_not_be_drawn(tmp_path):
             plot.read_log(folder)
         assert str(folder / "log.jsonl") in str(e.value) and said in str(e.value)
     diverged = write_log(tmp_path / "c", rows_of(3, ce=lambda i: math.nan, lr=lambda i: 0.1))
-    with pytest.raises(SystemExit, match="holds nothing to draw"):
+    with pytest.raises(SystemExit, match="no finite number to draw"):
         plot.draw_curves([diverged], tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 
@@ -117,3 +117,26 @@ def test_the_main_figure_is_of_the_lines(tmp_path):
     command.append(f"--out={tmp_path}/toy.png")
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     assert len(Image.open(tmp_path / "toy.png").convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_steps_taken_again_replace_those_before(tmp_path):
+    """As train.py goes on from a checkpoint: what came after it in the first sitting is gone."""
+    rows = [{"step": n, "ce": ce} for n, ce in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 1.0))]
+    folder = write_log(tmp_path / "a", rows)
+    assert plot.read_log(folder) == {"ce": ([1, 2], [5.0, 1.0])}
+    assert plot.read_log(folder / "log.jsonl") == plot.read_log(folder)
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path, capsys):
+    rows = rows_of(3, ce=lambda i: math.nan, r2=lambda i: i / 2)
+    assert plot.read_log(write_log(tmp_path / "a", rows)) == {"r2": ([1, 2, 3], [0, 0.5, 1])}
+    assert "ce is no finite number at 3 steps, the first 1" in capsys.readouterr().out
+    for row in rows:
+        del row["r2"]
+    with pytest.raises(SystemExit, match="no finite number to draw"):
+        plot.read_log(write_log(tmp_path / "b", rows))
+
+
+def test_names_are_moved_apart():
+    moved = plot.spread([0.9, 0.1, 0.95, 0.12], 0.1, 1)
+    assert moved == pytest.approx([0.9, 0.1, 1.0, 0.2])
