@@ -61,7 +61,8 @@ def load_examples(path, training=True):
     if path.is_dir():
         raise SystemExit(f"{path}: a folder; expected a data file, JSON lines or a JSON list")
     if not path.exists():
-        raise SystemExit(f"{path}: no such data file (for the toy, run `python toy.py data` first)")
+        by = "`python toy.py data` writes the toy's, build_data.py those of public data"
+        raise SystemExit(f"{path}: no such data file; {by}")
     # in the order of the file; an id is a key everywhere later, so it must be one line's own
     rows, first_place = [], {}  # first_place: {id: where it stands}
     for where, raw in read_rows(path):
@@ -404,10 +405,10 @@ WRITTEN_BY = {
 }
 
 
-def check_there(path):
+def check_there(path, by=""):
     """Raise SystemExit for a file that is not there, naming the stage that writes it."""
     if not Path(path).is_file():
-        by = WRITTEN_BY.get(Path(path).name, "")
+        by = by or WRITTEN_BY.get(Path(path).name, "")
         raise SystemExit(f"{path}: no such file{by and '; '}{by}")
 
 

@@ -40,6 +40,7 @@ from data import (
     LATENT_SPAN,
     append,
     check_fields,
+    check_there,
     file_digest,
     key_of,
     load_examples,
@@ -65,7 +66,16 @@ from generate import (
 from images import open_image, usable_rows
 from imagine import bank_of, imagine
 from judge import JUDGED, Endpoint, judge
-from launch import Progress, check_choices, claim, clock, pick_device, rank_and_world, start
+from launch import (
+    Progress,
+    check_choices,
+    claim,
+    clock,
+    pick_device,
+    rank_and_world,
+    show_files,
+    start,
+)
 from model import (
     HEAD_FILE,
     encode,
@@ -244,8 +254,14 @@ def batches(rows, prepare, failed):
         yield part
 
 
-def check_feed(test, donors):
+def donor_files():
+    """The latents files of `donor`, in the order of their names."""
+    return sorted(Path(donor).glob("*.safetensors")) if donor else []
+
+
+def check_feed(test):
     """Raise SystemExit if what the intervention feeds in place of a row's latents is not there."""
+    donors = donor_files()
     # with one file a question might be fed its own latents, and nothing would be shuffled
     if intervention == "shuffle" and len(donors) < 2:
         raise SystemExit(
@@ -357,9 +373,7 @@ def answer_all(test, vlm, tokenizer, head):
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
     # one a test set: their pixel limits differ, and change HRBench and V* most
     processor = load_processor(model, test.settings["min_pixels"], test.settings["max_pixels"])
-    donors = sorted(Path(donor).glob("*.safetensors")) if donor else []
-    check_feed(test, donors)
-    answerer = Answerer(test, vlm, tokenizer, processor, head, donors)
+    answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
 
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
     with open_append(test.out / f"predictions.rank{rank}.jsonl") as file:
@@ -841,6 +855,8 @@ def main():
         sheet_order=("wrong", "category"),
     )
     # before the model is loaded
+    show_files(reads=[model, data_root if benchmarks else data, donor], writes=[out, sheet])
+    check_there(Path(model) / "config.json")
     memory = None
     if sheet and (Path(model) / HEAD_FILE).is_file():
         if not save_latents:
@@ -851,6 +867,9 @@ def main():
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
     rank, world = rank_and_world()
+    if not score_only:
+        for test in tests:
+            check_feed(test)
 
     vlm = head = None  # not needed to score, nor for a page without imagined pictures
     if memory or not score_only:

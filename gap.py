@@ -215,10 +215,17 @@ def check_same_space(vlm, base, targets, pca_file, pca, meta):
 class GAP(Method):
     """Latents fed and regressed by a head (4.1), on the questions that the base fails (4.3)."""
 
+    reads = ("pca", "difficulty")
+
     @classmethod
     def check(cls, settings):
         losses = ("mean", "sum", "relative")
         check_choices(settings, latent_loss=losses, rule=RULES)
+        check_there(Path(settings["pca"]) / "pca.safetensors")
+        check_there(Path(settings["pca"]) / "targets" / "index.json")
+        if settings["difficulty"]:
+            by = "sample_difficulty.py writes it, --difficulty= trains without"
+            check_there(settings["difficulty"], by)
 
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import RESERVED, load_examples, write_then_rename
+from data import RESERVED, check_there, load_examples, write_then_rename
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -28,7 +28,7 @@ from generate import (
 )
 from images import open_image
 from imagine import bank_of, imagine
-from launch import check_choices, pick_device, start
+from launch import check_choices, pick_device, show_files, start
 from model import (
     HEAD_FILE,
     encode_images,
@@ -138,6 +138,18 @@ def toy_question(path):
     raise SystemExit("infer.py needs --question")
 
 
+def check_feed():
+    """Raise SystemExit if what the intervention feeds is not given, or not there."""
+    if intervention.startswith("oracle") and not paths_of(aux):
+        raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
+    if intervention == "shuffle":
+        if not donor:
+            raise SystemExit(
+                "shuffle feeds the latents of --donor=latents.safetensors, another example's"
+            )
+        check_there(donor, "infer.py --latents=FILE writes one")
+
+
 def latents_to_feed(vlm, processor, head):
     """What an intervention feeds in place of the model's own latents: [(m, K, d)], or None.
 
@@ -151,10 +163,6 @@ def latents_to_feed(vlm, processor, head):
         with torch.inference_mode():
             return [grid_features(vlm, processor, pictures, head.K, mode).cpu()]
     if intervention == "shuffle":
-        if not donor:
-            raise SystemExit(
-                "shuffle feeds the latents of --donor=latents.safetensors, another example's"
-            )
         return [load_latents_file(donor, head)]
     return None
 
@@ -251,7 +259,10 @@ def show_spans(path, vlm, processor, spans, pictures, memory):
 
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
+    show_files(reads=[model, images, aux, donor], writes=[show, latents])
+    check_there(Path(model) / "config.json")
     paths = paths_of(images)
+    check_feed()
     if show and not paths:
         raise SystemExit("--show needs a query image")
     asked = get_question(paths)

@@ -83,8 +83,11 @@ def start(main=None, **commands):
         print(help_text(script))
         return
     run = main
-    if args and args[0].removeprefix("--") in commands:
-        run = commands[args.pop(0).removeprefix("--")]
+    # --compare A B, or --compare=A,B
+    name, equals, given = (args or [""])[0].removeprefix("--").partition("=")
+    if name in commands and not (equals and name in settings_of(script)):
+        run = commands[name]
+        args[:1] = given.split(",") if equals else []
     if run is None:
         name = Path(script["__file__"]).name
         usage = f"usage: python {name} {' | '.join(commands)} [--key=value ...]"
@@ -259,7 +262,17 @@ def help_text(script):
 
 
 # --------------------------------------------------------------------------------------------------
-# progress
+# what it says
+
+
+def show_files(reads, writes):
+    """Say first what a stage reads and writes: a default path is not always the one meant."""
+    if rank_and_world()[0] > 0:
+        return
+    for verb, paths in (("reads", reads), ("writes", writes)):
+        named = [str(path) for path in paths if path]
+        if named:
+            print(f"{verb:6} {', '.join(named)}", flush=True)
 
 
 class Progress(tqdm):

@@ -35,6 +35,8 @@ class Method(nn.Module):
         self.vlm = vlm
         self.tokenizer, self.processor, self.settings = tokenizer, processor, settings
 
+    reads = ()  # settings with the files and folders that it reads, beside base and data
+
     @classmethod
     def check(cls, settings):
         """Raise SystemExit for settings that this method can not have, before weights are read."""

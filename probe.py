@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import load_examples, write_json, write_then_rename
+from data import check_there, load_examples, write_json, write_then_rename
 from generate import followed_by, generate, make_prompts
 from images import open_image
-from launch import Progress, check_choices, claim, pick_device, settings_of, start
+from launch import Progress, check_choices, claim, pick_device, settings_of, show_files, start
 from model import (
     embed,
     grid_features,
@@ -373,6 +373,8 @@ def subspace(head, d):
 
 def main():
     check_choices(globals(), dtype=("float32", "bfloat16"))
+    show_files(reads=[model, data], writes=[out])
+    check_there(Path(model) / "config.json")
     claim(out)
     rows = load_examples(data, training=False)
     if limit:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from answers import extract_answer, is_correct
 from data import (
     append,
+    check_there,
     key_of,
     load_examples,
     open_append,
@@ -39,7 +40,7 @@ from endpoint import FAILURES, NO_KEY, hidden
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, make_prompts, to_text
 from images import usable_rows
-from launch import Progress, check_choices, claim, pick_device, rank_and_world, start
+from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
 from model import load_processor, load_vlm
 from resume import each
 from served import Served, draw, served_messages
@@ -291,6 +292,8 @@ def report(merged):
 
 def main():
     check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
+    show_files(reads=[base, data], writes=[out])
+    check_there(Path(base) / "config.json")
     rank, world = rank_and_world()
     claim(Path(out).parent, f".{Path(out).name}.lock")
     if world > 1:

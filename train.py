@@ -16,6 +16,7 @@ import math
 import os
 import re
 import resource
+import secrets
 import shutil
 import sys
 import time
@@ -48,6 +49,7 @@ from data import (
     LATENT_SPAN,
     append,
     check_fields,
+    check_there,
     example_key,
     file_digest,
     key_of,
@@ -60,6 +62,7 @@ from data import (
     write_json,
     write_lines,
 )
+from flops import amounts, flops_each, rates
 from gap import GAP
 from images import usable_rows
 from launch import (
@@ -70,6 +73,7 @@ from launch import (
     pick_device,
     rank_and_world,
     settings_of,
+    show_files,
     start,
 )
 from method import Method
@@ -132,6 +136,7 @@ cpu_offload = False  # shards and optimizer on the host, where GPUs are small
 eval_every = 500  # steps between validations; 0: only after the last
 save_every = 500  # steps between checkpoints; 0: only after the last
 curves = True  # draw <out>/curves.png in the end (plot.py), where matplotlib is installed
+wandb_project = ""  # also log to this project of wandb, where it is installed
 max_steps = 0  # > 0: stop (and let the schedule end) here
 seed = 12345  # of the order of examples, and of the head's first weights
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +149,7 @@ FREE = (
     "cpu_offload",
     "activation_checkpointing",
     "curves",
+    "wandb_project",
 )
 PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
 
@@ -188,7 +194,7 @@ def micro_batches(lengths, world, budget):
 
 
 def load_batch(model, rows):
-    """Of a global batch of rows: this rank's micro-batches; the counts and the tokens of *all*."""
+    """Of a global batch of rows: this rank's micro-batches; the counts and amounts of *all*."""
     rank, world = rank_and_world()
     # every rank encodes all rows (text only), so the counts need no communication;
     # it opens the images and reads the targets of its own
@@ -202,7 +208,7 @@ def load_batch(model, rows):
         # more ranks than rows: this rank runs some row with weight 0
         batch = model.collate([examples[i] for i in part or [0]])
         batches.append(batch | {"weight": 1.0 if part else 0.0})
-    return batches, dict(counts), sum(lengths)
+    return batches, dict(counts), amounts(examples, model.vlm)
 
 
 def to_device(batch, vlm, device):
@@ -486,6 +492,27 @@ def open_log(first, settings):
     return open_append(path)
 
 
+def open_wandb(settings):
+    """A run of wandb_project named for <out>; None without a project, or without wandb."""
+    if not wandb_project:
+        return None
+    try:
+        from wandb import Error, init
+    except ImportError:
+        print(f"wandb_project={wandb_project!r}: wandb is not installed; log.jsonl has all of it")
+        return None
+    # with the checkpoints: who resumes from them goes on in the same run, who deletes them does not
+    note = Path(out) / "ckpt" / "wandb.json"
+    if not note.exists():
+        write_json(note, {"id": secrets.token_hex(4)})
+    run = {"name": Path(out).name, "id": read_json(note, id=str)["id"], "resume": "allow"}
+    try:
+        return init(project=wandb_project, dir=out, config=settings, **run)
+    except Error as e:
+        advice = "WANDB_MODE=offline keeps the run here"
+        raise SystemExit(f"wandb_project={wandb_project!r}: {e} {advice}") from None
+
+
 def draw_own_curves():
     """Draw <out>/curves.png, or say what is missing for it."""
     try:
@@ -557,6 +584,9 @@ def check_step(step, means, norm):
 def main():
     settings = settings_of(globals())
     check_choices(globals(), method=METHODS, dtype=("float32", "bfloat16"))
+    others = [settings[name] for name in METHODS[method].reads]
+    show_files(reads=[base, data, val_data, *others], writes=[out])
+    check_there(Path(base) / "config.json")
     METHODS[method].check(settings)
     if not max_steps and not epochs:
         raise SystemExit("epochs=0 and max_steps=0: nothing to train")
@@ -566,8 +596,10 @@ def main():
     torch.manual_seed(seed)
 
     # the data, before 16 GB of weights: what is wrong with it is said in seconds
-    examples = usable_rows(load_examples(data), skip_unusable)
-    val_examples = usable_rows(load_examples(val_data), skip_unusable) if val_data else []
+    examples = load_examples(data)
+    val_examples = load_examples(val_data) if val_data else []
+    examples = usable_rows(examples, skip_unusable)  # opens all pictures
+    val_examples = usable_rows(val_examples, skip_unusable)
 
     # the model, and the rows as its method trains on them
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype))
@@ -584,6 +616,7 @@ def main():
     total = max_steps or epochs * (len(rows) // global_batch)
 
     # the optimizer, and where an earlier run stopped that was fed the same
+    each = flops_each(vlm)
     shard(model, device)
     settings["inputs"] = {
         "base": weights_digest(base),
@@ -599,7 +632,7 @@ def main():
             f"{method}: {len(rows)} examples, {n_latent} with latents, {len(left_out)} rejected; "
             f"{total} steps, from {first}; {world} rank(s) on {device}"
         )
-        log = open_log(first, settings)
+        log, wandb_run = open_log(first, settings), open_wandb(settings)
 
     # the loop
     def load(step):
@@ -618,7 +651,7 @@ def main():
     )
     for step in range(first, total):
         started, began = time.time(), clock(device)
-        batches, counts, n_tokens = ahead.result()
+        batches, counts, amount = ahead.result()
         if step + 1 < total:
             ahead = loader.submit(load, step + 1)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
@@ -631,7 +664,7 @@ def main():
             "grad_norm": norm,
             "lr": lr_at(step, total, lr),
             "peak_gib": peak_memory(device) / 2**30,
-            "tokens_per_s": n_tokens / (time.time() - started),
+            **rates(amount, each, time.time() - started, device, dtype),
             "seconds": clock(device) - began,
         }
         last = step + 1 == total
@@ -639,6 +672,8 @@ def main():
             row |= validate(model, val_rows, device)
         if rank == 0:
             append(log, row)
+            if wandb_run:
+                wandb_run.log(row, step=step + 1)
             bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in list(reported.items())[:3]))
             if "val_ce" in row:
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -650,6 +685,8 @@ def main():
     export(model, tokenizer, processor)
     if rank == 0:
         print(f"wrote {out}")
+        if wandb_run:
+            wandb_run.finish()
         if curves:
             draw_own_curves()
     dist.barrier()

@@ -103,6 +103,39 @@ def test_progress_in_a_pipe_is_plain_lines(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "script, reads, absent, by",
+    [
+        (
+            "sample_difficulty.py",
+            "toy/base, out/toy/train.jsonl",
+            "toy/base/config.json",
+            "train.py",
+        ),
+        ("fit_pca.py", "toy/base, out/toy/train.jsonl, ", "toy/base/config.json", "train.py"),
+        ("train.py", "toy/base, out/toy/train.jsonl, ", "toy/base/config.json", "train.py"),
+        ("infer.py", "out/gap, out/toy/test/3.png", "out/gap/config.json", "train.py"),
+        ("eval.py", "out/gap, out/toy/test.jsonl", "out/gap/config.json", "train.py"),
+        ("probe.py", "out/gap, out/toy/test.jsonl", "out/gap/config.json", "train.py"),
+    ],
+)
+def test_files_are_named_first(tmp_path, monkeypatch, capsys, script, reads, absent, by):
+    """What is read and written; then what is not there, with who writes it. Nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, ROOT / script)
+    assert str(e.value).startswith(f"{absent}: no such file; ") and by in str(e.value)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"reads  {reads}")
+    assert script == "infer.py" or lines[1].startswith("writes out/")
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setenv("RANK", "1")  # the others are silent
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, ROOT / script)
+    assert capsys.readouterr().out == ""
+
+
 # --- starting a script and stopping it
 
 

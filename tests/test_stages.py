@@ -20,6 +20,32 @@ def training(stages, **change):
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
+def test_what_is_cheap_is_checked_before_weights(tmp_path, stages):
+    """The model's folder is none, which would be said next: a missing file is said before."""
+    none = tmp_path / "model"
+    none.mkdir()
+    (none / "config.json").write_text("{}")
+    for change, words in (
+        ({"data": "x.jsonl"}, "x.jsonl: no such data file; `python toy.py data` writes the toy's"),
+        ({"val_data": "x.jsonl"}, "x.jsonl: no such data file"),
+        ({"pca": tmp_path}, "pca.safetensors: no such file; fit_pca.py writes it"),
+        ({"difficulty": "x"}, "x: no such file; sample_difficulty.py writes it"),
+        ({}, "model_type"),
+    ):
+        args = training(stages, base=none, out=tmp_path / "out", **change)
+        assert words in run("train.py", *args, ok=False), change
+
+    test = stages["world"] / "test.jsonl"
+    args = [f"--model={none}", f"--data={test}", f"--out={tmp_path}/eval"]
+    shuffled = [*args, "--intervention=shuffle", f"--donor={tmp_path}/none"]
+    assert "it holds 0 files" in run("eval.py", *shuffled, ok=False)
+    args = [f"--model={none}", f"--images={stages['world']}/test/0.png"]
+    shuffled = [*args, "--intervention=shuffle", "--donor=x"]
+    assert "x: no such file; infer.py --latents=FILE" in run("infer.py", *shuffled, ok=False)
+    oracle = [*args, "--intervention=oracle", "--aux=x.png"]
+    assert "x.png: no such image" in run("infer.py", *oracle, ok=False)
+
+
 def test_early_stop_at_another_tau_is_refused(tmp_path, world, stages):
     out = tmp_path / "early"
     run("sample_difficulty.py", *sampling(TOY, world, out))

@@ -1,6 +1,7 @@
 """The training loop: the global batch, not how it is split, decides a step; a resumed run is the
 uninterrupted one."""
 
+import json
 import math
 import os
 import shutil
@@ -371,3 +372,66 @@ def test_a_number_that_is_not_finite_is_named_with_its_step(bad, name):
 def test_an_interval_of_0_is_never():
     assert not any(train.is_due(step, 0) for step in range(100))
     assert [step for step in range(9) if train.is_due(step, 3)] == [2, 5, 8]
+
+
+# --- wandb
+
+FAKE_WANDB = """
+import json, sys
+
+class Error(Exception):
+    pass
+
+class init:
+    def __init__(self, **run):
+        self.say("init", run)
+    def say(self, what, value):
+        print("wandb:" + json.dumps([what, value]), flush=True)
+    def log(self, row, step):
+        self.say("log", row | {"at": step})
+    def finish(self):
+        self.say("finish", 0)
+"""
+
+
+def calls(text):
+    """What the stand-in for wandb was asked, in order."""
+    lines = [line for line in text.splitlines() if line.startswith("wandb:")]
+    return [json.loads(line.removeprefix("wandb:")) for line in lines]
+
+
+def test_wandb_gets_the_log_from_one_rank(tmp_path, inputs):
+    """Each line once; what resumes is the same run, and what starts over is another."""
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    env = {"PYTHONPATH": str(tmp_path)}
+    args = [*inputs, "--wandb_project=latents", "--max_steps=3", f"--out={tmp_path}/gap"]
+    (what, run_), *logs, end = calls(run("train.py", *args, env=env, ranks=2))
+    assert what == "init" and end == ["finish", 0]
+    assert run_["project"] == "latents" and run_["name"] == "gap" and run_["config"]["K"] == 4
+    sent = [row for what, row in logs if what == "log"]
+    assert sent == [row | {"at": row["step"]} for row in logged(tmp_path / "gap")[1:]]
+
+    again = calls(run("train.py", *args, env=env))
+    assert [what for what, _ in again] == ["init", "finish"] and again[0][1]["id"] == run_["id"]
+    shutil.rmtree(tmp_path / "gap")
+    assert calls(run("train.py", *args, env=env))[0][1]["id"] != run_["id"]
+
+
+def test_wandb_that_is_not_installed(tmp_path, inputs):
+    """Training goes on, with a sentence."""
+    (tmp_path / "wandb.py").write_text("raise ImportError")
+    args = [*inputs, "--max_steps=1", f"--out={tmp_path}/gap", "--wandb_project=latents"]
+    text = run("train.py", *args, env={"PYTHONPATH": str(tmp_path)})
+    assert text.count("wandb is not installed") == 1 and len(logged(tmp_path / "gap")) == 2
+
+
+def test_wandb_offline(tmp_path, inputs):
+    """The real one, where it is installed: a run that `wandb sync` can send, with our fields."""
+    pytest.importorskip("wandb")
+    args = [*inputs, "--max_steps=2", f"--out={tmp_path}/gap", "--wandb_project=latents"]
+    env = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    run("train.py", *args, env=env)
+    (file,) = (tmp_path / "gap" / "wandb").glob("offline-run-*/*.wandb")
+    sent = file.read_bytes()
+    for field in (b"latents", b"flops_per_s", b"grad_norm", b"val_ce"):
+        assert field in sent, field
