@@ -44,15 +44,19 @@ from checks import (
     check_described,
     check_example,
     check_parser,
+    check_reasoned,
     parser_texts,
 )
 from contamination import KINDS, find_copies, images_of_tests, load_tests, write_pairs
 from data import (
     LATENT_SPAN,
+    file_digest,
     load_examples,
     open_append,
     place_marks,
+    read_json,
     read_lines,
+    write_json,
     write_lines,
     write_then_rename,
 )
@@ -67,8 +71,10 @@ from sources import (
     COMPOSITION,
     FIELDS,
     NEEDED,
+    SECOND_RELEASE,
     SOURCES,
     in_our_tags,
+    picture_of,
     read_items,
     source_of,
     wrapped,
@@ -131,6 +137,7 @@ Question: {question}
 Answer: {answer}"""
 
 # filter
+need_reasoning = True  # there is text between <think> and </think>; `qa` has none before a teacher
 need_parser = True  # an example with latents has a text that says what they mean
 parser_words_min = 5  # [ours; the paper filters by length and names no bounds]
 parser_words_max = 200  # [ours]
@@ -152,6 +159,7 @@ drop = "pixels,question"  # findings whose examples are left out: pixels questio
 max_pairs = 500  # near pairs on the page, the nearest first
 
 # split, sheet
+own_split = False  # train and val as the sources' items or file names say, instead of a drawn one
 val_share = 0.1  # of the examples; a group of shared images stays on one side
 sheet = "data/sheet.html"  # the page
 n_sheet = 40  # examples on it
@@ -184,13 +192,19 @@ def load_data():
     rows, seen = [], set()
     for path in data_files():
         for row in load_examples(path):
-            if row["id"] in seen:
-                raise SystemExit(f"{path}: id {row['id']!r} occurs in several of {data}")
-            seen.add(row["id"])
+            row["id"] = unlike(row["id"], path, seen)
             for field in ("images", "aux_images"):
                 row[field] = [os.path.relpath(p, out) for p in row[field]]
             rows.append(row)
     return draw_rows(rows)
+
+
+def unlike(id, path, seen):
+    """An id as it is, or <file>/<id> where an earlier file has it, too; `seen` learns of it."""
+    if id in seen:
+        id = f"{path.stem}/{id}"
+    seen.add(id)
+    return id
 
 
 def draw_rows(rows):
@@ -303,7 +317,11 @@ def store(content, image, suffix):
 # --------------------------------------------------------------------------------------------------
 # convert
 
-CONVERT_USES = "source label draw crop_margin crop_side max_bytes bomb_pixels min_side".split()
+CONVERT_USES = (
+    "source label draw crop_margin crop_side max_bytes bomb_pixels min_side follow_links"
+).split()
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def convert():
@@ -319,19 +337,77 @@ def convert():
     name = label or source
     rows = read_source(paths, name)
     check_columns(rows)
-    work_through(name, draw_rows(rows), convert_one, CONVERT_USES, f"rejects.{name}.jsonl")
+    check_name(name, paths)
+    # with what is known of the pictures: what has arrived, changed or gone is converted anew
+    rows = [row | {"pictures": stamps_of(row)} for row in draw_rows(rows)]
+    work_through(name, rows, convert_one, CONVERT_USES, f"rejects.{name}.jsonl")
+
+
+def check_name(name, paths):
+    """Raise SystemExit if <out>/<name>.jsonl was made of other files than any of these."""
+    note = Path(out) / "work" / f"{name}.files.json"
+    now = [[os.path.abspath(path), file_digest(path)] for path in paths]
+    if note.exists() and read_lines(Path(out) / f"{name}.jsonl"):
+        before = read_json(note, files=list)["files"]
+        # a file may have been mended, or moved
+        if not {x for pair in before for x in pair} & {x for pair in now for x in pair}:
+            raise SystemExit(
+                f"{out}/{name}.jsonl was made of other files ({before[0][0]}); --label=NAME gives "
+                "these a file of their own, or delete it"
+            )
+    write_json(note, {"files": now})
 
 
 def read_source(paths, name):
-    """All items of a source's files, each with an id, the folder of its images, and its error."""
-    rows = []
+    """All items of a source's files, each with an id, the folder of its images, and its error.
+
+    The id is the item's own, or its place where it has none or shares it with another.
+    """
+    rows, own = [], Counter()
     for path in Progress(paths, desc="reading", unit="file"):
         folder = root or os.path.dirname(path) or "."
         inside = os.path.relpath(path, folder)
         for n, item, error in read_items(path):
-            id = clean(f"{name}/{inside}:{n}")
-            rows.append({"id": id, "root": folder, "item": item, "error": error})
+            row = {"id": own_id(item), "root": folder, "item": item, "error": error}
+            row |= {"place": clean(f"{name}/{inside}:{n}"), "split": split_of(item, inside)}
+            own[row["id"]] += 1
+            rows.append(row)
+    for row in rows:
+        place = row.pop("place")
+        if not row["id"] or own[row["id"]] > 1:
+            row["id"] = place
     return rows
+
+
+def own_id(item):
+    """The id that an item brings along, as text; "" for none."""
+    id = item.get("id") if isinstance(item, dict) else None
+    return clean(id) if isinstance(id, (str, int)) and not isinstance(id, bool) else ""
+
+
+def split_of(item, file):
+    """train or val, as an item or the name of its file or folder says; "" if none does."""
+    said = item.get("split") if isinstance(item, dict) else None
+    names = re.findall("[a-z]+", f"{file} {said or ''}".lower())
+    # the nearest counts: the item's own, the file's, the folder's
+    return next((SPLITS[name] for name in reversed(names) if name in SPLITS), "")
+
+
+def stamps_of(row):
+    """(size, time of change) of each picture file that an item names; None where it is not."""
+    try:
+        example = read_one(row)
+    except Reject:  # convert_one says it
+        return []
+    stamps = []
+    for name in example["images"] + example["aux"]:
+        if isinstance(name, str):
+            try:
+                found = os.stat(os.path.join(row["root"], name))
+                stamps.append((found.st_size, found.st_mtime_ns))
+            except (OSError, ValueError):
+                stamps.append(None)
+    return stamps
 
 
 def check_columns(rows):
@@ -346,14 +422,22 @@ def check_columns(rows):
             )
 
 
-def convert_one(row):
-    """One item of a source as an example whose images are in <out>/images."""
+def read_one(row):
+    """An item of a source as its function in sources.py gives it. Raises Reject."""
     if row["error"]:
         raise Reject("unreadable line", None, row["error"])
     try:
         example = SOURCES[source](row["item"])
+        for field in ("images", "aux"):
+            example[field] = [picture_of(cell) for cell in example[field]]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as e:
         raise Reject("another layout than the source's", None, f"{type(e).__name__}: {e}") from None
+    return example
+
+
+def convert_one(row):
+    """One item of a source as an example whose images are in <out>/images."""
+    example = read_one(row)
     images, aux = example.pop("images"), example.pop("aux")
     try:
         example["question"] = place_marks(example["question"], len(images), "").strip()
@@ -384,6 +468,8 @@ def convert_one(row):
     example["images"] = [store(*p) for p in pictures]
     example["aux_images"] = [store(*p) for p in drawn]
     example["category"] = label or example["category"] or source
+    if row["split"]:
+        example["split"] = row["split"]
     return example
 
 
@@ -510,8 +596,8 @@ def write_response(row):
 # filter
 
 FILTER_USES = (
-    "need_parser parser_words_min parser_words_max parser_repeats blank same_as_query "
-    "base degenerate K mode min_pixels max_pixels max_bytes bomb_pixels min_side"
+    "need_reasoning need_parser parser_words_min parser_words_max parser_repeats blank "
+    "same_as_query base degenerate K mode min_pixels max_pixels max_bytes bomb_pixels min_side"
 ).split()
 
 
@@ -535,13 +621,17 @@ def read_unchecked():
     """The items of all `data` files as they are, an id that comes again as an error."""
     rows, seen = [], set()
     for path in data_files():
+        here = set()
         for n, item, error in read_items(path):
             id = f"{path.name}:{n}"
             if isinstance(item, dict) and isinstance(item.get("id"), str):
                 id = item["id"]
-            if id in seen and not error:
-                error = f"id {id!r} occurs before"
-            seen.add(id)
+                if id in here:
+                    error = error or f"id {id!r} occurs before"
+                else:
+                    here.add(id)
+                    id = unlike(id, path, seen)
+                    item = item | {"id": id}
             rows.append({"id": id, "item": item, "error": error})
     return rows
 
@@ -557,6 +647,8 @@ def filter_one(row, tower):
     check_answer(row)
     if need_parser:
         check_described(row)
+    if need_reasoning:
+        check_reasoned(row)
     for text in parser_texts(row):
         check_parser(text, row, parser_words_min, parser_words_max, parser_repeats)
 
@@ -630,14 +722,7 @@ def split():
     rows = load_data()
     files = files_of(rows)
     groups = groups_of(rows, prints_of(files, len(files), "images"))
-    random.Random(seed).shuffle(groups)
-    wanted = round(val_share * len(rows))
-    if val_share > 0:
-        wanted = max(wanted, min(map(len, groups)))  # of few rows still one group
-    held_out = set()
-    for group in groups:  # one that is too large for what is left goes to train
-        if len(held_out) + len(group) <= wanted:
-            held_out |= {row["id"] for row in group}
+    held_out = own_held_out(rows, groups) if own_split else draw_held_out(rows, groups)
     train = [row for row in rows if row["id"] not in held_out]
     val = [row for row in rows if row["id"] in held_out]
     if not train:
@@ -648,6 +733,33 @@ def split():
     write_lines(Path(out) / "train.jsonl", train)
     write_lines(Path(out) / "val.jsonl", val)
     print_composition(train, val)
+
+
+def draw_held_out(rows, groups):
+    """The ids of about val_share of the rows: whole groups of those that share images."""
+    random.Random(seed).shuffle(groups)
+    wanted = round(val_share * len(rows))
+    if val_share > 0:
+        wanted = max(wanted, min(map(len, groups)))  # of few rows still one group
+    held_out = set()
+    for group in groups:  # one that is too large for what is left goes to train
+        if len(held_out) + len(group) <= wanted:
+            held_out |= {row["id"] for row in group}
+    return held_out
+
+
+def own_held_out(rows, groups):
+    """The ids of the rows that came as validation data. Raises SystemExit if some say no split."""
+    silent = [row["id"] for row in rows if row.get("split") not in ("train", "val")]
+    if silent:
+        raise SystemExit(
+            f"{data}: own_split=1, but {len(silent)} of {len(rows)} examples say no split, the "
+            f"first {silent[0]!r}: neither a column `split` nor their file's name had one"
+        )
+    shared = sum(len({row["split"] for row in group}) > 1 for group in groups)
+    if shared:
+        print(f"own_split: {shared} groups of examples with a shared image lie on both sides")
+    return {row["id"] for row in rows if row["split"] == "val"}
 
 
 def print_composition(train, val):
@@ -671,6 +783,7 @@ def print_composition(train, val):
         theirs = f"{paper:8}{release[0]:16}{release[1]:7}{release[2]:8}"
         mine = f"{ours[name][0]:14}{ours[name][1]:7}{ours[name][2]:8}"
         print(f"{name[:25]:26}{theirs}{mine}")
+    print(SECOND_RELEASE)
 
 
 # --------------------------------------------------------------------------------------------------

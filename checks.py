@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from answers import extract_answer, is_correct, normalise
-from data import LATENT_SPAN, RESERVED, TAG_ORDER, TAGS
+from data import LATENT_SPAN, RESERVED, TAG_ORDER, TAGS, strip_latents, strip_parser
 from duplicates import largest_difference
 from resume import Reject
 
@@ -69,6 +69,13 @@ def check_answer(row):
     if not is_correct(answer, row):
         detail = f"{answer!r}, gold {row['answer']!r}"
         raise Reject("answer differs from the gold answer", None, detail)
+
+
+def check_reasoned(row):
+    """Something is said between <think> and </think>, beside spans and what they mean."""
+    thought = row["response"].partition("<think>")[2].partition("</think>")[0]
+    if not strip_parser(strip_latents(thought)).strip():
+        raise Reject("no reasoning")
 
 
 def check_described(row):

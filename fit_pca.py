@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from data import (
     check_finite,
+    check_there,
     file_digest,
     key_of,
     load_examples,
@@ -42,7 +43,7 @@ from data import (
 )
 from images import open_image, usable_rows
 from imagine import save_bank
-from launch import Progress, check_choices, claim, pick_device, rank_and_world, start
+from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
 # --------------------------------------------------------------------------------------------------
@@ -187,6 +188,8 @@ def encode_shard(path, rows, key, vlm, processor):
     v = encode_targets(rows, vlm, processor)  # (images, K, d)
     check_finite(v, f"{path}: the targets that {base} makes of {rows[0].where} and after")
     flat = spread(v) < degenerate  # (images)
+    # with fewer embeddings than cells of the grid, some are the same
+    thin = [len(image.unique(dim=0)) < K for image in v[~flat]]
     tensors, rejected = {}, []
     at = 0
     for row in rows:
@@ -203,6 +206,7 @@ def encode_shard(path, rows, key, vlm, processor):
     meta = {
         "key": key,
         "rejected": json.dumps(rejected),
+        "thin": str(sum(thin)),
         "target_norm": json.dumps(target_norm),
         "query_norm": json.dumps([float(query_norm.sum()), len(query_norm)]),
     }
@@ -263,14 +267,15 @@ def check_provenance(note, made_by):
 
 
 def read_shards(shards):
-    """All targets as {id: file name}, the rejected ids, and mean norms of targets and queries."""
-    index, rejected = {}, []
+    """All targets as {id: file name}, the rejected ids, a count of thin images, and mean norms."""
+    index, rejected, thin = {}, [], 0
     norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one a file
     for path, _, _ in shards:
         with safe_open(path, "pt") as f:
             meta = f.metadata()
             index |= dict.fromkeys(f.keys(), path.name)
         rejected += json.loads(meta["rejected"])
+        thin += int(meta.get("thin", 0))  # older files did not count them
         for name, pairs in norms.items():
             pairs.append(json.loads(meta[name]))
 
@@ -278,14 +283,17 @@ def read_shards(shards):
     for name, pairs in norms.items():
         count = sum(count for _, count in pairs)
         means[name] = sum(total for total, _ in pairs) / max(1, count)
-    return index, rejected, means
+    return index, rejected, thin, means
 
 
-def report(n, d, index, rejected, norms, eigenvalues):
+def report(n, d, index, rejected, thin, norms, eigenvalues):
     """Print what there is to know about the vectors and their PCA."""
     share = len(rejected) / max(len(index), 1)
     print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {d}")
     print(f"rejected as degenerate: {len(rejected)} ({share:.2%}) {' '.join(rejected[:20])}")
+    if thin:
+        side = math.isqrt(K)
+        print(f"too thin for {side} x {side} cells: {thin} images, whose latents repeat")
     print(
         f"mean norm of targets {norms['target_norm']:.2f}, "
         f"of query-image embeddings {norms['query_norm']:.2f}"
@@ -297,13 +305,13 @@ def report(n, d, index, rejected, norms, eigenvalues):
 
 def finish(shards, total, outer, n, made_by):
     """Fit the PCA, report, and write it and the index of the targets."""
-    index, rejected, norms = read_shards(shards)
+    index, rejected, thin, norms = read_shards(shards)
     if n < 2:
         raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
     mean, covariance = mean_and_covariance(total, outer, n)
     eigenvalues, vectors, k = fit(covariance, retained)
     check_finite(eigenvalues, f"{out}: the eigenvalues of the fit")
-    report(n, len(mean), index, rejected, norms, eigenvalues)
+    report(n, len(mean), index, rejected, thin, norms, eigenvalues)
     if basis == "random":
         eigenvalues, vectors = random_basis(covariance)
 
@@ -388,7 +396,9 @@ def load_splits():
 @torch.inference_mode()
 def main():
     rank, world = rank_and_world()
+    show_files(reads=[base, data, val_data], writes=[out])
     check_settings()
+    check_there(Path(base) / "config.json")
     claim(out)
     device = pick_device()
     if world > 1:

@@ -1,15 +1,17 @@
 """What does each public training set look like? Its files, columns, marks and boxes, in our format.
 
 One function a source. It takes an item as the source publishes it and returns a dict of `question`,
-`answer`, `response` (in our tags), `category`, perhaps `options`, and the pictures:
+`answer`, `response` (in our tags), `category`, perhaps `options`, and the pictures, which are cells
+that picture_of() understands:
 
-    images    of the question: paths, or encoded bytes
-    aux       of the latent spans, in their order: paths, encoded bytes, or a box in the first image
+    images    of the question
+    aux       of the latent spans, in their order; a Box is a part of the first image
 
 An item of another layout ends in a KeyError, TypeError, ValueError or the like, one that lacks what
 we need in a Reject. `build_data.py convert` makes a line of the rejects of either.
 """
 
+import base64
 import json
 import math
 import re
@@ -60,6 +62,8 @@ COMPOSITION = [
     ("ReFocus",                   426,   358,   38,   282),
     ("Zebra-CoT geometry",         65,    19,    1,    17),
 ]
+SECOND_RELEASE = ("The authors' later release has 45,702 rows, with WeMath2_SFT and repeats on "
+                  "purpose; what each of its sources gives is not published.")
 # fmt: on
 
 
@@ -81,24 +85,77 @@ def plain_name(category):
 # --------------------------------------------------------------------------------------------------
 # its files, whole or damaged
 
+PARQUET = b"PAR1"  # how such a table begins
+
 
 def read_items(path):
-    """Yield (line or position, item or None, error) of a JSON list or a JSONL file.
+    """Yield (line or position, item or None, error) of a file: JSONL, a JSON list, parquet.
 
-    A list is read as far as it can be: past damage it is not known where the next item starts.
+    Of a file that is one JSON object, the items are in a list of it, or it is the item. A list is
+    read as far as it can be: past damage it is not known where the next item starts.
     """
-    content = Path(path).read_bytes()
-    if kind := other_kind(content):
+    with open(path, "rb") as f:
+        begins = f.read(64)
+    if begins.startswith(PARQUET):
+        yield from read_parquet(path)
+        return
+    if kind := other_kind(begins):
         yield 1, None, f"{kind}; expected JSON or JSON lines"
         return
-    text = content.decode("utf-8-sig", "surrogateescape")
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     if text.lstrip().startswith("["):
         yield from read_list(text)
+        return
+    # of JSON lines this ends behind the first
+    whole, _, error = parse(read_line, text) if text.lstrip().startswith("{") else (None, 0, "x")
+    if not error:
+        for n, item in enumerate(items_of(whole), 1):
+            yield n, item, ""
         return
     for n, line in enumerate(text.split("\n"), 1):
         if line.strip():
             item, _, error = parse(read_line, line)
             yield n, item, error
+
+
+def items_of(whole):
+    """The items of a file that is one JSON object: those of {"data": [...]}, or the object."""
+    for name in ("data", "rows", "examples", "items", "annotations"):
+        inside = whole.get(name)
+        # the turns of one chat are no items
+        first = inside[0] if isinstance(inside, list) and inside else None
+        if isinstance(first, dict) and not {"role", "from"} & set(first):
+            return inside
+    return [whole]
+
+
+def read_parquet(path):
+    """read_items for a parquet table, where pyarrow is installed."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        yield 1, None, f"{other_kind(PARQUET)}, or pip install pyarrow"
+        return
+    n = 0
+    try:
+        for table in ParquetFile(path).iter_batches(256):  # rows; their pictures lie in memory
+            for item in table.to_pylist():
+                n += 1
+                yield n, as_json(item), ""
+    except (ArrowException, OSError) as e:
+        yield n + 1, None, f"not readable parquet: {e}"
+
+
+def as_json(value):
+    """A cell as a JSON export has it: bytes as base64, times and decimals as text."""
+    if isinstance(value, dict):
+        return {name: as_json(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [as_json(inside) for inside in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def read_list(text):
@@ -324,7 +381,10 @@ ZEBRA_MARK = re.compile(
 
 
 def picture_of(cell):
-    """An image cell as a path or encoded bytes: a path, or {"bytes": base64, "path": ...}."""
+    """An image cell of any source as a path, encoded bytes or a Box.
+
+    A cell is a path, a data URI, {"bytes": base64, "path": ...} or, of `aux`, a Box.
+    """
     if not isinstance(cell, dict):
         return image_bytes(cell) if str(cell).startswith("data:") else cell
     if cell.get("bytes"):  # as parquet exports have it
@@ -335,21 +395,18 @@ def picture_of(cell):
 def from_zebra(item):
     """Zebra-CoT as JSONL: the trace names its images, and a column of that name holds each."""
 
-    def picture(name):
-        return picture_of(item[name])
-
     def span_or_nothing(mark):
         return LATENT_SPAN if mark[1] == "reasoning" else ""
 
     trace = re.sub(r"THOUGHT\s+\d+:\s*", "", item["Text Reasoning Trace"])
     drawn = [k for kind, k in ZEBRA_MARK.findall(trace) if kind == "reasoning"]
-    aux = [picture(f"reasoning_image_{k}") for k in drawn]
+    aux = [item[f"reasoning_image_{k}"] for k in drawn]
     trace = ZEBRA_MARK.sub(span_or_nothing, trace)
     answer = text_of(item["Final Answer"])
     columns = [c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]]
     columns.sort(key=lambda c: int(c.removeprefix("problem_image_")))
     return {
-        "images": [picture(c) for c in columns],
+        "images": [item[c] for c in columns],
         "question": ZEBRA_MARK.sub("", item["Question"]),
         "answer": answer,
         "response": wrapped(trace, answer),
@@ -380,16 +437,15 @@ def from_chat(item):
 
     *asked, (_, text, in_reply) = turns
     in_question = [picture for _, _, found in asked for picture in found]
-    columns = [cell for c in ("images", "image", "image_input") for cell in listed(item.get(c))]
-    columns += listed(item.get("image_output"))
-    pictures = [picture_of(cell) for cell in columns]
+    named = ("images", "image", "image_input", "image_output")
+    pictures = [cell for column in named for cell in listed(item.get(column))]
     # a mark without a name is the next picture of the columns, in the order of the text
     unnamed = (in_question + in_reply).count(None)
     extra = len(pictures) - unnamed
     if extra > 0 and None not in in_question:  # what no mark stands for belongs to the question
         in_question, pictures = pictures[:extra] + in_question, pictures[extra:]
     if len(pictures) != unnamed:
-        raise Reject("image marks and images differ", len(columns), f"{unnamed} marks")
+        raise Reject("image marks and images differ", len(pictures), f"{unnamed} marks")
     left = iter(pictures)
     images, aux = (
         [next(left) if picture is None else picture for picture in part]
@@ -448,7 +504,7 @@ def pulled_out(text):
     names = []
     for mark in IMAGE_IN_TEXT.finditer(text):
         name = mark["src"] or mark["path"]
-        names.append(picture_of(name.strip()) if name else None)
+        names.append(name.strip() if name else None)
     return IMAGE_IN_TEXT.sub("<image>", text), names
 
 

@@ -419,10 +419,12 @@ def convert(stage, tmp_path, source, items, name="items.json", **changes):
         text = "".join(json.dumps(item) + "\n" for item in items)
     path.write_text(text)
     changes |= {"source": source, "files": str(path), "root": str(tmp_path / "src")}
-    kept = stage("convert", source, **changes)
+    name, out = changes.get("label") or source, tmp_path / "out"
+    (out / f"{name}.jsonl").unlink(missing_ok=True)  # one that was made of other files is kept
+    kept = stage("convert", name, **changes)
     if kept:
-        load_examples(tmp_path / "out" / f"{source}.jsonl")  # what the other stages demand
-    return kept, read_lines(tmp_path / "out" / f"rejects.{source}.jsonl")
+        load_examples(out / f"{name}.jsonl")  # what the other stages demand
+    return kept, read_lines(out / f"rejects.{name}.jsonl")
 
 
 def write_data(tmp_path, rows, name="rows"):

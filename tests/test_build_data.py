@@ -1,6 +1,7 @@
 """The commands from sources to training files: hostile images, paths, filter, split, settings."""
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -73,7 +74,7 @@ def test_hostile_images_and_paths(stage, tmp_path):
         (src / name).write_bytes(content)
     outside = ["../secret.png", str(secret), "link.png"]
     no_files = ["dir.png", "pipe.png"]
-    odd = ["a\0b", "x" * 5000, "none.png", 5, {"path": "ok.png"}]
+    odd = ["a\0b", "x" * 5000, "none.png", 5, {"path": None}]
     paths = [*outside, *no_files, *odd]
     item = {
         "question": "Which?",
@@ -190,6 +191,92 @@ def test_filter_drops_broken_lines_and_repeated_ids(stage, tmp_path):
     assert [r["id"] for r in rejects] == ["x0", "rows.jsonl:4", "rows.jsonl:5"]
     assert {r["reason"] for r in rejects} == {"unreadable or repeated"}
     assert "occurs before" in rejects[0]["detail"]
+
+
+def test_ids_are_the_users_own_and_no_two_rows_share_one(stage, tmp_path):
+    """Where two items, or two files, have the same, all that share it get another."""
+    item = {"image": "q.png", "question": "Which?", "answer": "red"}
+    saved(tmp_path / "src/q.png", noise(1))
+    items = [item | {"id": id} for id in ("a", 7, "twice", "twice", None, True)] + [item]
+    kept, _ = convert(stage, tmp_path, "qa", items)
+    ids = [row["id"] for row in kept]
+    assert ids == ["a", "7", *(f"qa/items.json:{n}" for n in (3, 4, 5, 6, 7))]
+
+    convert(stage, tmp_path, "qa", [item | {"id": "a"}], "second.json", label="more")
+    both = f"{tmp_path}/out/qa.jsonl,{tmp_path}/out/more.jsonl"
+    merged = stage("filter", "filtered", data=both, need_reasoning=False)
+    assert [row["id"] for row in merged] == [*ids, "more/a"]
+    rows = stage("split", "train", data=both, val_share=0.0)
+    assert [row["id"] for row in rows] == [*ids, "more/a"]
+
+
+def test_a_second_convert_does_not_overwrite_the_first(stage, tmp_path):
+    """Of other files; those that have moved, were mended or have come to more are the same."""
+    item = {"image": "q.png", "question": "Which?", "answer": "red"}
+    src = tmp_path / "src"
+    saved(src / "q.png", noise(1))
+
+    def convert_again(pattern):
+        return len(stage("convert", "qa", source="qa", files=str(src / pattern), root=str(src)))
+
+    (src / "a.json").write_text(json.dumps([item]))
+    (src / "b.json").write_text(json.dumps([item] * 2))
+    assert convert_again("a.json") == 1
+    with pytest.raises(SystemExit, match="qa.jsonl was made of other files .*--label=NAME"):
+        convert_again("b.json")
+    assert len(read_lines(tmp_path / "out/qa.jsonl")) == 1
+    (src / "a.json").rename(src / "c.json")
+    assert convert_again("c.json") == 1
+    assert convert_again("*.json") == 3
+    (src / "b.json").write_text(json.dumps([item] * 4))
+    assert convert_again("b.json") == 4
+
+
+def test_convert_notices_pictures_that_come_change_and_go(stage, tmp_path):
+    items = [{"image": f"{n}.png", "question": "Which?", "answer": "red"} for n in range(3)]
+    src = tmp_path / "src"
+    for n in (0, 1):
+        saved(src / f"{n}.png", noise(n))
+    kept, rejects = convert(stage, tmp_path, "qa", items)
+    assert len(kept) == 2 and rejects[0]["reason"] == "no such image"
+    saved(src / "2.png", noise(2))
+    saved(src / "1.png", noise(9))
+    (src / "0.png").unlink()
+    later, (reject,) = convert(stage, tmp_path, "qa", items)
+    assert reject["id"] == kept[0]["id"]
+    shown = [pixels(tmp_path / "out" / row["images"][0]) for row in later]
+    assert (shown[0] == pixels(noise(9))).all() and (shown[1] == pixels(noise(2))).all()
+
+
+def test_a_split_of_the_sources_own(stage, tmp_path, capsys):
+    """As an item says, else its file's name, else its folder's; rows without one are named."""
+    saved(tmp_path / "src/q.png", noise(1))
+    item = {"image": "q.png", "question": "Which?", "answer": "red", "data_source": "chart"}
+    items = [item | {"id": "t"}, item | {"id": "v", "split": "validation"}]
+    convert(stage, tmp_path, "qa", items, "train.json")
+    (tmp_path / "src/valid").mkdir()
+    convert(stage, tmp_path, "qa", [item], "valid/rows.json", label="more")
+    both = f"{tmp_path}/out/qa.jsonl,{tmp_path}/out/more.jsonl"
+    train = stage("split", "train", data=both, own_split=True)
+    val = read_lines(tmp_path / "out/val.jsonl")
+    assert [row["id"] for row in train] == ["t"]
+    assert [row["id"] for row in val] == ["v", "more/valid/rows.json:1"]
+    said = capsys.readouterr().out
+    assert "1 groups of examples with a shared image lie on both sides" in said
+    assert "45,702" in said
+    with pytest.raises(SystemExit, match="2 of 2 examples say no split, the first 'x0'"):
+        stage("split", data=write_data(tmp_path, [example(0), example(1)]))
+
+
+def test_rows_without_reasoning_are_no_training_data(stage, tmp_path):
+    saved(tmp_path / "src/q.png", noise(1))
+    item = {"image": "q.png", "question": "Which?", "answer": "red"}
+    convert(stage, tmp_path, "qa", [item])
+    data = f"{tmp_path}/out/qa.jsonl"
+    assert not stage("filter", "filtered", data=data)
+    (reject,) = read_lines(tmp_path / "out/rejects.jsonl")
+    assert reject["reason"] == "no reasoning"
+    assert len(stage("filter", "filtered", data=data, need_reasoning=False)) == 1
 
 
 def test_split_shares_no_image(stage, tmp_path, capsys):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import PIXELS, broken, run
+from conftest import PIXELS, broken, noise, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -122,6 +122,14 @@ def test_degenerate_images_are_rejected(tmp_path, base, world):
         "--global_batch=2",
     )
     assert "3 examples, 3 with latents, 1 rejected" in text
+
+
+def test_images_too_thin_for_the_grid_are_counted(tmp_path, base, world):
+    """One embedding high: the cells above each other are the same."""
+    noise(0, (28, 140)).save(tmp_path / "thin.png")
+    path = broken(world, tmp_path, lambda r: r | {"aux_images": [str(tmp_path / "thin.png")]})
+    args = [f"--base={base}", f"--data={path}", "--val_data=", f"--out={tmp_path}/pca"]
+    assert "too thin for 2 x 2 cells: 1 images" in run("fit_pca.py", *args)
 
 
 def test_targets_belong_to_their_pictures(tmp_path, base, world):

@@ -1,9 +1,13 @@
 """Converters on each source's real layout, and files that are damaged or hostile."""
 
 import base64
+import io
 import json
+import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import RESPONSE, convert, encoded, noise, pixels, saved
 from hypothesis import given, settings
@@ -269,6 +273,50 @@ def test_chats_of_several_turns_and_damaged_ones(stage, tmp_path):
     assert row["options"] == ["cat", "dog"]
 
 
+def as_files(items):
+    """The same items as each kind of file has them: {name: bytes}."""
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    table = io.BytesIO()
+    cells = [[dict(c, bytes=base64.b64decode(c["bytes"])) for c in x["images"]] for x in items]
+    # parquet has no other kind of picture
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([x | {"images": c} for x, c in zip(items, cells)]), table
+    )
+    return {
+        "list.json": json.dumps(items).encode(),
+        "lines.jsonl": lines.encode(),
+        "wrapped.json": json.dumps({"info": "1.0", "data": items}, indent=1).encode(),
+        "table.parquet": table.getvalue(),
+    }
+
+
+def test_items_are_the_same_in_every_kind_of_file(stage, tmp_path, monkeypatch):
+    """A list, lines, a list in an object, parquet; an object a file."""
+    cell = {"bytes": base64.b64encode(encoded(noise(1))).decode(), "path": "elsewhere.png"}
+    chat = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}]
+    items = [{"id": f"i{n}", "images": [cell], "messages": chat} for n in range(3)]
+    src = tmp_path / "src"
+    src.mkdir()
+    for n, (name, content) in enumerate(as_files(items).items()):
+        (src / name).write_bytes(content)
+        rows = stage("convert", f"of{n}", source="chat", files=str(src / name), label=f"of{n}")
+        assert [row["id"] for row in rows] == ["i0", "i1", "i2"], name
+        assert (pixels(tmp_path / "out" / rows[0]["images"][0]) == pixels(noise(1))).all()
+    for n, item in enumerate(items):
+        (src / f"one-{n}.json").write_text(json.dumps(item, indent=2))
+    rows = stage("convert", "one", source="chat", files=str(src / "one-*.json"), label="one")
+    assert [row["id"] for row in rows] == ["i0", "i1", "i2"]
+
+    (src / "cut.parquet").write_bytes((src / "table.parquet").read_bytes()[:-20])
+    stage("convert", "cut", source="chat", files=str(src / "cut.parquet"), label="cut")
+    (reject,) = read_lines(tmp_path / "out/rejects.cut.jsonl")
+    assert "not readable parquet" in reject["detail"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    stage("convert", "bare", source="chat", files=str(src / "table.parquet"), label="bare")
+    (reject,) = read_lines(tmp_path / "out/rejects.bare.jsonl")
+    assert "read_parquet" in reject["detail"] and "pip install pyarrow" in reject["detail"]
+
+
 def test_zebra(stage, tmp_path):
     saved(tmp_path / "src/p1.png", noise(1))
     bytes_cell = {"bytes": base64.b64encode(encoded(noise(2))).decode(), "path": "elsewhere.png"}
@@ -372,8 +420,9 @@ def test_hostile_text(stage, tmp_path):
         """How many items of a file are kept, and where the others stand."""
         path = tmp_path / "src" / name
         path.write_bytes(content)
-        kept = stage("convert", "teacher", source="teacher", files=str(path), root="")
-        rejects = read_lines(tmp_path / "out/rejects.teacher.jsonl")
+        settings = {"source": "teacher", "label": name, "root": ""}
+        kept = stage("convert", name, files=str(path), **settings)
+        rejects = read_lines(tmp_path / f"out/rejects.{name}.jsonl")
         return len(kept), [r["id"].split("/")[1] for r in rejects]
 
     cut = f"\ufeff{text}\n{text[:40]}\n{text}".encode()
