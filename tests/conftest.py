@@ -1,6 +1,7 @@
 """What tests share: a tiny Qwen2.5-VL of random weights, a few examples of the toy world, and ways
 to run a script as a user does."""
 
+import functools
 import io
 import json
 import os
@@ -108,23 +109,53 @@ def launcher(ranks):
     return [sys.executable, "-m", torchrun, "--standalone", f"--nproc-per-node={ranks}"]
 
 
-def run(script, *args, ranks=1, ok=True, env=None, timeout=300):
-    """Run a script in a subprocess, under torchrun for several ranks.
+@functools.cache
+def warm():
+    """warm.py, started once for all scripts that this process runs."""
+    return subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "warm.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_warm(argv, environ):
+    """(exit code, output) of a script in a process that has its imports already."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+        for path in files.values():
+            Path(path).touch()
+        job = files | {"argv": argv, "environ": environ, "cwd": os.getcwd(), "limit": 300}
+        warm().stdin.write(json.dumps(job) + "\n")
+        warm().stdin.flush()
+        code = int(warm().stdout.readline())
+        return code, "".join(Path(path).read_text(errors="replace") for path in files.values())
+
+
+def run(script, *args, ranks=1, ok=True, env=None):
+    """Run a script as a user starts it, under torchrun for several ranks.
 
     Returns its output; asserts how it ended.
     """
     if script == "train.py":  # a second for each of many small runs
         args = ("--curves=0", *args)
-    done = subprocess.run(
-        [*launcher(ranks), str(ROOT / script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {}),
-        check=False,
-    )
-    text = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, text[-4000:]
+    argv = [str(ROOT / script), *map(str, args)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
+    if ranks == 1 and env is None:  # what is set may be read by an import
+        code, text = run_warm(argv, environ)
+    else:
+        done = subprocess.run(
+            [*launcher(ranks), *argv],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environ,
+            check=False,
+        )
+        code, text = done.returncode, done.stdout + done.stderr
+    assert (code == 0) == ok, text[-4000:]
     if not ok:
         assert "Traceback" not in text, text[-4000:]
     return text
