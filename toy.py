@@ -10,6 +10,8 @@ names two of nine pieces, so a guess is right once in 72.
     python toy.py data --form=steps --data_folder=out/steps     as a chain of thought: a span and a
                            panel a move, whose texts name the move and not where the dot is
     python toy.py data --form=place --data_folder=out/place     "Where is the dot?": one word
+    python toy.py data --longest=8 --data_folder=out/long       up to 8 moves, a storyboard for each
+                           four of them
     python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
 """
 
@@ -41,6 +43,7 @@ seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
 form = "storyboard"  # one picture of all moves; steps: a picture a move; place: another question
 n_train = 6000  # examples
+longest = 4  # moves; of more than four, a storyboard for each four of them
 n_val = 200
 n_test = 1000
 base_folder = "toy/base"  # written by base
@@ -77,7 +80,8 @@ MOVES = {  # (row, column) -> (row, column)
 }
 # fmt: on
 PARSER = "four small boards, each with the dot one move later"
-FOLLOW = f"Follow the dot. <latent></latent> <parser> {PARSER} </parser>"
+FOLLOW = "Follow the dot."
+SPAN = f"<latent></latent> <parser> {PARSER} </parser>"
 
 
 def move(place, name):
@@ -106,6 +110,11 @@ def storyboard(path):
     """The places of four dots: after each of the last moves; of fewer moves, the start first."""
     first = len(path) - 4
     return [path[max(0, first + i)] for i in range(4)]
+
+
+def chapters(path):
+    """A long path in parts of four moves, each with the place that it starts from."""
+    return [path[i : i + 5] for i in range(0, len(path) - 1, 4)]
 
 
 def question_of(names, path, asked="Which two pieces does the dot reach last?"):
@@ -189,6 +198,14 @@ def draw_storyboard(path):
 # its data
 
 
+def moves_of(i):
+    """How many moves example i has: two in five can be answered at once, the others take turns."""
+    if i % 5 in (0, 4):
+        return 1
+    turn = 3 * (i // 5) + i % 5 - 1
+    return 2 + turn % (longest - 1)
+
+
 def write_split(folder, split, n):
     """Write n examples and their images from the seed."""
     rng = random.Random(f"{seed}/{split}")
@@ -197,7 +214,7 @@ def write_split(folder, split, n):
     rows = []
     for i in Progress(range(n), desc=split, unit="example"):
         board = new_board(rng)
-        n_moves = (1, 2, 3, 4, 1)[i % 5]  # two in five can be answered at once
+        n_moves = moves_of(i)
         names, path = new_path(rng, n_moves)
         draw_board(board).save(images / f"{i}.png")
         question, answer = question_of(names, path), answer_of(board, path)
@@ -206,10 +223,12 @@ def write_split(folder, split, n):
         if form == "steps":
             pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
         else:
-            pictures, think = [draw_storyboard(path)], FOLLOW
+            pictures = [draw_storyboard(part) for part in chapters(path)]
+            think = " ".join([FOLLOW] + [SPAN] * len(pictures))
         aux = []
         for k, picture in enumerate(pictures):
-            name = f"{split}/{i}-aux-{k}.png" if form == "steps" else f"{split}/{i}-aux.png"
+            several = form == "steps" or longest > 4
+            name = f"{split}/{i}-aux-{k}.png" if several else f"{split}/{i}-aux.png"
             picture.save(folder / name)
             aux.append(name)
         row = {

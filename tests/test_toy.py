@@ -1,8 +1,12 @@
 """What the method takes for granted of the toy: what its base can do and can not; data by seed."""
 
+import re
+
 import pytest
 from conftest import PIXELS, ROOT, run
+from PIL import Image
 
+import toy
 from answers import extract_answer
 from data import load_examples, strip_latents
 from generate import generate, see, to_text
@@ -62,3 +66,30 @@ def test_toy_data_is_a_function_of_the_seed(tmp_path):
         before_the_answer = row["response"].split("</parser>")[0]
         words = row["answer"].replace(",", "").split()
         assert all(word not in before_the_answer for word in words)
+
+
+def test_long_paths_have_a_storyboard_for_each_four_moves(tmp_path, monkeypatch):
+    """The dots of all storyboards, followed through the question's moves one by one."""
+    monkeypatch.setattr(toy, "longest", 8)
+    toy.write_split(tmp_path, "train", 40)
+    panels = [toy.draw_panel(place).tobytes() for place in range(9)]
+    seen = set()
+    for row in load_examples(tmp_path / "train.jsonl"):
+        start, moves = re.fullmatch(
+            r"Start at (\w+)\. Moves: ([^.]*)\..*", row["question"]
+        ).groups()
+        place, wanted = toy.PLACES.index(start), []
+        for i, name in enumerate(moves.split(", ")):
+            if i % 4 == 0:
+                wanted.append([place] * 4)
+            place = toy.move(place, name)
+            wanted[-1] = [*wanted[-1][1:], place]
+        found = []
+        for path in row["aux_images"]:
+            parts = [(x, y, x + 28, y + 28) for y in (0, 28) for x in (0, 28)]
+            with Image.open(path) as image:
+                found.append([panels.index(image.crop(part).tobytes()) for part in parts])
+        assert found == wanted
+        assert row["category"] == f"{len(moves.split(', '))} moves"
+        seen.add(len(moves.split(", ")))
+    assert seen == set(range(1, 9))
