@@ -105,7 +105,7 @@ prompt_tokens = 40_000  # padded prompt tokens a batch, at most: two 4K images
 temperature = 0.0  # 0 is greedy
 top_p = 1.0
 seed = 12345
-intervention = "clean"  # clean zero noise mean shuffle oracle oracle_pca
+intervention = "clean"  # clean zero markers noise mean shuffle oracle oracle_pca
 donor = ""  # for shuffle: the latents/ folder of a clean run with save_latents=1
 save_latents = False  # also write <out>/latents/*.safetensors, a file an answer
 after_latents = ""  # forced after every span, e.g. " </think> <answer>": no parser text is written

@@ -296,7 +296,9 @@ class GAP(Method):
         v = batch["latents"]  # (M, d)
         at = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
         fed = v
-        if self.settings["scheduled_sampling"]:
+        if not self.head.targets_fed:
+            fed = self.head(v)
+        elif self.settings["scheduled_sampling"]:
             # on every rank, with latents or not: FSDP gathers the decoder twice
             with torch.no_grad():
                 fed = self.head(self.states(batch, v, self.latent_id)[at])
@@ -324,7 +326,9 @@ class GAP(Method):
         return scales[self.settings["latent_loss"]]
 
     def weights(self, step, total):
-        return {"ce": 1.0, "latent": self.settings["lambda_latent"] * self.latent_scale()}
+        # what is not fed in training is no target either
+        lambda_latent = self.settings["lambda_latent"] if self.head.targets_fed else 0.0
+        return {"ce": 1.0, "latent": lambda_latent * self.latent_scale()}
 
     def report(self, means):
         if "latent" not in means:

@@ -21,7 +21,7 @@ TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
 FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
-INTERVENTIONS = ("clean", "zero", "noise", "mean", "shuffle", "oracle", "oracle_pca")
+INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
 # --------------------------------------------------------------------------------------------------
 # prompts
@@ -443,7 +443,7 @@ def generate(
     head's output for the state before it, then `<|latent_end|>` and the text `after` are forced
     (section 3.4; forced end [ours]); a Monet model may also end its span itself. Where the head
     fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
-    other span opens. With no head, or under `zero`, none does.
+    other span opens. With no head, or under `zero`, none does; under `markers` one ends at once.
 
     seeds: Q * n_samples ints that fix each row's draws. fed: a (m, K, d) tensor a question, which
     `shuffle` and `oracle` feed. ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress`
@@ -463,7 +463,7 @@ def generate(
 
     # what a span forces: its start, latents, its end, the text after it
     after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
-    K = 0 if closed else head.K
+    K = 0 if closed or intervention == "markers" else head.K
     span = torch.tensor([] if closed else [start] + [latent_pad] * K + after_span)
     # slots that are filled before the answer: the prompt is read with them
     before_answer = not closed and head.before_answer
@@ -580,6 +580,8 @@ def check_intervention(intervention, head):
     if intervention not in INTERVENTIONS:
         there = ", ".join(INTERVENTIONS)
         raise SystemExit(f"intervention {intervention!r} is not one of {there}")
+    if intervention == "markers" and head and head.before_answer:
+        raise SystemExit("slots before the answer have no markers: take them away by 'zero'")
     # without one, latents are no vision embeddings: neither their mean nor real ones are at home
     needs_pca = intervention in ("mean", "oracle", "oracle_pca")
     if needs_pca and head and not head.basis.numel():

@@ -62,6 +62,7 @@ class LatentHead(nn.Module):
     fixed_length = True  # a span is K latents; False: at most K, the model may end it before
     before_answer = False  # True: the one span stands before the answer, the model opens none
     square = True  # K latents are a grid
+    targets_fed = True  # in training; False: the head's own latents, which learn from the text loss
     # what a head file holds beside the head's own weights
     tensors, fields = ("mean", "basis", "eigenvalues"), ("total_variance", "mode")
 
@@ -297,9 +298,24 @@ class SlotHead(StateHead):
         return self.decode(z.to(self.decode.weight.dtype))
 
 
+class DummyHead(LatentHead):
+    """A control: one learned vector K times, whatever the state. What do markers and time give?"""
+
+    kind = "dummy"
+    targets_fed = False
+
+    def __init__(self, pca, K):
+        super().__init__(pca, K)
+        self.vector = nn.Parameter(self.mean.clone())
+
+    def forward(self, h):
+        return self.vector.expand(*h.shape[:-1], -1)
+
+
 # a line a head: what train.py's `method` names, and what a head file says it holds
 HEADS = {
-    head.kind: head for head in (PCAHead, FullHead, OutputHead, FrozenHead, MatchedHead, WideHead)
+    head.kind: head
+    for head in (PCAHead, FullHead, OutputHead, FrozenHead, MatchedHead, WideHead, DummyHead)
 }
 OTHER_HEADS = {head.kind: head for head in (StateHead, SlotHead)}  # without a PCA
 

@@ -9,7 +9,7 @@ latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resum
 
 method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and
 regressed), text (dense-caption SFT: latents stripped everywhere, the parser text kept).
-Controls: frozen, matched, wide (model.HEADS). Other papers: valr (valr.py), amvl (amvl.py).
+Controls: frozen, matched, wide, dummy (model.HEADS). Other papers: valr (valr.py), amvl (amvl.py).
 """
 
 import math
@@ -83,7 +83,7 @@ from valr import VaLR
 
 METHODS = {
     "text": Method,
-    **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide: a head each
+    **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide dummy: a head each
     "valr": VaLR,
     "amvl": AMVL,
 }

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PIXELS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -12,7 +13,8 @@ from scipy.stats import binom
 
 from data import Row, load_examples, question_key, write_json, write_lines
 from gap import GAP, Targets, check_same_space, is_solved, read_counts, solved_by
-from model import load_pca, load_processor, load_vlm
+from images import open_image
+from model import IGNORE, encode_images, load_pca, load_processor, load_vlm
 
 
 @pytest.mark.parametrize("keep, write", [(True, True), (False, True), (True, False)])
@@ -40,6 +42,31 @@ def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
         0
     ]:  # validation assigns nothing
         assert "<latent>" in row["response"] and ("<parser>" in row["response"]) == write
+
+
+def test_a_dummy_learns_from_the_text_alone(base, world, inputs):
+    """Its gradient is the text loss's, summed over the places where it is fed."""
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
+    settings = {"method": "dummy", "pca": given["pca"], "difficulty": "", "base": str(base)}
+    settings |= {"keep_parser": True, "write_parser": True, "query_span": False}
+    settings |= {"lambda_latent": 0.5, "latent_loss": "mean", "scheduled_sampling": False}
+    method = GAP(*load_vlm(base), load_processor(base, *PIXELS), settings)
+    rows, _ = method.rows(load_examples(world / "train.jsonl")[2:5], training=True)
+    batch = method.collate([method.encode(row) for row in rows])
+    pictures = [open_image(path) for row in rows for path in row["images"]]
+    vision, _ = encode_images(method.vlm, method.processor, pictures)
+    batch["vision"] = torch.cat(vision).detach()
+    sums = method.forward(batch)
+    weights = method.weights(0, 10)
+    sum(weights[name] * sums[name] for name in weights).backward()
+
+    fed = method.head.mean.repeat(len(batch["latents"]), 1).requires_grad_()
+    h = method.states(batch, fed, method.latent_id)
+    logits = method.vlm.lm_head(h).float().flatten(0, 1)
+    wanted = batch["labels"][:, 1:].flatten()
+    F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum").backward()
+    assert len(fed) == 4 * 4 and fed.grad.norm() > 1  # one of three rows has two spans
+    torch.testing.assert_close(method.head.vector.grad, fed.grad.sum(0), rtol=1e-3, atol=1e-4)
 
 
 def test_rules():

@@ -290,6 +290,27 @@ def test_interventions_change_what_is_fed(loaded, head, world):
     assert not torch.allclose(noise, latents("noise", (5, 6))[0])
 
 
+def test_markers_without_latents(loaded, head, world):
+    """The span ends at once, and the text goes on as greedily as from those two tokens alone."""
+    vlm, tokenizer, processor = loaded
+    (prompt,) = make_prompts(vlm, tokenizer, processor, examples(world, 1))
+    make_open(vlm, tokenizer, [prompt], {0})
+    ((a,),) = generate(vlm, head, tokenizer, [prompt], max_new_tokens=8, intervention="markers")
+    start, pad, end = latent_ids(tokenizer)
+    assert a["ids"][:2] == [start, end] and not len(a["latents"]) and pad not in a["ids"]
+    n, ids = len(prompt["ids"]), torch.cat([prompt["ids"], torch.tensor(a["ids"])])
+    after = prompt["pos"].max() + 1 + torch.arange(len(a["ids"])).expand(3, -1)
+    h = vlm.model.language_model(
+        inputs_embeds=embed(vlm, ids[None], prompt["vision"]),
+        position_ids=torch.cat([prompt["pos"], after], 1)[:, None],
+        use_cache=False,
+    ).last_hidden_state[0]
+    for t in range(n + 1, len(ids) - 1):
+        logits = vlm.lm_head(h[t])[: len(tokenizer)]
+        logits[[pad, end]] = -torch.inf
+        assert ids[t + 1] == end or logits.argmax() == ids[t + 1]
+
+
 def test_noise_has_the_training_spread(head):
     draws = torch.randn(20000, 6, generator=torch.Generator().manual_seed(0))
     w = head.reconstruct(draws * head.eigenvalues.sqrt())
