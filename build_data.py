@@ -32,6 +32,7 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -400,7 +401,10 @@ def stamps_of(row):
     except Reject:  # convert_one says it
         return []
     stamps = []
-    for name in example["images"] + example["aux"]:
+    for cell in example["images"] + example["aux"]:
+        # what holds the picture itself is not decoded for this
+        in_a_file = isinstance(cell, dict) and not cell.get("bytes")
+        name = cell.get("path") if in_a_file else cell
         if isinstance(name, str):
             try:
                 found = os.stat(os.path.join(row["root"], name))
@@ -426,19 +430,25 @@ def read_one(row):
     """An item of a source as its function in sources.py gives it. Raises Reject."""
     if row["error"]:
         raise Reject("unreadable line", None, row["error"])
+    with in_layout():
+        return SOURCES[source](row["item"])
+
+
+@contextmanager
+def in_layout():
+    """Raise Reject where an item is not what its source promises."""
     try:
-        example = SOURCES[source](row["item"])
-        for field in ("images", "aux"):
-            example[field] = [picture_of(cell) for cell in example[field]]
+        yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as e:
         raise Reject("another layout than the source's", None, f"{type(e).__name__}: {e}") from None
-    return example
 
 
 def convert_one(row):
     """One item of a source as an example whose images are in <out>/images."""
     example = read_one(row)
-    images, aux = example.pop("images"), example.pop("aux")
+    with in_layout():
+        images = [picture_of(cell) for cell in example.pop("images")]
+        aux = [picture_of(cell) for cell in example.pop("aux")]
     try:
         example["question"] = place_marks(example["question"], len(images), "").strip()
     except SystemExit as e:

@@ -106,12 +106,13 @@ def read_items(path):
     if text.lstrip().startswith("["):
         yield from read_list(text)
         return
-    # of JSON lines this ends behind the first
-    whole, _, error = parse(read_line, text) if text.lstrip().startswith("{") else (None, 0, "x")
-    if not error:
-        for n, item in enumerate(items_of(whole), 1):
-            yield n, item, ""
-        return
+    if text.lstrip().startswith("{"):
+        # an error for JSON lines, behind the first
+        whole, _, error = parse(read_line, text)
+        if not error:
+            for n, item in enumerate(items_of(whole), 1):
+                yield n, item, ""
+            return
     for n, line in enumerate(text.split("\n"), 1):
         if line.strip():
             item, _, error = parse(read_line, line)
