@@ -10,13 +10,16 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
     python eval.py                                        # the toy's test set
     torchrun --nproc-per-node 8 eval.py --model=out/7b/gap --benchmarks=HRBench4K,MMStar \\
         --out=out/7b/eval --dtype=bfloat16
+    python eval.py --url=http://localhost:8000/v1 --served_model=NAME \\
+        --model=Qwen2.5-VL-7B-Instruct --benchmarks=MMStar    # text, by vLLM, SGLang or the like
     python eval.py --compare out/eval/gap out/eval/text   # paired difference of two finished runs
 """
 
 import bisect
 import hashlib
 import html
-import math
+import os
+import time
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -54,6 +57,7 @@ from data import (
     write_json,
     write_lines,
 )
+from endpoint import NO_KEY
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -65,6 +69,7 @@ from generate import (
 )
 from images import open_image, usable_rows
 from imagine import bank_of, imagine
+from intervals import paired_difference, wilson
 from judge import JUDGED, Endpoint, judge
 from launch import (
     Progress,
@@ -87,6 +92,7 @@ from model import (
 )
 from pages import coloured, figure, write_page
 from scores import mean
+from served import Served, ask_all, draw, served_messages
 from tables import Cell, images_of
 
 # --------------------------------------------------------------------------------------------------
@@ -120,6 +126,12 @@ n_sheet = 40  # answers on it
 sheet_order = "wrong"  # wrong: those first; category: by category
 bank = ""  # what imagined pictures are made of; "": where the model folder says
 allow_partial = False  # score what is there although answers are missing
+url = ""  # http://localhost:8000/v1, OpenAI-compatible: a server of `model` that answers
+served_model = ""  # its name there
+served_key = "SERVED_KEY"  # the environment variable with its key, if it wants one
+workers = 64  # questions that it is asked at once
+tries = 7  # of a request
+give_up = 20  # questions in a row without an answer: the server is down
 judge_url = ""  # http://localhost:8000/v1, OpenAI-compatible: also judge what no rule can decide
 judge_model = ""
 judge_key = "JUDGE_API_KEY"  # the environment variable with the endpoint's key, if it wants one
@@ -133,6 +145,10 @@ ANSWER_SETTINGS = (
     "model", "system", "instruction", "temperature", "top_p", "seed", "intervention", "ema_beta",
     "dtype", "donor", "save_latents", "after_latents", "latent_size",
 )
+LATENT_SETTINGS = {  # and their values where nothing is done with latents
+    "intervention": "clean", "donor": "", "save_latents": False, "after_latents": "",
+    "ema_beta": 0.0,
+}
 SCORED_COLUMNS = (  # of scored.jsonl
     "id", "category", "answer", "extracted", "method", "correct", "truncated", "tokens",
     "latents", "error", "raw",
@@ -179,6 +195,8 @@ def load_test_set(name):
     # contents, not paths; and of a data file only the question itself, in row_key
     made_by = {k: v for k, v in settings.items() if k not in ("model", "donor", "data", "md5")}
     made_by["weights"] = weights_digest(model)
+    if url:  # whose kernels are others, and whose latents are text
+        settings["served_model"] = made_by["served_model"] = served_model
     if donor:
         made_by["donor"] = weights_digest(donor)
     if name:
@@ -229,19 +247,11 @@ def read_predictions(test):
 # answering
 
 
-def batches(rows, prepare, failed):
-    """Lists of (row, encoded prompt), at most `batch` of them and `prompt_tokens` padded tokens.
-
-    A row that can not be prepared goes to `failed`.
-    """
+def batches(prepared):
+    """Lists of (row, encoded prompt), at most `batch` of them and `prompt_tokens` padded tokens."""
     # padding costs as much as tokens: the longest prompt counts for all
     part, longest = [], 0
-    for row in rows:
-        try:
-            prompt = prepare(row)
-        except (Exception, SystemExit) as e:  # one question's failure must not stop the others
-            failed(row, e)
-            continue
+    for row, prompt in prepared:
         length = len(prompt["ids"])
         padded = max(longest, length) * (len(part) + 1)
         # a prompt that is longer than all of the limit is still answered, alone
@@ -252,6 +262,12 @@ def batches(rows, prepare, failed):
         longest = max(longest, length)
     if part:
         yield part
+
+
+def failure(e):
+    """What the line of a question says that failed."""
+    # cut, since some libraries quote all that they were given
+    return {"error": f"{type(e).__name__}: {e}"[:1000]}
 
 
 def donor_files():
@@ -279,7 +295,7 @@ def check_feed(test):
 
 
 class Answerer:
-    """Turns a test set's questions into prompts, and batches of prompts into answers."""
+    """The model here: turns questions into prompts, and batches of prompts into answers."""
 
     def __init__(self, test, vlm, tokenizer, processor, head, donors):
         self.test = test
@@ -289,14 +305,32 @@ class Answerer:
         self.head = head
         self.donors = donors  # latents files, in the order of their names
 
-    def prepare(self, row):
-        """A row's encoded prompt, its images read now."""
-        asked = row | {
-            "instruction": instruction,
-            "images": images_of(row),
-            "system": system,
-        }
-        return encode(self.vlm, self.tokenizer, self.processor, asked)
+    def answers(self, rows):
+        """Yield (row, what its line of the predictions says); one that failed has an error."""
+        failed = []
+
+        def prepared():
+            for row in rows:
+                try:
+                    prompt = encode(self.vlm, self.tokenizer, self.processor, as_asked(row))
+                except (Exception, SystemExit) as e:  # one question must not stop the others
+                    failed.append((row, failure(e)))
+                    continue
+                yield row, prompt
+
+        for part in batches(prepared()):
+            try:
+                yield from list(self.answer(part))
+                continue
+            except (Exception, SystemExit):
+                pass  # what the failed batch held of the memory is free only after this block
+            # find out whose failure it is; a batch too large for the memory also ends here
+            for row, prompt in part:
+                try:
+                    yield from list(self.answer([(row, prompt)]))
+                except (Exception, SystemExit) as e:
+                    failed.append((row, failure(e)))
+        yield from failed
 
     def answer(self, part):
         """Answer a batch of (row, prompt); yields (row, what its line of the predictions says)."""
@@ -361,7 +395,39 @@ class Answerer:
         return load_latents_file(self.donors[after % len(self.donors)], self.head)
 
 
-def answer_all(test, vlm, tokenizer, head):
+class ServedAnswerer:
+    """A server of the model, which is asked `workers` questions at once."""
+
+    def __init__(self, test, processor):
+        self.limit, self.processor = test.settings["max_new_tokens"], processor
+        key = os.environ.get(served_key) or NO_KEY
+        self.server = Served(url, served_model, key, tries, self.limit, temperature, top_p)
+
+    def answers(self, rows):
+        """As Answerer's, in the order in which the server answers."""
+        for row, line, said in ask_all(self.answer, rows, workers, give_up, self.server):
+            yield row, line or {"error": said}
+
+    def answer(self, row):
+        """What a question's line of the predictions says."""
+        began = time.perf_counter()
+        messages = served_messages(as_asked(row), self.processor)
+        (reply,) = draw(self.server, messages, 1, seed_of(seed, row["id"]))
+        return {
+            "raw": reply.text,
+            "truncated": not reply.finished,
+            "tokens": reply.tokens,
+            "latents": 0,
+            "seconds": time.perf_counter() - began,  # of the request, among others
+        }
+
+
+def as_asked(row):
+    """A row as it is put to the model, its images read now."""
+    return row | {"instruction": instruction, "images": images_of(row), "system": system}
+
+
+def answer_all(test, answerer):
     """Answer this rank's share of the rows that have no answer yet, a line each to its file.
 
     What fails is recorded, and tried again by the next run.
@@ -371,69 +437,15 @@ def answer_all(test, vlm, tokenizer, head):
     done = {id for id, line in read_predictions(test).items() if "error" not in line}
     # by position in the file, not among the missing: ranks that start late still split alike
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
-    # one a test set: their pixel limits differ, and change HRBench and V* most
-    processor = load_processor(model, test.settings["min_pixels"], test.settings["max_pixels"])
-    answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
-
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
-    with open_append(test.out / f"predictions.rank{rank}.jsonl") as file:
-
-        def record(row, line):
+    with open_append(test.out / f"predictions.rank{rank}.jsonl") as file, bar:
+        for row, line in answerer.answers(todo):
             append(file, {"id": row["id"], "key": row_key(test.key, row)} | line)
-
-        def answer(part):
-            for row, line in answerer.answer(part):
-                record(row, line)
-            bar.update(len(part))
-
-        def failed(row, e):
-            # cut, since some libraries quote all that they were given
-            record(row, {"error": f"{type(e).__name__}: {e}"[:1000]})
             bar.update()
-
-        for part in batches(todo, answerer.prepare, failed):
-            try:
-                answer(part)
-                continue
-            except (Exception, SystemExit):
-                pass  # what the failed batch held of the memory is free only after this block
-            # find out whose failure it is; a batch too large for the memory also ends here
-            for row, prompt in part:
-                try:
-                    answer([(row, prompt)])
-                except (Exception, SystemExit) as e:
-                    failed(row, e)
-    bar.close()
 
 
 # --------------------------------------------------------------------------------------------------
 # scoring
-
-
-def wilson(correct, n, z=1.96):
-    """The 95 % Wilson interval of an accuracy, as (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    # not p +- 1.96 sd, which leaves 0 and 1 no width
-    p, q = correct / n, z * z / n
-    # the middle is drawn towards 1/2, the more the fewer questions there are
-    middle = (p + q / 2) / (1 + q)
-    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
-    return middle - half, middle + half
-
-
-def mcnemar(a, b):
-    """Exact two-sided p-value of the paired scores a and b of the same questions.
-
-    A sign test on the pairs that differ.
-    """
-    # ties say nothing of which is better
-    plus = sum(x > y for x, y in zip(a, b))
-    minus = sum(x < y for x, y in zip(a, b))
-    n, least = plus + minus, min(plus, minus)
-    # twice the tail of n throws of a fair coin, on the side of the rarer outcome
-    at_most_least = sum(math.comb(n, i) for i in range(least + 1))
-    return min(1.0, 2 * at_most_least / 2**n)
 
 
 def grade(test, predictions):
@@ -701,65 +713,6 @@ def read_grades(path):
     return {row["id"]: float(row["correct"]) for row in rows}
 
 
-def paired_difference(a, b):
-    """What the grades a and b of the same questions differ by, in words."""
-    differences = [y - x for x, y in zip(a, b)]
-    d = mean(differences)
-    low, high = difference_interval(differences)
-    wins = sum(x > 0 for x in differences)
-    losses = sum(x < 0 for x in differences)
-    return (
-        f"n = {len(a)}, A {mean(a):.3f}, B {mean(b):.3f}, B - A {d:+.3f} (95 % interval {low:+.3f} "
-        f"to {high:+.3f}); B wins {wins}, loses {losses}, McNemar p = {mcnemar(b, a):.3g}"
-    )
-
-
-def difference_interval(differences):
-    """The 95 % interval of the mean of paired differences of grades, as (low, high).
-
-    Of right and wrong it is exact, and excludes 0 just where McNemar's p is below .05: that of the
-    wins' share among the pairs that differ, whose number is taken as it is.
-    """
-    n = len(differences)
-    if not set(differences) <= {-1.0, 0.0, 1.0}:  # VSI-Bench's grades may lie between
-        d = mean(differences)
-        # rounding can leave a little less than nothing
-        variance = max(0.0, mean(x * x for x in differences) - d * d)
-        half = 1.96 * math.sqrt(variance / n)
-        return d - half, d + half
-    wins, differ = sum(x > 0 for x in differences), sum(x != 0 for x in differences)
-    low, high = clopper_pearson(wins, differ)
-    return (2 * low - 1) * differ / n, (2 * high - 1) * differ / n
-
-
-def clopper_pearson(k, n, tail=0.025):
-    """The exact 95 % interval of a share of which k of n were seen, as (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-
-    def at_least(k, p):
-        """The probability of k or more of n."""
-        logs = [
-            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-            + i * math.log(p) + (n - i) * math.log1p(-p)
-            for i in range(k, n + 1)
-        ]  # fmt: skip
-        return math.fsum(map(math.exp, logs))
-
-    def solve(k, probability):
-        """The p at which k or more have this probability, by bisection: it grows with p."""
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            p = (low + high) / 2
-            low, high = (p, high) if at_least(k, p) < probability else (low, p)
-        return (low + high) / 2
-
-    # the share below which k or more is improbable, and that above which k or fewer is
-    low = solve(k, tail) if k > 0 else 0.0
-    high = solve(k + 1, 1 - tail) if k < n else 1.0
-    return low, high
-
-
 # --------------------------------------------------------------------------------------------------
 # a page to look at
 
@@ -838,6 +791,13 @@ def card(row, imaginer):
 # --------------------------------------------------------------------------------------------------
 
 
+def check_served():
+    """Raise SystemExit for a setting that a server, which writes text only, can not follow."""
+    for name, plain in LATENT_SETTINGS.items():
+        if globals()[name] != plain:
+            raise SystemExit(f"{name}={globals()[name]!r}: a server writes no latents; drop `url`")
+
+
 def default_out():
     """out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X."""
     folder = Path(model)
@@ -858,7 +818,9 @@ def main():
     show_files(reads=[model, data_root if benchmarks else data, donor], writes=[out, sheet])
     check_there(Path(model) / "config.json")
     memory = None
-    if sheet and (Path(model) / HEAD_FILE).is_file():
+    if url:
+        check_served()
+    elif sheet and (Path(model) / HEAD_FILE).is_file():
         if not save_latents:
             raise SystemExit("--sheet draws the latents that a run keeps: give --save_latents=1")
         memory = bank_of(model, bank)
@@ -872,18 +834,27 @@ def main():
             check_feed(test)
 
     vlm = head = None  # not needed to score, nor for a page without imagined pictures
-    if memory or not score_only:
+    answers_here = not (score_only or url)
+    if memory or answers_here:
         vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
         head = load_head(model, vlm, tokenizer, latent_size)
-    if not score_only:
+    if answers_here:
         if head is None and intervention != "clean":
             raise SystemExit(
                 f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model "
                 "with latents"
             )
         check_intervention(intervention, head)
+    if not score_only:
         for test in tests:
-            answer_all(test, vlm, tokenizer, head)
+            # one a test set: their pixel limits differ, and change HRBench and V* most
+            limits = test.settings["min_pixels"], test.settings["max_pixels"]
+            processor = load_processor(model, *limits)
+            if url:
+                answerer = ServedAnswerer(test, processor)
+            else:
+                answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
+            answer_all(test, answerer)
 
     for test in tests:
         predictions = read_predictions(test)

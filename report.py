@@ -16,7 +16,7 @@ import statistics
 from typing import NamedTuple
 
 from data import write_then_rename
-from eval import mcnemar
+from intervals import mcnemar
 
 # --------------------------------------------------------------------------------------------------
 # the tables: what is compared with what, what the paper has for it, and what one expects

@@ -36,14 +36,13 @@ from data import (
     weights_digest,
     write_lines,
 )
-from endpoint import FAILURES, NO_KEY, hidden
+from endpoint import NO_KEY
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, make_prompts, to_text
 from images import usable_rows
 from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
 from model import load_processor, load_vlm
-from resume import each
-from served import Served, draw, served_messages
+from served import Served, ask_all, draw, served_messages
 
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # a Qwen2.5-VL folder
@@ -198,29 +197,20 @@ def sample_served(rows):
     key = os.environ.get(served_key) or NO_KEY
     server = Served(url, served_model, key, tries, max_new_tokens, temperature, top_p)
 
-    def outcome(row):
-        """(id, Tally, ""), or (id, None, why there is no answer)."""
-        try:
-            return row["id"], ask_server(server, processor, row), ""
-        # returned and not raised: one question must not end the others
-        except FAILURES as e:
-            return row["id"], None, hidden(f"{type(e).__name__}: {e}", key)
+    def tally(row):
+        return ask_server(server, processor, row)
 
-    unanswered, in_a_row = {}, 0
-    for id, tally, said in each(outcome, rows, workers):
-        if tally:
-            in_a_row = 0
-            yield tally
-            continue
-        unanswered[id] = said
-        in_a_row += 1
-        if in_a_row == give_up:
-            break
+    unanswered = {}
+    for row, found, said in ask_all(tally, rows, workers, give_up, server):
+        if found:
+            yield found
+        else:
+            unanswered[row["id"]] = said
     if unanswered:
         id, said = next(iter(unanswered.items()))
         raise SystemExit(
-            f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: "
-            f"{' '.join(said.split())[:300]}; run again to ask for what is missing"
+            f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: {said}; run "
+            "again to ask for what is missing"
         )
 
 
@@ -231,8 +221,8 @@ def ask_server(server, processor, row):
     # most questions that end early end with their first sample
     for wave in (1, n_samples - 1) if early_stop else (n_samples,):
         first = len(tally.answers[0])
-        texts = draw(server, messages, wave, seed_of(seed, row["id"], first))
-        ended = [tally.add(0, s, text) for s, text in enumerate(texts, first)]
+        replies = draw(server, messages, wave, seed_of(seed, row["id"], first))
+        ended = [tally.add(0, s, reply.text) for s, reply in enumerate(replies, first)]
         if any(ended):
             break
     return tally

@@ -11,11 +11,18 @@ from typing import NamedTuple
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import answered, hidden, image_part
+from endpoint import FAILURES, answered, hidden, image_part
 from images import open_image, png_of
 from model import chat_messages, image_grid
+from resume import each
 
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
+
+
+class Reply(NamedTuple):
+    text: str
+    finished: bool  # False: cut off by max_tokens
+    tokens: int  # of a request's answers the mean
 
 
 class Served(NamedTuple):
@@ -51,20 +58,20 @@ def seen_size(source, processor):
 
 
 def draw(served, messages, n, seed):
-    """n answers to a chat, in as few requests as the server allows: some ignore `n`.
+    """n Replies to a chat, in as few requests as the server allows: some ignore `n`.
 
     Raises one of endpoint.FAILURES where no try gives an answer, SystemExit where none can.
     """
-    texts = []
-    while len(texts) < n:
+    replies = []
+    while len(replies) < n:
         # another seed a request: the same one would draw the same answers again
-        call = partial(ask, served, messages, n - len(texts), seed + len(texts))
-        texts += answered(call, served.url, served.tries, key=served.key)
-    return texts[:n]
+        call = partial(ask, served, messages, n - len(replies), seed + len(replies))
+        replies += answered(call, served.url, served.tries, key=served.key)
+    return replies[:n]
 
 
 def ask(served, messages, n, seed):
-    """The answers that one request gives: at least one, else ValueError."""
+    """The Replies that one request gives: at least one, else ValueError."""
     client = InferenceClient(base_url=served.url, api_key=served.key, timeout=TIMEOUT)
     reply = client.chat_completion(
         messages,
@@ -78,4 +85,32 @@ def ask(served, messages, n, seed):
     texts = [choice.message.content for choice in reply.choices]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"an answer without text: {hidden(str(reply)[:200], served.key)}")
-    return texts
+    tokens = round(reply.usage.completion_tokens / len(texts))
+    finished = [choice.finish_reason != "length" for choice in reply.choices]
+    return [Reply(text, end, tokens) for text, end in zip(texts, finished)]
+
+
+def ask_all(work, rows, workers, give_up, served):
+    """Yield (row, work(row), "") as they end, or (row, None, why there is no answer).
+
+    `workers` rows are asked for at once. Raises SystemExit after `give_up` failures in a row, and
+    where no try can help.
+    """
+
+    def outcome(row):
+        try:
+            return row, work(row), ""
+        # returned and not raised: one question must not end the others
+        except FAILURES as e:
+            said = hidden(f"{type(e).__name__}: {e}", served.key)
+            return row, None, " ".join(said.split())[:300]
+
+    in_a_row = 0
+    for row, found, said in each(outcome, rows, workers):
+        yield row, found, said
+        in_a_row = in_a_row + 1 if said else 0
+        if in_a_row == give_up:
+            raise SystemExit(
+                f"{served.url}: {give_up} questions in a row without an answer, the last "
+                f"{row['id']!r}: {said}; run again to ask for what is missing"
+            )

@@ -161,17 +161,19 @@ def run(script, *args, ranks=1, ok=True, env=None):
     return text
 
 
-def send_completion(request, answers, status=200, headers=()):
+def send_completion(request, answers, status=200, headers=(), reason="stop"):
     """Answer a request to a local endpoint as OpenAI's servers do, a choice for each answer."""
     choices = [
         {
             "index": n,
-            "finish_reason": "stop",
+            "finish_reason": reason,
             "message": {"role": "assistant", "content": answer},
         }
         for n, answer in enumerate(answers)
     ]
     reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+    tokens = sum(len(answer.split()) for answer in answers)
+    reply["usage"] = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
     text = json.dumps(reply | {"choices": choices}).encode()
     request.send_response(status)
     for name, value in headers:

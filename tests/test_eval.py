@@ -219,12 +219,6 @@ def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
 # --- statistics
 
 
-def test_wilson_against_scipy():
-    for k, n in ((0, 10), (3, 10), (10, 10), (170, 384)):
-        ci = binomtest(k, n).proportion_ci(method="wilson")
-        assert evaluate.wilson(k, n) == pytest.approx((ci.low, ci.high), abs=1e-4)
-
-
 def test_compare(tmp_path):
     """Names both runs, what they differ in, and an interval that agrees with the exact test."""
     rng = random.Random(0)
@@ -250,25 +244,6 @@ def test_compare(tmp_path):
     (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
     assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
     assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
-
-
-def test_an_interval_excludes_zero_where_the_exact_test_does():
-    """Of every outcome of up to 24 pairs, ties among them, and some larger; scipy's bounds."""
-    outcomes = [(w, n - w, t) for n in range(25) for w in range(n + 1) for t in (0, 5) if n + t]
-    for wins, losses, ties in [*outcomes, (30, 60, 400), (480, 520, 0), (440, 560, 7)]:
-        n = wins + losses
-        low, high = evaluate.difference_interval([1.0] * wins + [-1.0] * losses + [0.0] * ties)
-        ours = [1] * wins + [0] * (losses + ties)
-        p = evaluate.mcnemar(ours, [0] * wins + [1] * losses + [0] * ties)
-        assert (low > 0 or high < 0) == (p < 0.05), (wins, losses)
-        if n:
-            share = binomtest(wins, n).proportion_ci(method="exact")
-            want = [(2 * x - 1) * n / (n + ties) for x in share]
-            assert [low, high] == pytest.approx(want, abs=1e-6)
-    # grades between right and wrong have no counts
-    grades = [0.5, -0.25, 0.0, 1.0]
-    low, high = evaluate.difference_interval(grades)
-    assert (low + high) / 2 == pytest.approx(0.3125) and low < 0.3125 < high
 
 
 def test_the_default_folder_follows_the_models_name(monkeypatch):

@@ -23,7 +23,7 @@ class Server(BaseHTTPRequestHandler):
     """Chat completions: the right answer to the questions in `solved`, one of 8 to `rare`."""
 
     rows, solved, rare = {}, set(), set()
-    faults, refused, lock = [], set(), threading.Lock()
+    faults, refused, cut, lock = [], set(), set(), threading.Lock()
     asked, said = [], Counter()
 
     def do_POST(self):
@@ -49,7 +49,8 @@ class Server(BaseHTTPRequestHandler):
             answers.append(right if good else "<answer> no idea </answer>")
         status = fault if isinstance(fault, int) else 200
         sent = [] if fault == "empty" else answers
-        send_completion(self, sent, status, [("Retry-After", "0")])
+        reason = "length" if row["id"] in self.cut else "stop"
+        send_completion(self, sent, status, [("Retry-After", "0")], reason)
 
     def log_message(self, *args):
         pass
@@ -64,7 +65,7 @@ def server(world, tmp_path):
     ids = [row["id"] for row in rows]
     Server.rows = {row["question"]: row for row in rows}
     Server.solved, Server.rare = set(ids[::3]), set(ids[1::6])
-    Server.faults, Server.refused = [], set()
+    Server.faults, Server.refused, Server.cut = [], set(), set()
     Server.asked.clear()
     Server.said.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -119,6 +120,41 @@ def test_what_has_no_answer_is_asked_for_by_the_next_run(server):
         other = args_of(folder, folder / f"e{status}", url, **more)
         assert said in run("sample_difficulty.py", *other, env=ONLINE, ok=False)
         assert len(Server.faults) > 10_000 - 3 - 2 * 4
+
+
+def test_a_test_set_is_answered_by_the_server(server):
+    """As by the model here: errors are kept and tried again, cut answers are counted."""
+    url, folder, rows = server
+    ids, out = list(rows), folder / "e"
+    Server.refused, Server.cut = {ids[0]}, {ids[2], ids[3]}
+    Server.faults = [429, 500, "cut", "empty", 503]
+    args = [f"--model={TOY}", f"--data={folder}/train.jsonl", f"--out={out}", "--workers=4"]
+    args += [f"--url={url}", "--instruction= Tag it."]
+    text = run("eval.py", *args, "--served_model=m", env=ONLINE)
+    assert "1 questions failed" in text
+    lines = {line["id"]: line for line in read_lines(out / "predictions.rank0.jsonl")}
+    scored = {line["id"]: line for line in read_lines(out / "scored.jsonl")}
+    for id in ids[1:]:
+        assert scored[id]["correct"] == (id in Server.solved)
+        assert lines[id]["truncated"] == (id in Server.cut)
+        assert lines[id]["tokens"] == len(lines[id]["raw"].split())
+    assert "Bad request" in scored[ids[0]]["error"] and not scored[ids[0]]["correct"]
+
+    Server.refused = set()
+    Server.asked.clear()
+    run("eval.py", *args, "--served_model=m", env=ONLINE)
+    assert {id for id, _ in Server.asked} == {ids[0]}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["scores"]["overall"]["accuracy"] == len(Server.solved) / len(ids)
+    assert metrics["settings"]["served_model"] == "m"
+    run("eval.py", *args, "--served_model=other", env=ONLINE)  # of which there is no answer yet
+    assert len(Server.asked) == 1 + len(ids)
+
+    said = run("eval.py", *args, "--served_model=m", "--save_latents=1", env=ONLINE, ok=False)
+    assert "a server writes no latents" in said
+    Server.faults = [400] * 10_000
+    down = [*args, "--served_model=down", "--give_up=3"]
+    assert "3 questions in a row" in run("eval.py", *down, env=ONLINE, ok=False)
 
 
 def test_images_go_at_the_size_that_our_tower_sees(world):
