@@ -8,6 +8,7 @@ T prompt positions, t new positions; a *slot* is one place of the (Q, S) batch, 
 """
 
 import math
+from itertools import accumulate, pairwise
 
 import torch
 from safetensors.torch import save_file
@@ -74,7 +75,7 @@ def calls_of(sized, most):
 
 
 class Decoder:
-    """One prefill for Q prompts, then one position at a time for Q x S rows.
+    """One prefill for Q prompts, then one position at a time for Q x S rows, wave after wave.
 
     The S samples of a question attend to *one* prompt cache (Q, H, T, D) and each to its own new
     positions (Q, H, S, t, D), H being key-value heads: the prompt is neither run nor stored nor
@@ -84,7 +85,7 @@ class Decoder:
     think there, `self.ahead` (Q, A, d), costs no step of its own.
     """
 
-    def __init__(self, vlm, prompts, n_samples, pad_id, ahead=()):
+    def __init__(self, vlm, prompts, pad_id, ahead=()):
         self.lm = vlm.model.language_model
         if self.lm.has_sliding_layers:
             advice = "set use_sliding_window to false"
@@ -109,19 +110,32 @@ class Decoder:
         T = ids.shape[1] - A
         mask = mask[:, :T]
         cache = out.past_key_values.layers
-        self.prompt = [(layer.keys[:, :, :T], layer.values[:, :, :T]) for layer in cache]
-        self.bias = None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
+        self.prompts = [(layer.keys[:, :, :T], layer.values[:, :, :T]) for layer in cache]
+        self.biases = None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
         if padded:
             bias = torch.where(mask, 0.0, -torch.inf).to(x)
-            self.bias = bias[:, None, None, None]
+            self.biases = bias[:, None, None, None]
         self.ahead = out.last_hidden_state[:, T:]  # (Q, A, d)
-        last = out.last_hidden_state[:, T - 1 : T]
-        self.h = last.expand(-1, n_samples, -1)  # (Q, S, d)
+        self.last = out.last_hidden_state[:, T - 1 : T]  # (Q, 1, d)
         # text has one position on all three axes of mRoPE: they go on from the largest
-        self.next_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
-        self.keys = [NewPositions() for _ in cache]
-        self.values = [NewPositions() for _ in cache]
+        self.first_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
+
+    def begin(self, questions, n_samples, last=True):
+        """Start a wave: n_samples rows of each of the questions (Q'), that end with their prompts.
+
+        Returns h_bar (Q', S, d). After the `last` wave only the prompts in use are kept.
+        """
+        q = questions.to(self.last.device)
+        whole = len(q) == len(self.last)  # no copy
+        self.prompt = self.prompts if whole else [(k[q], v[q]) for k, v in self.prompts]
+        self.bias = self.biases if whole or self.biases is None else self.biases[q]
+        self.next_pos = self.first_pos[q]
+        if last:
+            self.prompts = None
+        self.keys = [NewPositions() for _ in self.prompt]
+        self.values = [NewPositions() for _ in self.prompt]
         self.t = 0  # how many new positions every row has by now
+        return self.last[q].expand(-1, n_samples, -1)
 
     def step(self, x):
         """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm."""
@@ -426,6 +440,7 @@ def generate(
     *,
     max_new_tokens,
     n_samples=1,
+    waves=(),
     temperature=0.0,
     top_p=1.0,
     seeds=None,
@@ -445,11 +460,12 @@ def generate(
     fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
     other span opens. With no head, or under `zero`, none does; under `markers` one ends at once.
 
+    waves: how many of the n_samples are drawn one time after another, on one prompt cache.
     seeds: Q * n_samples ints that fix each row's draws. fed: a (m, K, d) tensor a question, which
     `shuffle` and `oracle` feed. ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress`
     are never written. on_step(rows, tokens, x, h) sees what each living row is fed, and from which
     state; on_finish(q, s, ids) is called as a row ends and may return True to drop the question's
-    other rows.
+    other rows and later waves.
 
     Returns per question a list of {"ids", "latents" (m, d), "finished"}.
     """
@@ -486,78 +502,87 @@ def generate(
     latents = Latents(head, intervention, fed, n_bar, generators, n_samples)
 
     # the prompt is read once; from here on a step is one position
-    decoder = Decoder(vlm, prompts, n_samples, tokenizer.pad_token_id, ahead)
-    h = decoder.h  # (Q, S, d)
-    rows = torch.arange(n_rows).view(-1, n_samples)  # which row a slot writes
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    left = torch.zeros_like(rows)  # positions of its span that a slot has yet to write
+    decoder = Decoder(vlm, prompts, tokenizer.pad_token_id, ahead)
     if before_answer:
         latents.plan(decoder.ahead[:, 1:].float(), temperature)
-        left[:] = len(span)
     ids = [[] for _ in range(n_rows)]
+    dropped = set()  # questions whose further samples are not wanted
 
-    for n in range(max_new_tokens):
-        # 1. a slot writes text, a latent, or what is forced after a span's latents
-        text = alive & (left == 0)
-        inside = alive & is_latent(left, K, len(after_span))
-        if ends_early and inside.any():
-            # Monet's way: the LM head is asked at every latent
-            ended = tokens.would_write(end, h[inside], rows[inside], n)
-            left[inside] = torch.where(ended, len(after_span), left[inside])
-            inside = alive & is_latent(left, K, len(after_span))
-
-        # 2. its token, forced or drawn
-        # what a finished row is fed does not matter
-        token = torch.full_like(rows, tokenizer.pad_token_id)
-        in_span = alive & (left > 0)
-        if in_span.any():
-            token[in_span] = span[-left[in_span]]
-        if text.any():
-            token[text] = tokens.next(h[text], rows[text], n)
-
-        # 3. what is fed: the token's embedding, or a latent in its place
-        x = vlm.model.language_model.embed_tokens(token.to(vlm.device))  # (Q, S, d)
-        if inside.any():
-            v = latents.next(h[inside].float(), rows[inside].tolist())  # (M, d)
-            x[inside] = v.to(x.dtype)
-        for row, t in zip(rows[alive].tolist(), token[alive].tolist()):
-            ids[row].append(t)
-        if on_step:
-            on_step(rows[alive], token[alive], x[alive], h[alive])
-
-        # 4. spans open, rows end
-        left = (left - 1).clamp(min=0)
-        if not closed:
-            # the start was just written: its span is still to come
-            left[text & (token == start)] = len(span) - 1
-        # a stop token ends a row in text only
-        done = text & torch.isin(token, stops)
-        if n + 1 == max_new_tokens:
-            done = alive
-        alive = alive & ~done
-        if on_finish:
-            for q, s in done.nonzero().tolist():
-                row = int(rows[q, s])
-                if on_finish(row // n_samples, row % n_samples, ids[row]):
-                    alive[q] = False
-        if not alive.any():
+    for first, last in pairwise([0, *accumulate(waves or [n_samples])]):
+        # a wave: samples first to last of the questions that are left
+        questions = [q for q in range(len(prompts)) if q not in dropped]
+        if not questions:
             break
+        rows = torch.arange(n_rows).view(-1, n_samples)[questions, first:last]
+        h = decoder.begin(torch.tensor(questions), last - first, last == n_samples)  # (Q, S, d)
+        alive = torch.ones_like(rows, dtype=torch.bool)
+        left = torch.zeros_like(rows)  # positions of its span that a slot has yet to write
+        if before_answer:
+            left[:] = len(span)
 
-        # 5. finished rows leave the batch once they are many
-        if decoder.t:
-            questions, samples = still_needed(alive)
-            if samples.numel() <= LEAVE_AT * alive.numel():
-                # caches shrink with the batch
-                decoder.keep(questions, samples)
-                at = questions[:, None], samples
-                rows, alive, left, x = rows[at], alive[at], left[at], x[at]
-        h = decoder.step(x)
+        for n in range(max_new_tokens):
+            # 1. a slot writes text, a latent, or what is forced after a span's latents
+            text = alive & (left == 0)
+            inside = alive & is_latent(left, K, len(after_span))
+            if ends_early and inside.any():
+                # Monet's way: the LM head is asked at every latent
+                ended = tokens.would_write(end, h[inside], rows[inside], n)
+                left[inside] = torch.where(ended, len(after_span), left[inside])
+                inside = alive & is_latent(left, K, len(after_span))
+
+            # 2. its token, forced or drawn
+            # what a finished row is fed does not matter
+            token = torch.full_like(rows, tokenizer.pad_token_id)
+            in_span = alive & (left > 0)
+            if in_span.any():
+                token[in_span] = span[-left[in_span]]
+            if text.any():
+                token[text] = tokens.next(h[text], rows[text], n)
+
+            # 3. what is fed: the token's embedding, or a latent in its place
+            x = vlm.model.language_model.embed_tokens(token.to(vlm.device))  # (Q, S, d)
+            if inside.any():
+                v = latents.next(h[inside].float(), rows[inside].tolist())  # (M, d)
+                x[inside] = v.to(x.dtype)
+            for row, t in zip(rows[alive].tolist(), token[alive].tolist()):
+                ids[row].append(t)
+            if on_step:
+                on_step(rows[alive], token[alive], x[alive], h[alive])
+
+            # 4. spans open, rows end
+            left = (left - 1).clamp(min=0)
+            if not closed:
+                # the start was just written: its span is still to come
+                left[text & (token == start)] = len(span) - 1
+            # a stop token ends a row in text only
+            done = text & torch.isin(token, stops)
+            if n + 1 == max_new_tokens:
+                done = alive
+            alive = alive & ~done
+            if on_finish:
+                for q, s in done.nonzero().tolist():
+                    row = int(rows[q, s])
+                    if on_finish(row // n_samples, row % n_samples, ids[row]):
+                        alive[q] = False
+                        dropped.add(row // n_samples)
+            if not alive.any():
+                break
+
+            # 5. finished rows leave the batch once they are many
+            if decoder.t:
+                questions, samples = still_needed(alive)
+                if samples.numel() <= LEAVE_AT * alive.numel():
+                    # caches shrink with the batch
+                    decoder.keep(questions, samples)
+                    at = questions[:, None], samples
+                    rows, alive, left, x = rows[at], alive[at], left[at], x[at]
+            h = decoder.step(x)
 
     answers = []
     for written, spans in zip(ids, latents.written):
         v = torch.stack(spans) if spans else torch.zeros(0)  # (m, d)
         # else it was cut off by the limit, or dropped
-        finished = written[-1] in stops.tolist()
+        finished = bool(written) and written[-1] in stops.tolist()
         answers.append({"ids": written, "latents": v, "finished": finished})
     return [answers[i : i + n_samples] for i in range(0, n_rows, n_samples)]
 

@@ -107,6 +107,14 @@ class Tally:
         }
 
 
+def waves():
+    """How many samples are drawn one time after another: at first no more than may be enough."""
+    few = n_samples
+    if early_stop:
+        few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))
+    return [few, n_samples - few] if few < n_samples else [n_samples]
+
+
 def n_options(row):
     return len(row.get("options") or [])
 
@@ -179,6 +187,7 @@ def sample(rows):
             tokenizer,
             make_prompts(vlm, tokenizer, processor, asked),
             n_samples=n_samples,
+            waves=waves(),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -218,8 +227,7 @@ def ask_server(server, processor, row):
     """The Tally of one question."""
     tally = Tally([row])
     messages = served_messages(row | {"instruction": instruction}, processor)
-    # most questions that end early end with their first sample
-    for wave in (1, n_samples - 1) if early_stop else (n_samples,):
+    for wave in waves():
         first = len(tally.answers[0])
         replies = draw(server, messages, wave, seed_of(seed, row["id"], first))
         ended = [tally.add(0, s, reply.text) for s, reply in enumerate(replies, first)]

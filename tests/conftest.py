@@ -201,7 +201,7 @@ def hf_inputs(vlm, processor, ids, paths):
 def make_open(vlm, tokenizer, prompts, opens):
     """Turn the LM head so that prompts[opens] begin with a latent span, and the others do not."""
     with torch.no_grad():
-        h = torch.cat([Decoder(vlm, [p], 1, 0).h[:, 0] for p in prompts])
+        h = torch.cat([Decoder(vlm, [p], 0).last[:, 0] for p in prompts])
         want = torch.tensor([60.0 if i in opens else -60.0 for i in range(len(prompts))])
         vlm.lm_head.weight[latent_ids(tokenizer)[0]] = torch.linalg.lstsq(
             h, want[:, None]
