@@ -5,7 +5,10 @@ probe.py.
 One line a run is appended to <results>.jsonl, and what has a line is not run again: a table grows
 over as many calls as it takes. Then report.py writes <results>.md from the lines alone.
 
-    python toy.py data --data_folder=out/ablate/toy --n_train=16000
+    T="--longest=8 --n_train=4200"
+    python toy.py data $T --data_folder=out/ablate/toy
+    python toy.py data $T --data_folder=out/ablate/toy-steps --form=steps
+    python toy.py edits $T --data_folder=out/ablate/toy
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
     python ablate.py --report=1         # only rewrite the tables
@@ -24,36 +27,48 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from data import append, key_of, load_examples, open_append, read_lines, write_then_rename
+from data import (
+    append,
+    check_there,
+    key_of,
+    load_examples,
+    open_append,
+    read_json,
+    read_lines,
+    write_then_rename,
+)
 from launch import Progress, check_choices, end_with_parent, start
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
-study = "gap"  # gap valr amvl: whose runs
+study = "main"  # main: all papers and the critics' tests; gap valr amvl: a paper's own tables
 base = "toy/base"  # what every run starts from
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
 val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
-examples = 250  # few enough to be off the ceiling: with 1,000 every latent method is near it
-seeds = "1,2,3"
+edit_data = "out/ablate/toy/edits.jsonl"  # pairs for edits.py; "" for none
+examples = 2500  # few enough to be off the ceiling, enough to be off the floor
+seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
 report = False  # run nothing
-interventions_at = 1000  # examples of the GAP run that is intervened on; 0: the main one (7B)
+interventions_at = 1000  # of study gap: examples of the run that is intervened on; 0: main (7B)
 easy = "1 moves"  # the category reported apart, which needs no latents; "" for none
 launch = ""  # "": this python; 7B: torchrun --nproc-per-node 8
 sample_args = ""  # further --key=value of sample_difficulty.py; the README has those for 7B
 fit_args = ""  # of fit_pca.py
-train_args = "--max_steps=800 --global_batch=16"  # of train.py
+train_args = "--max_steps=1200 --global_batch=16"  # of train.py
 eval_args = ""  # of eval.py
 probe_args = ""  # of probe.py
 # --------------------------------------------------------------------------------------------------
 
 # What a run changes of the defaults of train.py and, for the names in FIT, of fit_pca.py.
 FIT = ("K", "mode", "retained", "basis", "centre")
+WITH_PCA = ("main", "gap")  # studies with runs that need targets and difficulties
 NO_DA = {"difficulty": ""}  # every example with latents, as without difficulty-aware data
-SIZES = (500, 1000, 4000, 16000)  # further numbers of examples, for each main run but the base
+# further numbers of examples, for each main run but the base
+SIZES = {"main": (1500,), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
 
 # fmt: off
 MAIN = {
@@ -67,6 +82,11 @@ MAIN = {
 # a panel is one token of the tower; the toy needs more alignment than the paper's 0.5
 VALR = {"method": "valr", "K": 1, "fed_gradient": True, "lambda_align": 2.0}
 AMVL = {"method": "amvl", "K": 4}
+# beside the others: VaLR's data have a picture a move, AMVL has eight slots and learns slowly
+OTHERS = {
+    "VaLR": VALR | {"layout": "steps", "min_pixels": 784},
+    "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
+}
 # fmt: on
 
 
@@ -76,10 +96,33 @@ def at_size(n):
     return {f"{name} n={n}": MAIN[name] | {"examples": n} for name in names}
 
 
+def others_at_size(n):
+    """VaLR and AMVL on n examples."""
+    return {f"{name} n={n}": run | {"examples": n} for name, run in OTHERS.items()}
+
+
 # By study groups, the most important first: each is run for all seeds before the next. None: not
 # trained.
 # fmt: off
-RUNS = {"gap": [
+RUNS = {"main": [
+    {"base": None} | MAIN,
+    OTHERS,
+    *map(at_size, SIZES["main"]),
+    # do the span's two tokens help, or a vector that says nothing?
+    {
+        "markers": NO_DA | {"method": "markers"},
+        "dummy":   NO_DA | {"method": "dummy"},
+    },
+    # choices that the paper leaves open: do they mend what difficulty-aware data costs here?
+    {
+        "easy 10%":       {"easy_latents": 0.1},
+        "easy 25%":       {"easy_latents": 0.25},
+        "first 300":      {"latents_first": 300},
+        "parser dropped": {"keep_parser": False},
+        "GAP n=4167":     {"examples": 4167},  # with as many spans as LH+PCA
+    },
+    *map(others_at_size, SIZES["main"]),
+], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
     {
@@ -95,7 +138,7 @@ RUNS = {"gap": [
         "retained 99%":  NO_DA | {"retained": 0.99},
         "wide head 99%": NO_DA | {"method": "wide", "retained": 0.99},
     },
-    *map(at_size, SIZES),
+    *map(at_size, SIZES["gap"]),
     {
         "K=1":     NO_DA | {"K": 1},
         "K=9":     NO_DA | {"K": 9},
@@ -158,6 +201,9 @@ RUNS = {"gap": [
     },
 ]}
 
+# what a line keeps of probe.json
+PROBED = ("growth", "predicted", "real", "agreement", "along")
+
 # What an evaluation changes of the defaults of eval.py.
 EVALS = {
     "clean":          {"save_latents": True},
@@ -167,22 +213,36 @@ EVALS = {
     "shuffle":        {"intervention": "shuffle"},  # of the latents that "clean" saved
     "oracle":         {"intervention": "oracle"},
     "oracle_pca":     {"intervention": "oracle_pca"},
+    "markers":        {"intervention": "markers"},
     "EMA":            {"ema_beta": 0.9},
     "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one":     {"batch": 1, "limit": 50},  # for the time an answer takes
 }
 
-# Evaluations beside "clean" and "one by one", of a main run at any size; GAP*: at interventions_at.
-MORE = {
+# Evaluations beside "clean" and "one by one". Those of study gap are also those of a run's other
+# sizes; GAP*: at interventions_at. edits: of pairs that differ in one thing, by edits.py.
+TESTS = ("markers", "mean", "noise", "shuffle", "oracle", "edits")
+MORE = {"main": {
+    "text":   ("edits",),
+    "output": TESTS,
+    "LH":     TESTS,
+    "LH+DA":  TESTS,
+    "LH+PCA": TESTS,
+    "GAP":    TESTS,
+    "VaLR":   ("markers", "noise", "shuffle", "edits"),
+    "AMVL":   ("zero", "noise", "shuffle", "edits"),
+}, "gap": {
     "LH":     ("oracle",),
     "LH+DA":  ("oracle",),
     "LH+PCA": ("oracle",),
     "GAP":    ("oracle",),
     "output": ("EMA", "oracle"),
     "GAP*":   ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca", "parser skipped"),
+}, "valr": {
     "VaLR":   ("zero", "noise", "shuffle"),
+}, "amvl": {
     "AMVL":   ("zero", "noise", "shuffle"),
-}
+}}
 # fmt: on
 
 # --------------------------------------------------------------------------------------------------
@@ -191,17 +251,18 @@ MORE = {
 
 def star():
     """What a star in the name of a run stands for: the size at which latents are intervened on."""
-    return f" n={interventions_at}" if interventions_at else ""
+    return f" n={interventions_at}" if study == "gap" and interventions_at else ""
 
 
 def evals_of(name):
     """The evaluations of a run: clean, what MORE has for it, and the timed one."""
-    if name == "GAP" + star():
-        more = MORE["GAP*"]
-    else:
-        method = name.partition(" n=")[0]
-        more = MORE.get(method, ())
-    return ["clean", *more, "one by one"]
+    more = MORE[study]
+    kinds = more.get(name, ())
+    if study == "gap":
+        starred = name == "GAP" + star()
+        kinds = more.get("GAP*" if starred else name.partition(" n=")[0], ())
+    kinds = [kind for kind in kinds if kind != "edits" or edit_data]
+    return ["clean", *kinds, "one by one"]
 
 
 def settings_for(name):
@@ -249,17 +310,25 @@ def call(script, extra, **settings):
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
 
 
-def first_lines(n):
-    """A data file of the first n examples; all of them for 0.
+def laid_out(file, run):
+    """A data file in a run's layout: the same questions, in the folder beside with "-steps"."""
+    layout, path = (run or {}).get("layout", ""), Path(file)
+    folder = path.parent.with_name(f"{path.parent.name}-{layout}") if layout else path.parent
+    return folder / path.name
 
-    It lies beside `data`, to which image paths are relative. Raises SystemExit if there are fewer.
+
+def first_lines(n, file):
+    """A data file of the first n examples of a file; all of them for 0.
+
+    It lies beside that, to which image paths are relative. Raises SystemExit if there are fewer.
     """
-    lines = Path(data).read_bytes().splitlines(keepends=True)
+    check_there(file)
+    lines = file.read_bytes().splitlines(keepends=True)
     if n > len(lines):
-        raise SystemExit(f"{data} has {len(lines)} examples; a run needs {n}")
+        raise SystemExit(f"{file} has {len(lines)} examples; a run needs {n}")
     if not n:
-        return data
-    path = Path(data).with_name(f"{Path(data).stem}-{n}.jsonl")
+        return str(file)
+    path = file.with_name(f"{file.stem}-{n}.jsonl")
     text = b"".join(lines[:n])
     if not path.exists() or path.read_bytes() != text:
         write_then_rename(path, lambda tmp: tmp.write_bytes(text))
@@ -278,16 +347,16 @@ def trained(folder, run, seed, file):
     """Train a run into folder/model. Returns what its log says."""
     work, model = folder.parent, folder / "model"
     fit = {k: v for k, v in run.items() if k in FIT}
-    own = {k: v for k, v in run.items() if k not in FIT and k != "examples"}
+    own = {k: v for k, v in run.items() if k not in (*FIT, "examples", "layout")}
     settings = {
         "base": base,
         "data": file,
-        "val_data": val_data,
+        "val_data": laid_out(val_data, run),
         "out": model,
         "seed": seed,
         "eval_every": 0,  # validate at the end only
     }
-    if study == "gap":
+    if study in WITH_PCA and run.get("method") not in ("valr", "amvl"):
         settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
     settings["curves"] = 0  # of a folder that is deleted
     call("train.py", train_args, **(settings | own))
@@ -308,10 +377,12 @@ def trained(folder, run, seed, file):
 
 def evaluated(folder, kind, model):
     """Answer the test set under one of EVALS, into folder/kind, which is returned."""
-    change = dict(EVALS[kind])
+    change = dict(EVALS.get(kind, {}))
     if kind == "shuffle":
         change["donor"] = folder / "clean" / "latents"
     settings = {"model": model, "data": test_data, "out": folder / kind}
+    if kind == "edits":
+        settings |= {"data": edit_data, "save_latents": True}
     call("eval.py", eval_args, **(settings | change))
     return folder / kind
 
@@ -344,7 +415,7 @@ def probed(folder, model):
     """What the line keeps of probe.py's diagnosis."""
     call("probe.py", probe_args, model=model, data=test_data, out=folder / "probe")
     found = json.loads((folder / "probe" / "probe.json").read_text())
-    return {k: found[k] for k in ("growth", "predicted", "real", "agreement") if k in found}
+    return {k: found[k] for k in PROBED if k in found}
 
 
 def one_run(folder, settings, seed, file, rows):
@@ -358,6 +429,9 @@ def one_run(folder, settings, seed, file, rows):
         answered = evaluated(folder, kind, model)
         if kind == "one by one":
             line["ms_per_answer"] = median_ms(answered)
+        elif kind == "edits":
+            call("edits.py", "", model=model, data=edit_data, answers=answered)
+            line["edits"] = read_json(answered / "edits.json")
         else:
             line["evals"][kind] = answers(answered, rows)
     line["probe"] = probed(folder, model)
@@ -408,8 +482,11 @@ def jobs(names, numbers, weights):
                 if group[name] is None and seed != numbers[0]:
                     continue  # not trained, so the same for every seed
                 settings = settings_for(name)
-                file = first_lines(settings["examples"])
-                key = key_of(settings | {"weights": weights}, file, test_data)
+                file = first_lines(settings["examples"], laid_out(data, group[name]))
+                files = [file, test_data]
+                if "edits" in settings["evals"]:
+                    files.append(edit_data)
+                key = key_of(settings | {"weights": weights}, *files)
                 if (name, seed, key) not in done:
                     todo.append(Job(name, seed, file, key))
     return todo
@@ -427,9 +504,8 @@ def run_all():
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))
     work = Path(out) / weights  # another base has other targets and difficulties
     difficulty = work / "difficulty.jsonl"
-    if (
-        study == "gap" and not difficulty.exists()
-    ):  # whole counts, without early stop: they serve every tau
+    if study in WITH_PCA and not difficulty.exists():
+        # whole counts, without early stop: they serve every tau
         files = {"base": base, "data": data, "out": difficulty}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
     todo = jobs(names, numbers, weights)
@@ -477,7 +553,7 @@ def write_report():
         name=study,
         lines=lines,
         methods=tuple(MAIN),
-        sizes=SIZES,
+        sizes=SIZES[study],
         examples=examples,
         star=star(),
         easy=easy,

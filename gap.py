@@ -23,6 +23,8 @@ from data import (
     question_key,
     read_json,
     read_lines,
+    seed_of,
+    strip_parser,
     tensors_digest,
     weights_digest,
 )
@@ -94,6 +96,7 @@ def solved_by(counts, examples, base, settings):
     base, and where an early-stopped count can not tell.
     """
     path, tau, rule = (settings[name] for name in ("difficulty", "tau", "rule"))
+    kept = settings["easy_latents"]
     again = "run sample_difficulty.py again, it goes on where it stopped"
     missing = [row for row in examples if row["id"] not in counts]
     if missing:
@@ -113,7 +116,9 @@ def solved_by(counts, examples, base, settings):
                 f"{row.where} has; {again}"
             )
         if not needs_latents(line, tau, rule):
-            solved.add(row["id"])
+            # a share that depends on the ids alone
+            if seed_of("easy", row["id"]) >= kept * 2**63:
+                solved.add(row["id"])
         elif line["lower_bound"]:
             # it counted no further once solved under another tau or rule
             raise SystemExit(
@@ -254,7 +259,16 @@ class GAP(Method):
             counts = read_counts(self.settings["difficulty"])
             base = weights_digest(self.settings["base"])
             self.solved = solved_by(counts, examples, base, self.settings)
+            if self.settings["latents_first"]:
+                self.keep_for_the_first_steps(examples)
         return super().rows(examples, training)
+
+    def keep_for_the_first_steps(self, examples):
+        """Keep the whole response of solved examples beside the stripped one."""
+        for row in examples:
+            if row["id"] in self.solved and row["aux_images"] and self.can_use(row):
+                whole = row["response"]
+                row["at_first"] = whole if self.settings["write_parser"] else strip_parser(whole)
 
     def keeps_latents(self, row, training):
         return not training or row["id"] not in self.solved
@@ -269,6 +283,9 @@ class GAP(Method):
 
     def encode(self, row):
         response, K = row["response"], self.head.K
+        first = self.settings["latents_first"]
+        if row.get("step", first) < first:
+            response = row.get("at_first", response)
         # the same prompt and spans as at inference, with K pads a span
         example = encode(self.vlm, self.tokenizer, self.processor, row, K, response)
         return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
@@ -280,7 +297,9 @@ class GAP(Method):
 
     def collate(self, examples):
         # in the order of the pads, row by row
-        v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
+        v = []
+        if self.head.K:
+            v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
         latents = torch.cat(v) if v else torch.zeros(0, self.targets.d)  # (M, d)
         return super().collate(examples) | {"latents": latents}
 

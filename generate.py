@@ -643,7 +643,7 @@ def to_text(tokenizer, ids):
 
 def span_unit(head):
     """Latents are kept in multiples of this: whole spans, where all spans are of one length."""
-    return head.K if head is not None and head.fixed_length else 1
+    return max(1, head.K) if head is not None and head.fixed_length else 1
 
 
 def save_latents_file(path, latents, head):

@@ -49,10 +49,12 @@ RANGES = {
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
     **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
-    **dict.fromkeys(("lambda_align", "rollout", "beta", "gamma", "free_bits"), (0, math.inf)),
+    **dict.fromkeys(
+        ("lambda_align", "rollout", "latents_first", "beta", "gamma", "free_bits"), (0, math.inf)
+    ),
     **dict.fromkeys(("align_layer", "slot_dim", "n_bank", "n_sheet"), (1, math.inf)),
     **dict.fromkeys(("tau", "retained", "warmup_ratio", "val_share", "top_p"), (0, 1)),
-    **dict.fromkeys(("beta1", "beta2", "ema_beta"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2", "ema_beta", "easy_latents"), (0, 1)),
     "seed": (0, 2**63 - 1),
 }
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own

@@ -63,6 +63,7 @@ class LatentHead(nn.Module):
     before_answer = False  # True: the one span stands before the answer, the model opens none
     square = True  # K latents are a grid
     targets_fed = True  # in training; False: the head's own latents, which learn from the text loss
+    fewest = 1  # latents a span
     # what a head file holds beside the head's own weights
     tensors, fields = ("mean", "basis", "eigenvalues"), ("total_variance", "mode")
 
@@ -312,10 +313,33 @@ class DummyHead(LatentHead):
         return self.vector.expand(*h.shape[:-1], -1)
 
 
+class MarkersHead(LatentHead):
+    """A control: a span opens and ends at once. What do its two tokens give?"""
+
+    kind = "markers"
+    targets_fed = False
+    fewest = 0
+
+    def __init__(self, pca, K):
+        super().__init__(pca, 0)
+
+    def forward(self, h):
+        return h  # of no position
+
+
 # a line a head: what train.py's `method` names, and what a head file says it holds
 HEADS = {
     head.kind: head
-    for head in (PCAHead, FullHead, OutputHead, FrozenHead, MatchedHead, WideHead, DummyHead)
+    for head in (
+        PCAHead,
+        FullHead,
+        OutputHead,
+        FrozenHead,
+        MatchedHead,
+        WideHead,
+        DummyHead,
+        MarkersHead,
+    )
 }
 OTHER_HEADS = {head.kind: head for head in (StateHead, SlotHead)}  # without a PCA
 
@@ -375,7 +399,7 @@ def load_head(folder, vlm, tokenizer, latent_size):
     tensors, meta = read_safetensors(path, kinds[kind].tensors, kinds[kind].fields)
     if "basis" in tensors:
         check_pca(path, tensors)
-    whole = K.isdecimal() and 1 <= int(K) <= MOST_LATENTS
+    whole = K.isdecimal() and kinds[kind].fewest <= int(K) <= MOST_LATENTS
     if not whole or kinds[kind].square and math.isqrt(int(K)) ** 2 != int(K):
         wanted = "a square up to" if kinds[kind].square else "a number up to"
         raise SystemExit(f"{path}: K is {K!r}, expected {wanted} {MOST_LATENTS}")

@@ -172,6 +172,25 @@ def agreement(predicted, real):
     }
 
 
+def along(chains):
+    """Where on its way does a chain of latents leave the real features?
+
+    chains: (predicted, said of real ones, real) of a question each, (m, d) all: what was written
+    with its own latents before it, and what the head says with the real ones before it. Returns R2
+    by place, of the questions with most latents.
+    """
+    most = max(len(real) for _, _, real in chains)
+    longest = [chain for chain in chains if len(chain[2]) == most]
+    own, forced, real = (torch.stack(spans) for spans in zip(*longest))  # (N, m, d)
+    variance = (real - real.mean((0, 1))).pow(2).sum(-1).mean()
+
+    def r2(said):
+        error = (said - real).pow(2).sum(-1).mean(0)  # (m)
+        return (1 - error / variance).tolist()
+
+    return {"questions": len(longest), "own": r2(own), "forced": r2(forced)}
+
+
 # --------------------------------------------------------------------------------------------------
 # answering, and reading the states
 
@@ -213,6 +232,16 @@ def norms_of_answer(vlm, prompt, answer, pad):
     return ids, layer_norms(vlm, x, pos.to(vlm.device))
 
 
+def said_of_real(vlm, head, prompt, ids, real, pad):
+    """What the head says (m, d) at an answer's latents if those before are real (m, d)."""
+    whole = followed_by(prompt, ids)
+    x = embed(vlm, whole["ids"][None].to(vlm.device), prompt["vision"], real.to(vlm.device), pad)
+    pos = whole["pos"][:, None].to(vlm.device)
+    out = vlm.model.language_model(inputs_embeds=x, position_ids=pos, use_cache=False)
+    before = (whole["ids"] == pad).nonzero()[:, 0] - 1
+    return head(out.last_hidden_state[0, before].float()).cpu()
+
+
 def moments_of(logs):
     """Count, sum and sum of squares (L + 2, 3) of log norms (L + 2, positions)."""
     return torch.stack([torch.ones_like(logs).sum(1), logs.sum(1), logs.pow(2).sum(1)], -1)
@@ -222,14 +251,14 @@ def moments_of(logs):
 def measure(rows, vlm, head, tokenizer, processor):
     """Answer the questions and look at every answer.
 
-    Returns the moments (L + 2, kinds, 3) of the log norms, the spans (m, d) that were written, and
-    pairs of predicted and real spans (K, d).
+    Returns the moments (L + 2, kinds, 3) of the log norms, the spans (m, d) that were written,
+    pairs of predicted and real spans (K, d), and the chains that `along` compares.
     """
     # the inputs, the states after each of L layers, and those after the final norm
     n_states = len(vlm.model.language_model.layers) + 2
     # in float64: a variance is the small difference of two large sums
     moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
-    written, pairs = [], []
+    written, pairs, chains = [], [], []
     _, pad, _ = latent_ids(tokenizer)
     mode = mode_of_targets(model)
     bar = Progress(total=len(rows), unit="question", desc="probe")
@@ -252,10 +281,15 @@ def measure(rows, vlm, head, tokenizer, processor):
                 images = [open_image(path) for path in row["aux_images"][: len(spans)]]
                 real = grid_features(vlm, processor, images, head.K, mode).cpu()
                 # the token limit may cut a last span
-                pairs += [(span, v) for span, v in zip(spans, real) if len(span) == head.K]
+                whole = [(span, v) for span, v in zip(spans, real) if len(span) == head.K]
+                pairs += whole
+                if len(whole) == len(spans) == len(real) and not head.before_answer:
+                    v = real.flatten(0, 1)
+                    forced = said_of_real(vlm, head, prompt, answer["ids"], v, pad)
+                    chains.append((answer["latents"], forced, v))
             bar.update()
     bar.close()
-    return moments, written, pairs
+    return moments, written, pairs, chains
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,11 +336,13 @@ def show(found):
     for kind, g in found["growth"].items():
         before, after = f"{g['before']:.1f}x", f"{g['after']:.1f}x"
         print(f"{kind}: {before} its input before the final norm, {after} after it")
-    for name in ("predicted", "real", "agreement"):
+    for name in ("predicted", "real", "agreement", "along"):
         if name not in found:
             continue
         numbers = []
         for k, v in found[name].items():
+            if isinstance(v, list):
+                v = " ".join(f"{x:.3f}" for x in v)
             numbers.append(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}")
         print(f"{name}: {', '.join(numbers)}")
 
@@ -385,7 +421,7 @@ def main():
     head = load_head(model, vlm, tokenizer, latent_size)
     mean, basis = subspace(head, vlm.config.text_config.hidden_size)
 
-    moments, written, pairs = measure(rows, vlm, head, tokenizer, processor)
+    moments, written, pairs, chains = measure(rows, vlm, head, tokenizer, processor)
 
     norms = norms_by_stage(moments)
     found = {
@@ -400,6 +436,8 @@ def main():
         predicted, real = (torch.stack(spans).double() for spans in zip(*pairs))
         found["real"] = geometry(list(real.float()), mean, basis)
         found["agreement"] = agreement(predicted, real)
+    if chains:
+        found["along"] = along(chains)
 
     show(found)
     # a ratio to nothing (latents that are all mu) has no number: null, as JSON knows no NaN

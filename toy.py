@@ -12,6 +12,8 @@ names two of nine pieces, so a guess is right once in 72.
     python toy.py data --form=place --data_folder=out/place     "Where is the dot?": one word
     python toy.py data --longest=8 --data_folder=out/long       up to 8 moves, a storyboard for each
                            four of them
+    python toy.py edits --longest=8 --data_folder=out/long      edits.jsonl: pairs of questions that
+                           differ in one thing
     python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
 """
 
@@ -46,6 +48,7 @@ n_train = 6000  # examples
 longest = 4  # moves; of more than four, a storyboard for each four of them
 n_val = 200
 n_test = 1000
+n_edits = 100  # pairs of each kind, written by edits
 base_folder = "toy/base"  # written by base
 base_scale = 1.0  # of the number of steps
 base_batch = 30  # lessons a step
@@ -104,6 +107,14 @@ def new_path(rng, n_moves):
         names.append(name)
         path.append(move(here, name))
     return names, path
+
+
+def walk(place, names):
+    """The places from a place on, after each move."""
+    path = [place]
+    for name in names:
+        path.append(move(path[-1], name))
+    return path
 
 
 def storyboard(path):
@@ -206,41 +217,45 @@ def moves_of(i):
     return 2 + turn % (longest - 1)
 
 
+def example(folder, name, board, names, path):
+    """A row of a board, the names of moves and the places on the way; writes its images.
+
+    name: of its images, below `folder`, without their ending.
+    """
+    draw_board(board).save(folder / f"{name}.png")
+    question, answer = question_of(names, path), answer_of(board, path)
+    if form == "place":
+        question, answer = question_of(names, path, "Where is the dot?"), PLACES[path[-1]]
+    if form == "steps":
+        pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
+    else:
+        pictures = [draw_storyboard(part) for part in chapters(path)]
+        think = " ".join([FOLLOW] + [SPAN] * len(pictures))
+    aux = []
+    for k, picture in enumerate(pictures):
+        several = form == "steps" or longest > 4
+        aux.append(f"{name}-aux-{k}.png" if several else f"{name}-aux.png")
+        picture.save(folder / aux[-1])
+    return {
+        "id": name.replace("/", "-"),
+        "images": [f"{name}.png"],
+        "question": question,
+        "answer": answer,
+        "response": f"<think> {think} </think> <answer> {answer} </answer>",
+        "aux_images": aux,
+        "category": f"{len(names)} moves",
+    }
+
+
 def write_split(folder, split, n):
     """Write n examples and their images from the seed."""
     rng = random.Random(f"{seed}/{split}")
-    images = folder / split
-    images.mkdir(parents=True, exist_ok=True)
+    (folder / split).mkdir(parents=True, exist_ok=True)
     rows = []
     for i in Progress(range(n), desc=split, unit="example"):
         board = new_board(rng)
-        n_moves = moves_of(i)
-        names, path = new_path(rng, n_moves)
-        draw_board(board).save(images / f"{i}.png")
-        question, answer = question_of(names, path), answer_of(board, path)
-        if form == "place":
-            question, answer = question_of(names, path, "Where is the dot?"), PLACES[path[-1]]
-        if form == "steps":
-            pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
-        else:
-            pictures = [draw_storyboard(part) for part in chapters(path)]
-            think = " ".join([FOLLOW] + [SPAN] * len(pictures))
-        aux = []
-        for k, picture in enumerate(pictures):
-            several = form == "steps" or longest > 4
-            name = f"{split}/{i}-aux-{k}.png" if several else f"{split}/{i}-aux.png"
-            picture.save(folder / name)
-            aux.append(name)
-        row = {
-            "id": f"{split}-{i}",
-            "images": [f"{split}/{i}.png"],
-            "question": question,
-            "answer": answer,
-            "response": f"<think> {think} </think> <answer> {answer} </answer>",
-            "aux_images": aux,
-            "category": f"{n_moves} moves",
-        }
-        rows.append(row)
+        names, path = new_path(rng, moves_of(i))
+        rows.append(example(folder, f"{split}/{i}", board, names, path))
     write_lines(folder / f"{split}.jsonl", rows)
 
 
@@ -249,6 +264,53 @@ def write_data():
     check_choices(globals(), form=("storyboard", "steps", "place"))
     for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
         write_split(Path(data_folder), split, n)
+
+
+# --------------------------------------------------------------------------------------------------
+# pairs of questions that differ in one thing: do latents and answers follow it? (edits.py)
+
+EDITS = ("start", "move", "piece", "elsewhere")
+
+
+def edited(kind, board, names, path, rng):
+    """(board, names, path) with one edit: another start or move, which change storyboard and
+    answer, another last piece, which changes the answer alone, or one that nothing depends on."""
+    if kind in ("start", "move"):
+        start, names = path[0], list(names)
+        if kind == "start":
+            start = rng.randrange(9)
+        else:
+            names[rng.randrange(len(names))] = rng.choice(list(MOVES))
+        return board, names, walk(start, names)
+    places = [path[-1]] if kind == "piece" else sorted(set(range(9)) - set(path[-2:]))
+    place = rng.choice(places)
+    colour = rng.choice(sorted(set(COLOURS) - {colour for colour, _ in board}))
+    return [*board[:place], (colour, rng.choice(SHAPES)), *board[place + 1 :]], names, path
+
+
+def new_pair(kind, n_moves, rng):
+    """Two (board, names, path) that differ in an edit of a kind."""
+    while True:
+        one = new_board(rng), *new_path(rng, n_moves)
+        board, _, path = other = edited(kind, *one, rng)
+        moves = all(a != b for a, b in zip(path, path[1:]))  # each of them, as in all questions
+        changes = answer_of(board, path) != answer_of(one[0], one[2])
+        if moves and changes == (kind != "elsewhere"):
+            return one, other
+
+
+def write_edits():
+    """Write edits.jsonl: for each kind n_edits pairs of questions of several moves."""
+    folder, rng = Path(data_folder), random.Random(f"{seed}/edits")
+    (folder / "edits").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in Progress(range(n_edits), desc="edits", unit="pair of each kind"):
+        for kind in EDITS:
+            both = new_pair(kind, 2 + i % (longest - 1), rng)
+            for side, (board, names, path) in zip("ab", both):
+                row = example(folder, f"edits/{kind}-{i}-{side}", board, names, path)
+                rows.append(row | {"pair": f"{kind}-{i}", "category": kind})
+    write_lines(folder / "edits.jsonl", rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,4 +666,4 @@ def tokens_right(shares, kinds):
 
 
 if __name__ == "__main__":
-    start(data=write_data, base=train_base)
+    start(data=write_data, edits=write_edits, base=train_base)

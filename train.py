@@ -9,7 +9,8 @@ latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resum
 
 method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and
 regressed), text (dense-caption SFT: latents stripped everywhere, the parser text kept).
-Controls: frozen, matched, wide, dummy (model.HEADS). Other papers: valr (valr.py), amvl (amvl.py).
+Controls: frozen, matched, wide, dummy, markers (model.HEADS). Other papers: valr, amvl (files of
+their own).
 """
 
 import math
@@ -83,7 +84,7 @@ from valr import VaLR
 
 METHODS = {
     "text": Method,
-    **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide dummy: a head each
+    **dict.fromkeys(HEADS, GAP),  # gap lh output frozen matched wide ...: a head each
     "valr": VaLR,
     "amvl": AMVL,
 }
@@ -99,6 +100,8 @@ difficulty = "out/difficulty.jsonl"  # "": every example keeps its latents (no D
 out = "out/gap"  # the model folder to write
 tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
+easy_latents = 0.0  # share of the solved examples that keep their latents all the same [ours]
+latents_first = 0  # so many steps at first all examples have latents [ours]
 keep_parser = True  # of a stripped example [ours]
 write_parser = True  # False, a control: no example has parser text
 lambda_latent = 1.0  # weight of the latent loss [paper]

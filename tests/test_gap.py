@@ -17,18 +17,24 @@ from images import open_image
 from model import IGNORE, encode_images, load_pca, load_processor, load_vlm
 
 
+def gap_of(base, inputs, **change):
+    """A GAP of the random base, with the settings of train.py that it reads."""
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
+    settings = {name: given[name] for name in ("base", "data", "pca", "difficulty")}
+    settings |= {"method": "gap", "tau": 0.0, "rule": "paper", "keep_parser": True}
+    settings |= {"write_parser": True, "easy_latents": 0.0, "latents_first": 0}
+    settings |= {"lambda_latent": 0.5, "latent_loss": "mean", "scheduled_sampling": False}
+    return GAP(*load_vlm(base), load_processor(base, *PIXELS), settings | change)
+
+
+def n_pads(method, row):
+    return int((method.encode(row)["ids"] == method.latent_id).sum())
+
+
 @pytest.mark.parametrize("keep, write", [(True, True), (False, True), (True, False)])
 def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
     """keep_parser=0 drops it from stripped rows, write_parser=0 from all; spans stay put."""
-    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
-    settings = {"method": "gap", "tau": 0.0, "rule": "paper", "keep_parser": keep}
-    settings |= {
-        "data": "x",
-        "write_parser": write,
-        "pca": given["pca"],
-        "difficulty": given["difficulty"],
-    }
-    method = GAP(*load_vlm(base), load_processor(base, *PIXELS), settings | {"base": str(base)})
+    method = gap_of(base, inputs, keep_parser=keep, write_parser=write)
     ids = [row["id"] for row in load_examples(world / "train.jsonl")]
     solved = set(ids[::3])
 
@@ -44,13 +50,52 @@ def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
         assert "<latent>" in row["response"] and ("<parser>" in row["response"]) == write
 
 
+def test_a_share_of_the_solved_keeps_its_latents(base, world, inputs):
+    """The same ones whatever the order; a larger share holds a smaller one."""
+    kept = {}
+    for share in (0.0, 0.5, 0.9, 1.0):
+        method = gap_of(base, inputs, easy_latents=share)
+        examples = load_examples(world / "train.jsonl")
+        rows, _ = method.rows(examples[::-1] if share == 0.9 else examples, training=True)
+        kept[share] = {row["id"] for row in rows if n_pads(method, row)}
+    ids = [row["id"] for row in load_examples(world / "train.jsonl")]
+    assert kept[0.0] == set(ids) - set(ids[::3]) and kept[1.0] == set(ids)
+    assert kept[0.0] < kept[0.5] < kept[0.9] <= kept[1.0]
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_all_have_latents_in_the_first_steps(base, world, inputs, write):
+    plain = gap_of(base, inputs, difficulty="", write_parser=write)
+    method = gap_of(base, inputs, latents_first=3, write_parser=write)
+    text = gap_of(base, inputs, write_parser=write)
+    all_rows = [
+        m.rows(load_examples(world / "train.jsonl"), True)[0] for m in (plain, method, text)
+    ]
+    for with_latents, row, stripped in zip(*all_rows):
+        for step in (0, 2):
+            first = method.encode(row | {"step": step})["ids"]
+            assert first.equal(plain.encode(with_latents)["ids"]) and n_pads(plain, with_latents)
+        for later in ({"step": 3}, {}):
+            assert method.encode(row | later)["ids"].equal(text.encode(stripped)["ids"])
+
+
+def test_markers_leave_no_place_for_a_latent(base, world, inputs):
+    """Their rows are those of the dummy without its pads; the losses are the text's alone."""
+    markers, dummy = (gap_of(base, inputs, method=m, difficulty="") for m in ("markers", "dummy"))
+    rows, _ = markers.rows(load_examples(world / "train.jsonl")[2:5], training=True)
+    for row in rows:
+        with_pads = dummy.encode(row)["ids"]
+        assert markers.encode(row)["ids"].equal(with_pads[with_pads != dummy.latent_id])
+    examples = [markers.encode(row) for row in rows]
+    batch = markers.collate(examples) | {"vision": None}
+    sums = markers.forward(batch)
+    assert sums["latent"] == 0 and all(markers.counts(e)["latent"] == 0 for e in examples)
+    torch.testing.assert_close(sums["ce"], markers.cross_entropy(markers.states(batch), batch))
+
+
 def test_a_dummy_learns_from_the_text_alone(base, world, inputs):
     """Its gradient is the text loss's, summed over the places where it is fed."""
-    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
-    settings = {"method": "dummy", "pca": given["pca"], "difficulty": "", "base": str(base)}
-    settings |= {"keep_parser": True, "write_parser": True, "query_span": False}
-    settings |= {"lambda_latent": 0.5, "latent_loss": "mean", "scheduled_sampling": False}
-    method = GAP(*load_vlm(base), load_processor(base, *PIXELS), settings)
+    method = gap_of(base, inputs, method="dummy", difficulty="")
     rows, _ = method.rows(load_examples(world / "train.jsonl")[2:5], training=True)
     batch = method.collate([method.encode(row) for row in rows])
     pictures = [open_image(path) for row in rows for path in row["images"]]
@@ -125,6 +170,7 @@ def asked(world, n=3):
 
 def solved(rows, counts, tau=0.0, base="b"):
     settings = {"difficulty": "d.jsonl", "tau": tau, "rule": "paper", "data": "x.jsonl"}
+    settings["easy_latents"] = 0.0
     return solved_by(counts, rows, base, settings)
 
 

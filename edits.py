@@ -1,0 +1,154 @@
+"""Do the latents and the answer follow an edit of the input?
+
+Reads a model folder, a data file of pairs of questions that differ in one thing (two rows of one
+`pair`; `python toy.py edits` writes the toy's), and the folder of eval.py's answers to them with
+--save_latents=1. Writes <answers>/edits.json and prints, for each category of pairs:
+
+  followed   of the pairs whose gold answers differ, those whose answers do; of the others, those
+             whose answers are one
+  both right, and the cosine of the two rows' latents (1: they are blind to the edit)
+  own        where the pairs' auxiliary images differ: the share of latents that lie nearer to their
+             own image's features than to the other's (1/2: chance)
+
+    python toy.py edits
+    python eval.py --data=out/toy/edits.jsonl --out=out/eval/edits --save_latents=1
+    python edits.py
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from answers import same_text
+from data import check_there, load_examples, read_lines, read_safetensors, write_json
+from eval import latents_name
+from images import open_image
+from launch import Progress, pick_device, show_files, start
+from model import grid_features, load_head, load_processor, load_vlm, mode_of_targets
+from scores import mean
+
+# --------------------------------------------------------------------------------------------------
+model = "out/gap"  # the folder that answered
+data = "out/toy/edits.jsonl"  # the pairs
+answers = "out/eval/edits"  # eval.py's `out`
+min_pixels = 56 * 56  # of an image, as in training
+max_pixels = 1280 * 28 * 28
+# --------------------------------------------------------------------------------------------------
+
+SAME = 0.1  # features that differ by no more of their norm are of one place
+
+
+def pairs_of(rows):
+    """[(row, row)] of a data file. Raises SystemExit for a `pair` that is not of two rows."""
+    by_pair = {}
+    for row in rows:
+        if not isinstance(row.get("pair"), str):
+            raise SystemExit(f"{row.where}: field 'pair' must be a str, found {row.get('pair')!r}")
+        by_pair.setdefault(row["pair"], []).append(row)
+    for name, members in by_pair.items():
+        if len(members) != 2:
+            raise SystemExit(f"{data}: pair {name!r} has {len(members)} rows, expected 2")
+    return list(by_pair.values())
+
+
+def latents_of(row):
+    """What a row's answer was written with, (m, d); None for an answer without latents."""
+    path = Path(answers) / "latents" / latents_name(row["id"])
+    return read_safetensors(path, ("latents",))[0]["latents"] if path.exists() else None
+
+
+def follows(a, b, said):
+    """Did the answer change where it should, and stay where it should not?"""
+    one, two = (said[row["id"]]["extracted"] or "" for row in (a, b))
+    return same_text(one, two) == same_text(a["answer"], b["answer"])
+
+
+def nearer_to_own(v_a, v_b, real_a, real_b):
+    """Share of the latents of both rows that are nearer to their own real features, all (m, d).
+
+    None where the features are the same at all places.
+    """
+    # a tower that attends to the whole image changes all of it a little
+    differ = (real_a - real_b).norm(dim=-1) > SAME * real_a.norm(dim=-1)  # (m)
+    if not differ.any():
+        return None
+
+    def nearer(v, own, other):
+        return (v - own).norm(dim=-1) < (v - other).norm(dim=-1)
+
+    both = torch.cat([nearer(v_a, real_a, real_b)[differ], nearer(v_b, real_b, real_a)[differ]])
+    return float(both.float().mean())
+
+
+class Features:
+    """The real features of a row's auxiliary images, as the targets were made."""
+
+    def __init__(self):
+        self.mode, self.K = mode_of_targets(model), None
+        if self.mode:  # else no latent was trained to be one
+            self.vlm, tokenizer = load_vlm(model, device=pick_device())
+            self.processor = load_processor(model, min_pixels, max_pixels)
+            self.K = load_head(model, self.vlm, tokenizer, 1).K
+
+    @torch.inference_mode()
+    def of(self, row):
+        """(m, d)."""
+        images = [open_image(path) for path in row["aux_images"]]
+        return (
+            grid_features(self.vlm, self.processor, images, self.K, self.mode).flatten(0, 1).cpu()
+        )
+
+
+def compare(a, b, said, features):
+    """What became of one pair: numbers by name, None where there is none."""
+    found = {
+        "followed": follows(a, b, said),
+        "both_right": all(said[row["id"]]["correct"] == 1 for row in (a, b)),
+        "cosine": None,
+        "own": None,
+    }
+    v_a, v_b = latents_of(a), latents_of(b)
+    if v_a is None or v_b is None or v_a.shape != v_b.shape:
+        return found
+    found["cosine"] = float(F.cosine_similarity(v_a, v_b, dim=-1).mean())
+    if features.K and a.get("aux_images") and b.get("aux_images"):
+        real_a, real_b = features.of(a), features.of(b)
+        if real_a.shape == v_a.shape == real_b.shape:
+            found["own"] = nearer_to_own(v_a, v_b, real_a, real_b)
+    return found
+
+
+def summary(found):
+    """The means of the pairs' numbers, of those that have one."""
+    names = ("followed", "both_right", "cosine", "own")
+    numbers = {name: [x[name] for x in found if x[name] is not None] for name in names}
+    means = {name: mean(map(float, x)) if x else None for name, x in numbers.items()}
+    return {"pairs": len(found)} | means
+
+
+def main():
+    show_files(reads=[model, data, answers], writes=[answers])
+    check_there(Path(answers) / "scored.jsonl", "eval.py writes it, with --save_latents=1")
+    pairs = pairs_of(load_examples(data, training=False))
+    said = {line["id"]: line for line in read_lines(Path(answers) / "scored.jsonl")}
+    missing = [row["id"] for pair in pairs for row in pair if row["id"] not in said]
+    if missing:
+        raise SystemExit(f"{answers}: no answer to {missing[0]!r}; run eval.py on {data}")
+    features = Features()
+    by_category = {}
+    for a, b in Progress(pairs, desc="edits", unit="pair"):
+        category = a.get("category", "all")
+        by_category.setdefault(category, []).append(compare(a, b, said, features))
+    summaries = {category: summary(found) for category, found in by_category.items()}
+    print(f"\n{'':12}{'pairs':>8}{'followed':>10}{'both right':>12}{'cosine':>8}{'own':>8}")
+    for category, numbers in summaries.items():
+        cells = ["-" if x is None else f"{x:.3f}" for x in list(numbers.values())[1:]]
+        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, (10, 12, 8, 8)))
+        print(f"{category:12}{numbers['pairs']:8}{line}")
+    write_json(Path(answers) / "edits.json", summaries, indent=1)
+    print(f"wrote {Path(answers) / 'edits.json'}")
+
+
+if __name__ == "__main__":
+    start(main)
