@@ -58,7 +58,7 @@ easy = "1 moves"  # the category reported apart, which needs no latents; "" for 
 launch = ""  # "": this python; 7B: torchrun --nproc-per-node 8
 sample_args = ""  # further --key=value of sample_difficulty.py; the README has those for 7B
 fit_args = ""  # of fit_pca.py
-train_args = "--max_steps=1200 --global_batch=16"  # of train.py
+train_args = "--max_steps=1200 --global_batch=16 --save_every=0"  # of train.py
 eval_args = ""  # of eval.py
 probe_args = ""  # of probe.py
 # --------------------------------------------------------------------------------------------------

@@ -88,3 +88,38 @@ def clopper_pearson(k, n, tail=0.025):
     low = solve(k, tail) if k > 0 else 0.0
     high = solve(k + 1, 1 - tail) if k < n else 1.0
     return low, high
+
+
+def t_test(x):
+    """Exact two-sided p-value of the mean of numbers x being 0, one a seed; 1 for a single one.
+
+    The closed form of Student's t for a whole number of degrees of freedom: with theta =
+    atan(t / sqrt(n)), P(|T| < t) is a finite sum of powers of cos(theta).
+    """
+    if len(x) == 1:
+        return 1.0
+    n, m = len(x) - 1, mean(x)
+    error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
+    if not error:
+        return 0.0 if m else 1.0
+    theta = math.atan(abs(m) / error / math.sqrt(n))
+    sine, square = math.sin(theta), math.cos(theta) ** 2
+    odd = n % 2
+    term = math.cos(theta) if odd else 1.0
+    total = term if n > 1 else 0.0
+    for i in range(2 + odd, n - 1, 2):
+        term *= square * (i - 1) / i
+        total += term
+    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return 1 - within
+
+
+def holm(ps):
+    """Holm's adjusted p-values of tests that are read together, in the order given."""
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        # never less than that of a smaller p
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -11,12 +11,13 @@ Two runs a and b are compared in two ways, which stand beside each other in ever
 that the study looks at closely: "GAP*" is the run "GAP n=1000".
 """
 
+import itertools
 import math
 import statistics
 from typing import NamedTuple
 
 from data import write_then_rename
-from intervals import mcnemar
+from intervals import holm, mcnemar, t_test
 
 # --------------------------------------------------------------------------------------------------
 # the tables: what is compared with what, what the paper has for it, and what one expects
@@ -60,6 +61,57 @@ TABLES = {"main": [
         ("AMVL beats dense-caption SFT",               "AMVL",   "text"),
         ("the PCA head beats VaLR",                    "LH+PCA", "VaLR"),
         ("the PCA head beats AMVL",                    "LH+PCA", "AMVL"),
+    ]),
+    Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
+        "text":    "the same data without spans",
+        "markers": "trained so: a span opens and ends at once",
+        "dummy":   "trained so: one learned vector in place of each latent",
+        **{f"{name}{kind}": what for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR")
+           for kind, what in (("", ""), ("/markers", "the span ends at once"),
+                              ("/mean", "mu in place of each latent"),
+                              ("/noise", "noise of the same length"),
+                              ("/shuffle", "another example's latents"))
+           if not (name == "VaLR" and kind == "/mean")},
+        "AMVL":         "",
+        "AMVL/zero":    "no slots",
+        "AMVL/noise":   "noise of the same length",
+        "AMVL/shuffle": "another example's slots",
+    }, claims=[
+        ("markers alone beat text",             "markers", "text"),
+        ("a dummy beats text",                  "dummy",   "text"),
+        ("latents beat markers",                "LH+PCA",  "markers"),
+        ("latents beat a dummy",                "LH+PCA",  "dummy"),
+        *((f"{name}: its own latents beat another example's", name, f"{name}/shuffle")
+          for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")),
+        *((f"{name}: its own latents beat noise", name, f"{name}/noise")
+          for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")),
+    ]),
+    Table("The real auxiliary features in place of the latents", column="", reference="LH+PCA",
+          rows={what: "" for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP")
+                for what in (name, f"{name}/oracle")},
+          claims=[(f"better latents would help {name}", f"{name}/oracle", name)
+                  for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP")]),
+    # fewer spans to learn from, or the questions that have none: which of the two costs?
+    Table("What difficulty-aware data costs, and what mends it",
+          column="questions with latents", reference="GAP", rows={
+        "LH+PCA":         "all",
+        "LH+PCA n=1500":  "all: as many spans as GAP, easy and hard",
+        "GAP":            "those that the base fails",
+        "GAP n=4167":     "the same of more: as many spans as LH+PCA",
+        "easy 10%":       "these, and a tenth of the others",
+        "easy 25%":       "these, and a quarter of the others",
+        "first 300":      "all in the first quarter of the steps, then as GAP",
+        "parser dropped": "as GAP; the others have no parser text",
+    }, claims=[
+        ("as many spans of easy and hard questions teach more than those of hard ones",
+            "LH+PCA n=1500", "GAP"),
+        ("more questions mend it",                      "GAP n=4167",     "GAP"),
+        ("a tenth of the easy questions mends it",      "easy 10%",       "GAP"),
+        ("a quarter of the easy questions mends it",    "easy 25%",       "GAP"),
+        ("a first phase with latents everywhere mends it", "first 300",   "GAP"),
+        ("the parser text of the others helps",         "GAP",            "parser dropped"),
+        ("mended so, GAP is ahead of latents everywhere", "easy 25%",     "LH+PCA"),
+        ("mended so, GAP is ahead of it, all questions",  "easy 25%",     "LH+PCA", "all"),
     ]),
 ], "gap": [
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
@@ -291,6 +343,10 @@ class Study(NamedTuple):
     easy: str  # the category that needs no latents, reported apart; "" for none
     train_args: str
 
+    def seeds_each(self):
+        """Seeds of most runs."""
+        return statistics.mode(len(by_seed) for by_seed in self.lines.values())
+
     def named(self, what):
         """A run or evaluation with its star filled in."""
         return what.replace("*", self.star)
@@ -357,12 +413,13 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Difference(NamedTuple):
-    """Of two runs, paired by seed: the mean of a - b and its 95 % t-interval over seeds."""
+    """Of two runs, paired by seed: the mean of a - b, its 95 % t-interval and p over seeds."""
 
     mean: float
     low: float
     high: float
     seeds: int
+    p: float
 
 
 def mean_interval(x):
@@ -385,7 +442,7 @@ def difference(study, a, b, measure="hard"):
         return None
     # what a seed does to both runs, such as the order of the data, cancels
     gaps = [of_a[seed] - of_b[seed] for seed in seeds]
-    return Difference(*mean_interval(gaps), len(gaps))
+    return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
 
 
 def paired_p(study, a, b):
@@ -400,15 +457,56 @@ def paired_p(study, a, b):
     return mcnemar(answers_a, answers_b)
 
 
-def verdict(d):
-    """Does a claim that a - b > 0 hold here, as far as the interval of the Difference d tells?"""
-    if d is None:
-        return "not run yet"
-    if d.low > 0:  # the whole interval is above zero
-        return "yes"
-    if d.high < 0:
-        return "no"
-    return "undecided"
+def verdicts(differences):
+    """Does each claim that a - b > 0 hold here? Of all read together, so with Holm's correction."""
+    made = [d for d in differences if d]
+    adjusted = iter(holm([d.p for d in made]))
+    words = []
+    for d in differences:
+        if d is None:
+            words.append("not run yet")
+        elif next(adjusted) >= 0.05:
+            words.append("undecided")
+        else:
+            words.append("yes" if d.mean > 0 else "no")
+    return words
+
+
+TELLS = (
+    0.05  # a difference of accuracies that a study should tell, at p < .05 in four of five tries
+)
+
+
+def power(study):
+    """In words: how many seeds tell a difference of TELLS, by the spread of the seeds there are."""
+    spread, freedom, chance = 0.0, 0, []
+    for name in study.lines:
+        x = list(values(study, name).values())
+        if len(set(x)) > 1:
+            spread += statistics.variance(x) * (len(x) - 1)
+            freedom += len(x) - 1
+            first = next(iter(study.lines[name].values()))
+            n = len(right(first, "clean", "hard", study.easy))
+            p = sum(x) / len(x)
+            chance.append(p * (1 - p) / n)
+    if not freedom:
+        return "One seed each: how far seeds differ is not known."
+    sd = math.sqrt(spread / freedom)
+    questions = math.sqrt(sum(chance) / len(chance))
+
+    def told(seeds):
+        """The difference of two runs that so many seeds tell."""
+        # standard errors: the two-sided 5 % of t, and 80 % of it (.98 to .84, by the seeds)
+        return sd * math.sqrt(2 / seeds) * (T975[min(seeds - 1, len(T975)) - 1] + 0.9)
+
+    here = max(2, study.seeds_each())
+    enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
+    return (
+        f"Seeds of a run differ by a standard deviation of {sd:.3f} (over {freedom} degrees of "
+        f"freedom; {questions:.3f} of it is the number of questions), so that a difference of "
+        f"{TELLS} is told in four of five tries by {enough} seeds a run, and by {here} seeds one "
+        f"of {told(here):.2f}."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -422,6 +520,16 @@ def shown(d):
     if d.seeds == 1:
         return f"{d.mean:+.3f} (one seed)"
     return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+
+
+def each_seed(numbers, digits=2):
+    """{seed: accuracy} as the mean, and in brackets every seed's: "0.537 (.51 .55)"."""
+    x = list(numbers.values())
+    text = mean_sd(dict(enumerate(x))).partition(" ")[0]
+    if len(set(x)) > 1:
+        shown = [f"{v:.{digits}f}".removeprefix("0") for v in x]
+        text += f" ({' '.join(shown)})"
+    return text
 
 
 def mean_sd(numbers, digits=3):
@@ -454,8 +562,8 @@ def sentences(study, claims, paper):
     `paper` tells the paper's findings from our own expectations.
     """
     found = [(text, difference(study, more, less, measure)) for text, more, less, measure in claims]
-    verdicts = [verdict(d) for _, d in found]
-    yes, no, undecided, absent = map(verdicts.count, ("yes", "no", "undecided", "not run yet"))
+    words = verdicts([d for _, d in found])
+    yes, no, undecided, absent = map(words.count, ("yes", "no", "undecided", "not run yet"))
     if paper:
         whole = (
             f"The toy agrees with the paper on {yes} of {len(claims)} findings, disagrees on {no}"
@@ -466,7 +574,11 @@ def sentences(study, claims, paper):
     if absent:
         whole += f", {absent} not run yet"
     # what was not run is counted above and not listed
-    each = [f"- {text}: **{verdict(d)}**, {shown(d)}, seeds: {d.seeds}" for text, d in found if d]
+    each = [
+        f"- {text}: **{word}**, {shown(d)}, seeds: {d.seeds}"
+        for (text, d), word in zip(found, words)
+        if d
+    ]
     return [whole + ".", "", *each]
 
 
@@ -487,8 +599,9 @@ def scores(study, table):
             absent.append(what)
             continue
         # what was logged is the run's: an evaluation shows that of its run
-        measures = ["hard", "easy", *(field for _, field in table.logged)]
-        numbers = [mean_sd(values(study, what, measure)) for measure in measures]
+        hard = each_seed(values(study, what))
+        measures = ["easy", *(field for _, field in table.logged)]
+        numbers = [hard, *(mean_sd(values(study, what, measure)) for measure in measures)]
         # the reference against itself, or runs without a common seed: no difference, and no test
         d = difference(study, what, reference) if what != reference else None
         p = p_shown(paired_p(study, what, reference)) if d else ""
@@ -579,7 +692,7 @@ def diagnosis_row(study, name):
     ]
 
 
-CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP")
+CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")
 
 
 def by_category(study):
@@ -590,7 +703,8 @@ def by_category(study):
         for line in study.lines.get(name, {}).values():
             found |= line["evals"]["clean"]["right"].keys()
     categories = sorted(found)  # on the toy: the number of moves
-    rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in CHAINS]
+    there = [name for name in CHAINS if name in study.lines]
+    rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in there]
     claims = [
         (f"{pca} beats {full} on {category}", pca, full, category)
         for pca, full in PCA_AGAINST_FULL
@@ -601,6 +715,86 @@ def by_category(study):
         *markdown(["run", *categories], rows),
         *sentences(study, claims, paper=False),
     ]
+
+
+DRIFTING = ("output", "LH", "LH+DA", "LH+PCA", "GAP")
+
+
+def drift(study):
+    """Does the subspace stop the drift? R2 of the latents by their place in the longest chains."""
+    rows, claims = [], []
+    for name in DRIFTING:
+        chains = [line["probe"].get("along") for line in study.lines.get(name, {}).values()]
+        chains = [chain for chain in chains if chain]
+        for kind, title in (("own", "its own latents"), ("forced", "the real ones")):
+            places = zip(*(chain[kind] for chain in chains))
+            means = [f"{statistics.fmean(place):.2f}" for place in places]
+            if means:
+                rows.append([f"{name}, fed {title}", *means])
+        if chains:
+            claims.append((name, f"{name} loses by its own latents"))
+    if not rows:
+        return []
+    each = []
+    gaps = [drift_of(study, name) for name, _ in claims]
+    for (_, text), d, word in zip(claims, gaps, verdicts(gaps)):
+        each.append(f"- {text}: **{word}**, R2 {shown(d)} at the last place, seeds: {d.seeds}")
+    return [
+        "",
+        "## Drift along the chain",
+        "",
+        "R2 of the i-th latent against its real feature, of the questions with most latents: fed "
+        "with the latents that the model wrote before it, and with the real ones.",
+        *markdown(["run", *range(1, len(rows[0]))], rows),
+        *each,
+    ]
+
+
+def drift_of(study, name):
+    """What its own latents cost at the last place: R2 when fed real ones minus R2 of its own."""
+    gaps = []
+    for line in study.lines[name].values():
+        chain = line["probe"].get("along")
+        if chain:
+            gaps.append(chain["forced"][-1] - chain["own"][-1])
+    return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
+
+
+# fmt: off
+EDITED = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")
+EDIT_KINDS = (
+    ("start", "another start"), ("move", "another move"), ("piece", "another piece under the dot"),
+    ("elsewhere", "another piece elsewhere"),
+)
+# fmt: on
+
+
+def edits(study):
+    """Do latents and answers follow an edit of the input? From edits.py."""
+    there = [name for name in EDITED if values(study, name, "edits.start.followed")]
+    if not there:
+        return []
+
+    def cells(name, measure):
+        return [
+            mean_sd(values(study, name, f"edits.{kind}.{measure}"), 2) for kind, _ in EDIT_KINDS
+        ]
+
+    lines = [
+        "",
+        "## Edits of the input",
+        "",
+        "Pairs of questions that differ in one thing. *Followed*: the share of pairs whose answers "
+        "change with the right answer, or stay with it. *Cosine* of the two questions' latents: 1 "
+        "where they are blind to the edit. *Own*: the share of latents nearer to their own "
+        "picture's features than to the other question's, where the two differ; chance is .5.",
+    ]
+    for measure, title in (("followed", "followed"), ("cosine", "cosine"), ("own", "own")):
+        rows = [[name, *cells(name, measure)] for name in there]
+        rows = [row for row in rows if any(row[1:])]
+        if rows:
+            lines += markdown([title, *(words for _, words in EDIT_KINDS)], rows)[:-1]
+    return lines
 
 
 # fmt: off
@@ -686,9 +880,9 @@ def where_it_pays(gaps):
     # any Difference is true, of zeros too; only None is not
     if not any(gaps.values()):
         return "has not been run"
-    parts = []
+    parts, found = [], dict(zip(gaps, verdicts(gaps.values())))
     for words, wanted in (("pays", "yes"), ("costs", "no"), ("is undecided", "undecided")):
-        sizes = [f"{n:,}" for n, d in gaps.items() if verdict(d) == wanted]
+        sizes = [f"{n:,}" for n, verdict in found.items() if verdict == wanted]
         parts.append(f"{words} at {', '.join(sizes) or 'no size'}")
     return "; ".join(parts)
 
@@ -720,12 +914,15 @@ def preamble(study, lines):
     text = (
         f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
         f"`{study.train_args}`, {hard} hard and {easy} easy test questions, greedy. "
-        "Accuracies are means over seeds ± their standard deviation. "
+        "Of an accuracy on hard questions every seed's is shown, of other numbers mean ± standard "
+        "deviation over seeds. "
         f"{MEANINGS[study.name]} "
         "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
         "p is McNemar's, exact, over the questions of all seeds, "
         "not corrected for the number of tests. "
-        '"Yes" and "no" mean that the interval excludes zero, "undecided" that it does not. '
+        '"Yes" and "no" are at 5 % by the paired t-test over seeds, with Holm\'s correction for '
+        'the claims of a list; "undecided" is the rest. '
+        f"{power(study)} "
     )
     revisions = sorted({line["git"][:7] for line in lines if "git" in line})
     if revisions:
@@ -751,11 +948,33 @@ def write_tables(path, study):
     sections = [scores(study, table) for table in TABLES[study.name]]
     if study.name == "gap":
         body = gap_body(study, sections)
+    elif study.name == "main":
+        body = main_body(study, sections)
     else:
         body = [line for section in sections for line in section]
     text = [*preamble(study, lines), *body, ""]
     write_then_rename(path, lambda tmp: tmp.write_text("\n".join(text)))
     return len(lines)
+
+
+def main_body(study, sections):
+    """The table of all systems, the critics' tests, and what else the lines hold."""
+    systems, without, oracle, difficulty = sections
+    return [
+        *systems,
+        "",
+        *by_category(study),
+        *without,
+        *edits(study),
+        *drift(study),
+        *oracle,
+        *difficulty,
+        "",
+        *scarcity(study),
+        "",
+        *diagnosis(study),
+        *costs(study),
+    ]
 
 
 def gap_body(study, sections):

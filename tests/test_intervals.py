@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
-from intervals import difference_interval, mcnemar, wilson
+from intervals import difference_interval, holm, mcnemar, t_test, wilson
 
 
 def test_wilson_against_scipy():
@@ -43,3 +43,26 @@ def test_an_interval_excludes_zero_where_the_exact_test_does():
     grades = [0.5, -0.25, 0.0, 1.0]
     low, high = difference_interval(grades)
     assert (low + high) / 2 == pytest.approx(0.3125) and low < 0.3125 < high
+
+
+def test_t_test_against_scipy():
+    rng = random.Random(0)
+    for n in range(2, 20):
+        for mean in (0.0, 0.3, 2.0):
+            x = [rng.gauss(mean, 1) for _ in range(n)]
+            assert t_test(x) == pytest.approx(ttest_1samp(x, 0).pvalue, abs=1e-9)
+    assert t_test([0.3]) == 1.0 and t_test([0.0, 0.0]) == 1.0 and t_test([0.5, 0.5]) == 0.0
+
+
+def test_holm_rejects_what_stepping_down_rejects():
+    """The procedure as Holm wrote it: the smallest against level / m, the next one m - 1, ..."""
+    rng = random.Random(0)
+    for _ in range(300):
+        ps = [rng.random() ** 4 for _ in range(rng.randint(1, 8))]
+        for level in (0.01, 0.05, 0.3):
+            rejected, m = set(), len(ps)
+            for i in sorted(range(m), key=lambda i: ps[i]):
+                if ps[i] > level / (m - len(rejected)):
+                    break
+                rejected.add(i)
+            assert {i for i, p in enumerate(holm(ps)) if p <= level} == rejected

@@ -93,8 +93,8 @@ def test_logs_that_can_not_be_drawn(tmp_path):
 
 
 def test_the_main_figure_is_of_the_lines(tmp_path):
-    """Counted bit by bit from results/toy.jsonl; intervals as scipy has them."""
-    lines = [json.loads(line) for line in open(ROOT / "results" / "toy.jsonl")]
+    """Counted bit by bit from results/gap.jsonl; intervals as scipy has them."""
+    lines = [json.loads(line) for line in open(ROOT / "results" / "gap.jsonl")]
     found = plot.accuracies(lines)
     assert list(found) == plot.methods.split(",")
     for name, sizes in found.items():
@@ -113,7 +113,7 @@ def test_the_main_figure_is_of_the_lines(tmp_path):
                 scale = stats.sem(seeds)
                 want = stats.t.interval(0.95, len(seeds) - 1, loc=mean, scale=scale)
                 assert (low, high) == pytest.approx(want, abs=1e-3)
-    command = [sys.executable, str(ROOT / "plot.py"), "--results=results/toy"]
+    command = [sys.executable, str(ROOT / "plot.py"), "--results=results/gap"]
     command.append(f"--out={tmp_path}/toy.png")
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     assert len(Image.open(tmp_path / "toy.png").convert("RGB").getcolors(1 << 20)) > 50

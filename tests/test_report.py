@@ -1,6 +1,8 @@
 """The statistics against scipy; the verdicts of the tables on lines with known differences."""
 
+import math
 import random
+import re
 
 import pytest
 from scipy import stats
@@ -63,7 +65,9 @@ def study():
             for s, x in lh.items()
         },
     }
-    return Study("gap", lines, tuple(ablate.MAIN), ablate.SIZES, 250, ablate.star(), "1 moves", "")
+    return Study(
+        "gap", lines, tuple(ablate.MAIN), ablate.SIZES["gap"], 250, ablate.star(), "1 moves", ""
+    )
 
 
 def test_what_is_read_of_a_line(study):
@@ -75,20 +79,67 @@ def test_what_is_read_of_a_line(study):
 
 
 def test_differences_and_verdicts(study):
-    mean, low, high, n = report.difference(study, "GAP", "LH+DA")  # seeds 1 and 2: 5/8 and 3/8
+    mean, low, high, n, p = report.difference(study, "GAP", "LH+DA")  # seeds 1, 2: 5/8 and 3/8
     assert (mean, n) == (0.5, 2)
     interval = stats.t.interval(0.95, 1, loc=0.5, scale=0.125)
     assert (low, high) == pytest.approx(interval, abs=1e-3)
+    assert p == pytest.approx(stats.ttest_1samp([5 / 8, 3 / 8], 0).pvalue)
     p = report.paired_p(study, "GAP", "LH+DA")
     assert p == pytest.approx(stats.binomtest(8, 8).pvalue)  # eight pairs differ, one way
-    inf = float("inf")
-    verdicts = {
-        "yes": Difference(0.2, 0.1, 0.3, 3),
-        "no": Difference(-0.2, -0.3, -0.1, 3),
-        "not run yet": None,
-        "undecided": Difference(0.2, -inf, inf, 1),
-    }
-    assert all(report.verdict(d) == word for word, d in verdicts.items())
+    up, down = Difference(0.2, 0.1, 0.3, 3, 0.02), Difference(-0.2, -0.3, -0.1, 3, 0.02)
+    one = Difference(0.2, -math.inf, math.inf, 1, 1.0)
+    assert report.verdicts([up]) == ["yes"] and report.verdicts([down]) == ["no"]
+    # what holds alone may not hold among others that are read with it
+    assert report.verdicts([up, None, one]) == ["yes", "not run yet", "undecided"]
+    assert report.verdicts([up, up, up]) == ["undecided"] * 3
+
+
+def test_every_seed_is_shown():
+    assert report.each_seed({3: 0.5, 1: 0.25}) == "0.375 (.50 .25)"
+    assert report.each_seed({1: 0.5, 2: 0.5}) == "0.500" and report.each_seed({}) == ""
+
+
+def test_power_is_that_of_the_t_test(study):
+    """The seeds that it asks for tell .05 in about four of five draws of its own spread."""
+    rng = random.Random(0)
+    for name in study.lines:
+        for seed in range(1, 9):
+            bits = "".join(str(int(rng.random() < 0.5)) for _ in range(400))
+            study.lines[name][seed] = line(name, seed, {"1 moves": "01", "2 moves": bits})
+    said = report.power(study)
+    sd = float(re.search(r"deviation of (\d.\d+)", said)[1])
+    accuracies = [list(report.values(study, name).values()) for name in study.lines]
+    assert sd == pytest.approx(math.sqrt(sum(map(stats.tvar, accuracies)) / 2), abs=6e-4)
+    assert f"({0.5 / 20:.3f} of it" in said.replace("14 degrees of freedom; ", "(")
+    n = int(re.search(r"by (\d+) seeds", said)[1])
+    told = 0
+    for _ in range(400):
+        gaps = [rng.gauss(0.05, sd * math.sqrt(2)) for _ in range(n)]
+        told += stats.ttest_1samp(gaps, 0).pvalue < 0.05
+    assert 0.65 < told / 400 < 0.92
+
+
+def test_drift_and_edits_are_read_of_the_lines():
+    """R2 at the last place with the real latents before it, minus that with its own."""
+    lines = {"LH": {}, "output": {}}
+    for seed in (1, 2, 3):
+        for name, own in (("LH", 0.875), ("output", 0.25)):
+            made = line(name, seed, {"1 moves": "01", "2 moves": "0011"})
+            made["probe"] = {"along": {"own": [0.9, own + seed / 64], "forced": [0.9, 0.875]}}
+            made["edits"] = {
+                kind: {"pairs": 9, "followed": 0.5 + seed / 64, "cosine": None, "own": None}
+                for kind, _ in report.EDIT_KINDS
+            }
+            lines[name][seed] = made
+    study = Study("main", lines, tuple(ablate.MAIN), (), 2500, "", "1 moves", "")
+    d = report.drift_of(study, "output")
+    assert d.mean == pytest.approx(0.625 - 2 / 64) and d.seeds == 3
+    said = "\n".join(report.drift(study))
+    assert "| output, fed its own latents | 0.90 | 0.28 |" in said
+    assert "- output loses by its own latents: **yes**" in said
+    assert "- LH loses by its own latents: **undecided**" in said
+    table = "\n".join(report.edits(study))
+    assert "| LH | 0.53 ± 0.02 |" in table and "cosine |" not in table
 
 
 def test_sentences(study):
