@@ -44,6 +44,7 @@ LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 # settings by name: the least and the largest value that make sense, whatever script has them
 RANGES = {
     **dict.fromkeys(("batch", "shard", "n_samples", "global_batch", "K", "workers"), (1, math.inf)),
+    "loader_threads": (1, 64),
     **dict.fromkeys(("tries", "token_budget", "prompt_tokens", "latent_size"), (1, math.inf)),
     **dict.fromkeys(("min_side", "max_bytes", "bomb_pixels", "repeats"), (1, math.inf)),
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),

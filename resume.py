@@ -6,7 +6,7 @@ that is a hash of the item and of the settings that matter; a later run uses the
 still occur.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
@@ -50,6 +50,21 @@ def each(work, items, workers):
         # no more items: what still runs, as it ends
         yield from (future.result() for future in as_completed(running))
     finally:  # also where the caller stops early: what has not begun never does
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(work, items, workers):
+    """Yield work(item) in the order of the items; `workers` are at work while one is used."""
+    pool = ThreadPoolExecutor(workers)
+    ahead = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:  # also where the caller stops early
         pool.shutdown(cancel_futures=True)
 
 

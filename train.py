@@ -22,7 +22,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -80,6 +79,7 @@ from launch import (
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
 from plot import draw_curves
+from resume import in_order
 from valr import VaLR
 
 METHODS = {
@@ -130,6 +130,7 @@ beta2 = 0.95  # [ours]
 warmup_ratio = 0.03  # share of the steps [paper]
 grad_clip = 1.0  # largest norm of the gradient [ours]
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
+loader_threads = 2  # that read the next steps' images, a rank; 7B: 8
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
@@ -151,6 +152,7 @@ FREE = (
     "token_budget",
     "cpu_offload",
     "activation_checkpointing",
+    "loader_threads",
     "curves",
     "wandb_project",
 )
@@ -553,18 +555,25 @@ def start_ranks():
 
 def report_lengths(model, rows):
     """Say how many rows are longer than a micro-batch or the model's context, and the longest."""
-    if rank_and_world()[0] > 0:
-        return
-    bar = Progress(rows, desc="lengths", unit="example", leave=False, delay=5)
-    lengths = [len(model.encode(row)["ids"]) for row in bar]
+    # a million rows take minutes: each rank has a share
+    rank, world = rank_and_world()
+    mine = range(rank, len(rows), world)
+    bar = Progress(mine, desc="lengths", unit="example", leave=False, delay=5, disable=rank > 0)
+    lengths = [len(model.encode(rows[i])["ids"]) for i in bar]
+    longest = max(((n, -i) for n, i in zip(lengths, mine)), default=(0, 0))  # the first of equals
     context = model.vlm.config.text_config.max_position_embeddings
-    longest = max(range(len(rows)), key=lengths.__getitem__)
-    for what, limit in (("token_budget", token_budget), ("the model's context", context)):
-        n = sum(length > limit for length in lengths)
-        if n:
+    limits = {"token_budget": token_budget, "the model's context": context}
+    over = {what: sum(n > limit for n in lengths) for what, limit in limits.items()}
+    everyone = [None] * world
+    dist.all_gather_object(everyone, (longest, over))
+    length, i = max(longest for longest, _ in everyone)
+    row = rows[-i]
+    for what, limit in limits.items():
+        n = sum(over[what] for _, over in everyone)
+        if n and rank == 0:
             print(
-                f"{n} rows are longer than {what}={limit}; the longest, {rows[longest]['id']!r} at "
-                f"{rows[longest].where}, has {lengths[longest]} tokens"
+                f"{n} rows are longer than {what}={limit}; the longest, {row['id']!r} at "
+                f"{row.where}, has {length} tokens"
             )
 
 
@@ -642,8 +651,8 @@ def main():
         # with their step: what a method draws for a row depends on nothing else
         return load_batch(model, [rows[i] | {"step": step} for i in batch_of(step, len(rows))])
 
-    loader = ThreadPoolExecutor(1)  # images of the next step are read while this one runs
-    ahead = loader.submit(load, first)
+    # images of the next steps are read while this one runs
+    loaded = in_order(load, range(first, total), loader_threads)
     bar = Progress(
         total=total,
         initial=first,
@@ -654,9 +663,7 @@ def main():
     )
     for step in range(first, total):
         started, began = time.time(), clock(device)
-        batches, counts, amount = ahead.result()
-        if step + 1 < total:
-            ahead = loader.submit(load, step + 1)
+        batches, counts, amount = next(loaded)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
         weights, reported = model.weights(step, total), model.report(means)
         # a line of log.jsonl
