@@ -159,7 +159,7 @@ def test_commands(monkeypatch):
     """A script of commands without one says which it has; two dashes before one do no harm."""
     with pytest.raises(SystemExit) as e:
         run_here(monkeypatch, ROOT / "toy.py")
-    assert str(e.value).startswith("usage: python toy.py data | base [--key=value ...]")
+    assert str(e.value).startswith("usage: python toy.py data | edits | base [--key=value ...]")
     with pytest.raises(SystemExit) as e:
         run_here(monkeypatch, ROOT / "toy.py", "--data", "--n_trian=3")
     assert str(e.value).startswith("unknown setting '--n_trian'; this script has: ")

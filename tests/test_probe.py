@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_open, random_pca, run
+from conftest import make_open, random_pca, record, run
 
 import probe
 from data import load_examples
-from generate import make_prompts
-from model import PCAHead, load_pca, save_head
+from generate import generate, make_prompts
+from model import PCAHead, latent_ids, load_pca, save_head
 
 close = torch.testing.assert_close
 
@@ -108,6 +108,43 @@ def test_spans_of():
     assert probe.spans_of([1, 2], torch.zeros(0), None) == []
 
 
+def test_drift_along_a_chain():
+    """R2 by place, of the questions with most latents alone."""
+    real = [torch.tensor([[2.0, 0], [0, 2], [-2, -2]]), torch.tensor([[-2.0, 0], [0, -2], [2, 2]])]
+    own = [v + torch.tensor([[0.0], [0.5], [1.0]]) for v in real]
+    short = (torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
+    found = probe.along([(own[0], real[0], real[0]), short, (own[1], real[1], real[1])])
+    variance = torch.cat(real).pow(2).sum(-1).mean()  # about a mean of 0
+    want = [1 - 2 * e * e / float(variance) for e in (0.0, 0.5, 1.0)]
+    assert found["questions"] == 2 and found["forced"] == [1.0] * 3
+    close(torch.tensor(found["own"]), torch.tensor(want), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_head_says_of_real_latents(loaded, head, world):
+    """As in a generation that is fed the real ones."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, load_examples(world / "test.jsonl")[:3])
+    make_open(vlm, tokenizer, prompts, {0, 1, 2})
+    _, pad, _ = latent_ids(tokenizer)
+    for seed, prompt in enumerate(prompts):
+        real = torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(seed))
+        calls = []
+        ((answer,),) = generate(
+            vlm,
+            head,
+            tokenizer,
+            [prompt],
+            max_new_tokens=7,
+            intervention="oracle",
+            fed=[real],
+            on_step=record(calls),
+        )
+        want = torch.stack([head(h) for _, token, _, h in calls if token == pad])
+        found = probe.said_of_real(vlm, head, prompt, answer["ids"], real[0], pad)
+        assert len(want) == 4
+        close(found, want.detach(), rtol=1e-3, atol=1e-3)
+
+
 def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world):
     """A folder whose head writes mu only: its norms and retrieval are known. And bad input."""
     vlm, tokenizer, processor = loaded
@@ -144,6 +181,9 @@ def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world)
     assert fed["n"] == predicted["latents"]
     assert predicted["std_log"] < 1e-4
     assert found["agreement"]["retrieval_at_1"] <= 2 / n + 1e-6  # one guess for all
+    along = found["along"]  # of mu alone, whatever is fed
+    assert along["questions"] >= 6 and len(along["own"]) == 4 and max(along["own"]) < 0.5
+    close(torch.tensor(along["own"]), torch.tensor(along["forced"]), rtol=1e-4, atol=1e-4)
     final = math.log(vlm.model.language_model.norm.weight.abs().mean().item() * math.sqrt(128))
     assert abs(found["norms"]["text"]["final norm"]["mean_log"] - final) < 0.1
     assert "before the final norm" in text

@@ -4,11 +4,11 @@ import re
 
 import pytest
 from conftest import PIXELS, ROOT, run
-from PIL import Image
+from PIL import Image, ImageChops
 
 import toy
 from answers import extract_answer
-from data import load_examples, strip_latents
+from data import file_digest, load_examples, strip_latents
 from generate import generate, see, to_text
 from model import encode, load_processor, load_vlm
 
@@ -93,3 +93,35 @@ def test_long_paths_have_a_storyboard_for_each_four_moves(tmp_path, monkeypatch)
         assert row["category"] == f"{len(moves.split(', '))} moves"
         seen.add(len(moves.split(", ")))
     assert seen == set(range(1, 9))
+
+
+def test_pairs_differ_in_one_thing(tmp_path, monkeypatch):
+    """Held against their pictures: which of board, storyboard, question and answer changed."""
+    monkeypatch.setattr(toy, "data_folder", str(tmp_path))
+    monkeypatch.setattr(toy, "longest", 8)
+    monkeypatch.setattr(toy, "n_edits", 12)
+    toy.write_edits()
+    rows = load_examples(tmp_path / "edits.jsonl")
+    assert len(rows) == 2 * 4 * 12 and all("<latent>" in row["response"] for row in rows)
+    for a, b in zip(rows[::2], rows[1::2]):
+        assert a["pair"] == b["pair"]
+        changed = {
+            "question": a["question"] != b["question"],
+            "answer": a["answer"] != b["answer"],
+            "board": file_digest(a["images"][0]) != file_digest(b["images"][0]),
+            "storyboard": list(map(file_digest, a["aux_images"]))
+            != list(map(file_digest, b["aux_images"])),
+        }
+        assert {name for name, differs in changed.items() if differs} == {
+            "start": {"question", "storyboard", "answer"},
+            "move": {"question", "storyboard", "answer"},
+            "piece": {"board", "answer"},
+            "elsewhere": {"board"},
+        }[a["category"]]
+        # one word of the question, one cell of the board
+        words = zip(a["question"].split(), b["question"].split(), strict=True)
+        assert sum(x != y for x, y in words) == changed["question"]
+        with Image.open(a["images"][0]) as one, Image.open(b["images"][0]) as two:
+            box = ImageChops.difference(one, two).getbbox()
+        if box:
+            assert box[0] // 28 == (box[2] - 1) // 28 and box[1] // 28 == (box[3] - 1) // 28

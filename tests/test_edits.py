@@ -1,0 +1,91 @@
+"""Pairs of questions that differ in one thing: what followed, counted by hand."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import method_args, run
+from safetensors.torch import save_file
+
+import edits
+import toy
+from data import load_examples, read_json, write_lines
+from edits import nearer_to_own
+from eval import latents_name
+from images import open_image
+from model import encode_images, load_head, load_processor, load_vlm
+
+
+def test_a_latent_is_nearer_to_one_of_two_pictures():
+    real_a = torch.tensor([[9.0, 0], [0, 9], [5, 5]])
+    real_b = torch.tensor([[-9.0, 0], [0, 9.1], [5, -5]])  # the second place is the same
+    assert nearer_to_own(real_a, real_b, real_a, real_b) == 1.0
+    assert nearer_to_own(real_b, real_a, real_a, real_b) == 0.0
+    blind = torch.zeros(3, 2)
+    blind[0] = real_a[0]  # for both: right for one of them
+    assert nearer_to_own(blind, blind, real_a, real_b) == 0.25
+    assert nearer_to_own(real_a, real_a, real_a, real_a) is None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, world, inputs):
+    out = tmp_path_factory.mktemp("edits") / "m"
+    pca = next(arg for arg in inputs if arg.startswith("--pca="))
+    args = [*method_args("gap", base, world, out), pca, "--difficulty=", "--max_steps=1"]
+    run("train.py", *args)
+    return out
+
+
+def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(toy, "data_folder", str(tmp_path))
+    monkeypatch.setattr(toy, "n_edits", 3)
+    toy.write_edits()
+    rows = load_examples(tmp_path / "edits.jsonl")
+    monkeypatch.setattr(edits, "model", str(trained))
+    features = edits.Features()
+
+    # answers: right to every question but one of "start" and one of "elsewhere"; latents: the real
+    # features, but for "move" the other question's
+    wrong = {"edits-start-0-b", "edits-elsewhere-1-a"}
+    (tmp_path / "e" / "latents").mkdir(parents=True)
+    said, other = [], {}
+    for a, b in zip(rows[::2], rows[1::2]):
+        other |= {a["id"]: b, b["id"]: a}
+    for row in rows:
+        answer = "no idea" if row["id"] in wrong else row["answer"].upper()
+        said.append({"id": row["id"], "extracted": answer, "correct": row["id"] not in wrong})
+        v = features.of(other[row["id"]] if row["category"] == "move" else row)
+        name = tmp_path / "e" / "latents" / latents_name(row["id"])
+        save_file({"latents": v.contiguous()}, name)
+    write_lines(tmp_path / "e" / "scored.jsonl", said)
+    args = [f"--model={trained}", f"--data={tmp_path}/edits.jsonl", f"--answers={tmp_path}/e"]
+    run("edits.py", *args)
+    found = read_json(tmp_path / "e" / "edits.json")
+    third = pytest.approx(2 / 3)
+    # an answer that is no answer has changed, too
+    assert [found[kind]["followed"] for kind in toy.EDITS] == [1.0, 1.0, 1.0, third]
+    assert [found[kind]["both_right"] for kind in toy.EDITS] == [third, 1.0, 1.0, third]
+    assert [found[kind]["own"] for kind in toy.EDITS] == [1.0, 0.0, None, None]
+    assert found["piece"]["cosine"] == pytest.approx(1.0) and found["start"]["cosine"] < 0.99
+
+    # answers without latents are answers
+    shutil.rmtree(tmp_path / "e" / "latents")
+    run("edits.py", *args)
+    again = read_json(tmp_path / "e" / "edits.json")
+    assert again["start"]["cosine"] is None and again["start"]["followed"] == 1.0
+    write_lines(tmp_path / "e" / "scored.jsonl", said[1:])
+    assert "no answer to 'edits-start-0-a'" in run("edits.py", *args, ok=False)
+    write_lines(tmp_path / "edits.jsonl", [dict(row) for row in rows[1:]])
+    assert "has 1 rows, expected 2" in run("edits.py", *args, ok=False)
+
+
+def test_real_features_are_those_of_the_targets(trained, world, monkeypatch):
+    """As the bank of pictures has them: K a picture, in the mode of the head's file."""
+    monkeypatch.setattr(edits, "model", str(trained))
+    row = load_examples(world / "test.jsonl")[2]
+    vlm, tokenizer = load_vlm(trained)
+    processor = load_processor(trained, edits.min_pixels, edits.max_pixels)
+    K = load_head(trained, vlm, tokenizer, 1).K
+    (v,), _ = encode_images(vlm, processor, [open_image(row["aux_images"][0])])
+    torch.testing.assert_close(edits.Features().of(row), v.detach(), rtol=1e-4, atol=1e-4)
+    assert len(v) == K
