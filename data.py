@@ -20,6 +20,8 @@ import os
 import re
 import subprocess
 import sys
+from array import array
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from answers import without_letters
 
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
+IMAGE_FIELDS = ("images", "aux_images")
 IMAGE_MARK = "<image>"  # where an image stands in a question that says so
 TAGS = re.compile(r"</?(?:think|latent|parser|answer)>")
 TAG_ORDER = re.compile(
@@ -51,8 +54,50 @@ class Row(dict):
     where = ""
 
 
+class Rows(Sequence):
+    """Examples that stay on the disk: each is read, and put into one form, when it is asked for.
+
+    places: what `read` takes of each row. A change is made to a row, in place, as it is read.
+    """
+
+    def __init__(self, read, places, changes=()):
+        self.read, self.places, self.changes = read, places, changes
+
+    @classmethod
+    def of(cls, rows):
+        """Rows of rows in memory, which are copied as they are read."""
+        if isinstance(rows, cls):
+            return rows
+
+        def read(i):
+            row = Row(rows[i])
+            row.where = getattr(rows[i], "where", "")
+            return row
+
+        return cls(read, range(len(rows)))
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return self.keep(range(len(self))[i])
+        row = self.read(self.places[i])
+        for change in self.changes:
+            change(row)
+        return row
+
+    def keep(self, which):
+        """The rows of some indices alone, in their order."""
+        return Rows(self.read, array("q", [self.places[i] for i in which]), self.changes)
+
+    def then(self, change):
+        """The same rows with a further change."""
+        return Rows(self.read, self.places, (*self.changes, change))
+
+
 def load_examples(path, training=True):
-    """Read a data file, JSONL or a JSON list, into rows of one form, with absolute image paths.
+    """The Rows of a data file, JSONL or a JSON list, in one form, with absolute image paths.
 
     `training` also demands `response`, and an auxiliary image for each of its latent spans. Raises
     SystemExit naming file, line and field.
@@ -63,37 +108,91 @@ def load_examples(path, training=True):
     if not path.exists():
         by = "`python toy.py data` writes the toy's, build_data.py those of public data"
         raise SystemExit(f"{path}: no such data file; {by}")
-    # in the order of the file; an id is a key everywhere later, so it must be one line's own
-    rows, first_place = [], {}  # first_place: {id: where it stands}
-    for where, raw in read_rows(path):
+    items = ListItems(path) if is_list(path) else LineItems(path)
+
+    def read(n):
+        where, raw = items.read(n)
         row = Row(in_one_form(raw, training, where))
         row.where = where
-        if row["id"] in first_place:
-            raise SystemExit(f"{where}: id {row['id']!r} repeats {first_place[row['id']]}")
-        first_place[row["id"]] = where
         find_images(row, path.parent)
+        return row
+
+    # in the order of the file; an id is a key everywhere later, so it must be one line's own
+    places, first_place = array("q"), {}  # first_place: {id: the place where it stands}
+    for n in items.places():
+        row = read(n)
+        first = first_place.setdefault(row["id"], n)
+        if first != n:
+            raise SystemExit(f"{row.where}: id {row['id']!r} repeats {items.where(first)}")
+        check_images(row)
         check_text(row)
         if training:
             check_response(row)
-        rows.append(row)
-    if not rows:
+        places.append(n)
+    if not places:
         raise SystemExit(f"{path}: no examples")
-    return rows
+    return Rows(read, places)
 
 
-def read_rows(path):
-    """Yield ("file:line", object) of JSON lines, or ("file: item n", object) of a JSON list."""
-    content = path.read_bytes()
-    # a list as LLaVA's and LLaMA-Factory's files are, after the byte order mark of some editors
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        for n, row in enumerate(parse_json(content, str(path)), 1):
-            yield f"{path}: item {n}", expect_object(row, f"{path}: item {n}")
-        return
-    # split by "\n" alone: splitlines() would cut at characters that a JSON text may hold
-    for n, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{n}"
-            yield where, expect_object(parse_json(line, where), where)
+def is_list(path):
+    """Does a file hold a JSON list, after the byte order mark of some editors?"""
+    with open(path, "rb") as f:
+        for line in f:
+            text = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+            if text:
+                return text[:1] == b"["
+    return False
+
+
+class LineItems:
+    """The objects of JSON lines, read where their lines stand."""
+
+    def __init__(self, path):
+        self.path = path
+        self.file = open(path, "rb")  # held open: the rows of a file that is replaced stay the same
+        # split by "\n" alone: splitlines() would cut at characters that a JSON text may hold
+        self.starts = array("q", [0])
+        for line in self.file:
+            self.starts.append(self.starts[-1] + len(line))
+
+    def places(self):
+        """The lines that are not blank, from 0."""
+        for n in range(len(self.starts) - 1):
+            if self.line(n).strip():
+                yield n
+
+    def line(self, n):
+        size = self.starts[n + 1] - self.starts[n]
+        # not seek and read, which threads would do for each other
+        line = os.pread(self.file.fileno(), size, self.starts[n])
+        if len(line) < size:
+            raise SystemExit(f"{self.where(n)}: the file has become shorter while it was read")
+        return line
+
+    def where(self, n):
+        return f"{self.path}:{n + 1}"
+
+    def read(self, n):
+        where = self.where(n)
+        return where, expect_object(parse_json(self.line(n), where), where)
+
+
+class ListItems:
+    """The objects of a JSON list, as LLaVA's and LLaMA-Factory's files are: it is held whole."""
+
+    def __init__(self, path):
+        self.path = path
+        self.items = parse_json(path.read_bytes(), str(path))
+
+    def places(self):
+        return range(len(self.items))
+
+    def where(self, n):
+        return f"{self.path}: item {n + 1}"
+
+    def read(self, n):
+        where = self.where(n)
+        return where, expect_object(self.items[n], where)
 
 
 def parse_json(content, where):
@@ -196,13 +295,16 @@ def place_marks(question, n_images, where):
 
 
 def find_images(row, folder):
-    """Make a row's image paths absolute. Raises SystemExit for one that is not there."""
-    for field in ("images", "aux_images"):
-        if field not in row:
-            continue
-        # a path that is absolute already stays as it is
-        row[field] = [str(folder / path) for path in row[field]]
-        for path in row[field]:
+    """Make a row's image paths absolute: one that is so already stays as it is."""
+    for field in IMAGE_FIELDS:
+        if field in row:
+            row[field] = [os.path.join(folder, path) for path in row[field]]
+
+
+def check_images(row):
+    """Raise SystemExit for an image that is not there."""
+    for field in IMAGE_FIELDS:
+        for path in row.get(field, ()):
             # not Path.is_file(), which raises for a NUL byte or an endless name
             if not os.path.isfile(path):
                 raise SystemExit(f"{row.where}: {field}: no such image {path}")
@@ -339,15 +441,20 @@ def read_lines(path, **fields):
     """
     if not Path(path).exists():
         return []
-    # what stands after the last newline was being written when the process was killed
-    whole_lines = Path(path).read_bytes().split(b"\n")[:-1]
-    rows = []
-    for n, line in enumerate(whole_lines, 1):
-        where = f"{path}:{n}"
-        row = expect_object(parse_json(line, where), where)
-        check_fields(row, fields, where)
-        rows.append(row)
-    return rows
+    return list(each_line(path, **fields))
+
+
+def each_line(path, **fields):
+    """The same one by one: a million lines need not be held at once."""
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            # what stands after the last newline was being written when the process was killed
+            if not line.endswith(b"\n"):
+                return
+            where = f"{path}:{n}"
+            row = expect_object(parse_json(line, where), where)
+            check_fields(row, fields, where)
+            yield row
 
 
 def read_json(path, **fields):

@@ -9,6 +9,7 @@ Constants of the paper are settings of train.py: lambda_latent, tau, ...
 """
 
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from data import (
     LATENT_SPAN,
     check_finite,
     check_there,
+    each_line,
     file_digest,
     key_of,
     question_key,
     read_json,
-    read_lines,
     seed_of,
     strip_parser,
     tensors_digest,
@@ -67,26 +68,32 @@ def needs_latents(row, tau, rule):
     return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
 
 
+COUNTED = ("id", "base", "row", "n", "correct", "n_options", "lower_bound")  # what training needs
+
+
 def read_counts(path):
     """{id: line} of a finished difficulty file. Raises SystemExit for an id that occurs twice."""
     counts = {}
     for n, line in enumerate(read_count_lines(path), 1):
         if line["id"] in counts:
             raise SystemExit(f"{path}:{n}: id {line['id']!r} occurs before")
-        counts[line["id"]] = line
+        # of a million lines no more than is needed
+        line = {name: line[name] for name in COUNTED}
+        counts[line["id"]] = line | {"base": sys.intern(line["base"])}
     return counts
 
 
 def read_count_lines(path):
-    """The lines that sample_difficulty.py wrote. Raises SystemExit naming line and field."""
+    """Yield the lines that sample_difficulty.py wrote. Raises SystemExit naming line and field."""
+    if not Path(path).exists():
+        return
     # they are resumed and trusted, so each is checked as if a stranger had sent it
     fields = {"id": str, "key": str, "base": str, "row": str, "n": int, "correct": int}
     fields |= {"n_options": int, "lower_bound": bool}
-    lines = read_lines(path, **fields)
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(each_line(path, **fields), 1):
         if not 0 <= line["correct"] <= line["n"] or line["n"] < 1:
             raise SystemExit(f"{path}:{n}: {line['correct']} of {line['n']} answers correct")
-    return lines
+        yield line
 
 
 def solved_by(counts, examples, base, settings):
@@ -259,15 +266,14 @@ class GAP(Method):
             counts = read_counts(self.settings["difficulty"])
             base = weights_digest(self.settings["base"])
             self.solved = solved_by(counts, examples, base, self.settings)
-            if self.settings["latents_first"]:
-                self.keep_for_the_first_steps(examples)
         return super().rows(examples, training)
 
-    def keep_for_the_first_steps(self, examples):
-        """Keep the whole response of solved examples beside the stripped one."""
-        for row in examples:
-            if row["id"] in self.solved and row["aux_images"] and self.can_use(row):
-                whole = row["response"]
+    def change(self, row, training):
+        whole = row["response"]
+        super().change(row, training)
+        # beside a stripped response the whole one, for the first steps
+        if training and self.settings["latents_first"] and row["id"] in self.solved:
+            if row["aux_images"] and self.can_use(row):
                 row["at_first"] = whole if self.settings["write_parser"] else strip_parser(whole)
 
     def keeps_latents(self, row, training):

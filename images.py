@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from data import remembered
+from data import Rows, remembered
 from launch import Progress
 
 # what Pillow raises for a broken file
@@ -205,6 +205,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
 
     Raises SystemExit with the list unless `leave_out`. Each picture is decoded once and remembered.
     """
+    rows = Rows.of(rows)
     # a picture that many questions share is decoded once
     names = list(dict.fromkeys(path for row in rows for field in fields for path in row[field]))
     # Pillow lets other threads run while it decodes
@@ -215,18 +216,19 @@ def usable_rows(rows, leave_out, fields=("images",)):
         )
         fault_of = {name: fault for name, fault in zip(names, bar) if fault}
     # all of them in one message: one at a time would take a day to mend
+    if not fault_of:
+        return rows
     good, lines = [], []
-    for row in rows:
+    for i, row in enumerate(rows):
         bad = [path for field in fields for path in row[field] if path in fault_of]
         lines += [f"{row.where}: {path}: not a usable image ({fault_of[path]})" for path in bad]
         if not bad:
-            good.append(row)
-    if lines and not leave_out:
+            good.append(i)
+    if not leave_out:
         advice = "mend them, or leave the rows out with --skip_unusable=1"
         raise SystemExit("\n".join([*lines, f"{len(lines)} unusable images; {advice}"]))
-    if lines:
-        print("\n".join([*lines, f"left out {len(rows) - len(good)} rows with unusable images"]))
-    return good
+    print("\n".join([*lines, f"left out {len(rows) - len(good)} rows with unusable images"]))
+    return rows.keep(good)
 
 
 def image_fault(path):

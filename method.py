@@ -7,11 +7,13 @@ a file of its own (gap.py) that overrides what it changes, and a line of METHODS
 Shape letters: B rows, T positions, N labels, V vocabulary rows, d model width.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import strip_latents, strip_parser
+from data import Rows, strip_latents, strip_parser
 from images import open_image
 from model import IGNORE, embed, encode
 
@@ -49,18 +51,23 @@ class Method(nn.Module):
 
     def rows(self, examples, training):
         """(the examples, their responses as this method trains on them; ids that it leaves out)."""
-        rows, left_out = [], []
-        for row in examples:
-            if not self.keeps_parser(row, training):
-                row["response"] = strip_parser(row["response"])
+        examples = Rows.of(examples)
+        kept, left_out = [], []
+        for i, row in enumerate(examples):
             # a row that trains as text needs nothing else: it is never left out
-            if not row["aux_images"] or not self.keeps_latents(row, training):
-                row["response"] = strip_latents(row["response"])
-            elif not self.can_use(row):
+            latents = row["aux_images"] and self.keeps_latents(row, training)
+            if latents and not self.can_use(row):
                 left_out.append(row["id"])
-                continue
-            rows.append(row)
-        return rows, left_out
+            else:
+                kept.append(i)
+        return examples.keep(kept).then(partial(self.change, training=training)), left_out
+
+    def change(self, row, training):
+        """Put a row's response as this method trains on it."""
+        if not self.keeps_parser(row, training):
+            row["response"] = strip_parser(row["response"])
+        if not row["aux_images"] or not self.keeps_latents(row, training):
+            row["response"] = strip_latents(row["response"])
 
     def keeps_latents(self, row, training):
         """Does a row keep its latent spans? `training` is False for validation rows."""

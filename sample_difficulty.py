@@ -244,7 +244,7 @@ def sample_all(rows):
     if world > 1:
         dist.barrier()  # every rank has read the files before one appends
     # the ranks take turns, so that long questions spread
-    left = [row for row in rows if row["id"] not in done]
+    left = rows.keep(i for i, row in enumerate(rows) if row["id"] not in done)
     mine = left[rank::world]
 
     bar = Progress(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import LATENT_SPAN, file_digest, key_of, weights_digest
+from data import LATENT_SPAN, Rows, file_digest, key_of, weights_digest
 from encoders import FolderEncoder, OwnEncoder
 from images import open_image, usable_rows
 from launch import pick_device
@@ -77,11 +77,9 @@ class VaLR(Method):
     # --- which rows, and how a row becomes numbers
 
     def rows(self, examples, training):
+        examples = Rows.of(examples)
         if self.settings["query_span"]:
-            for row in examples:
-                if len(row["images"]) == 1 and not row["aux_images"]:
-                    row["aux_images"] = row["images"]
-                    row["response"] = with_first_span(row["response"])
+            examples = examples.then(add_query_span)
         # an auxiliary image is only looked at in the step that needs it: now is the time to say so
         examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
         rows, left_out = super().rows(examples, training)
@@ -208,6 +206,13 @@ class VaLR(Method):
 
 def encoder_names(settings):
     return [name.strip() for name in settings["encoders"].split(",") if name.strip()]
+
+
+def add_query_span(row):
+    """Give a row of one image and no span one before its first step, with the image as target."""
+    if len(row["images"]) == 1 and not row["aux_images"]:
+        row["aux_images"] = row["images"]
+        row["response"] = with_first_span(row["response"])
 
 
 def with_first_span(response):

@@ -185,7 +185,7 @@ def send_completion(request, answers, status=200, headers=(), reason="stop"):
 
 
 def examples(world, n=6):
-    return load_examples(world / "train.jsonl")[:n]
+    return list(load_examples(world / "train.jsonl")[:n])
 
 
 def hf_inputs(vlm, processor, ids, paths):

@@ -6,6 +6,7 @@ from conftest import run
 from scipy import stats
 
 import ablate
+import toy
 from data import read_lines
 from gap import is_solved
 
@@ -41,6 +42,7 @@ def test_table_grows_over_sittings(tmp_path, base, world):
         f"--data={world}/train.jsonl",
         f"--val_data={world}/val.jsonl",
         f"--test_data={world}/test.jsonl",
+        f"--edit_data={tmp_path}/pairs/edits.jsonl",
         f"--out={tmp_path}/out",
         f"--results={tmp_path}/r/toy",
         "--examples=32",
@@ -49,6 +51,7 @@ def test_table_grows_over_sittings(tmp_path, base, world):
         "--probe_args=--limit=3 --max_new_tokens=8",
         "--sample_args=--n_samples=1",
     ]
+    run("toy.py", "edits", f"--data_folder={tmp_path}/pairs", "--n_edits=1")
     results, tables = tmp_path / "r" / "toy.jsonl", tmp_path / "r" / "toy.md"
     run("ablate.py", *args, "--only=base,text", "--seeds=1")
     lines = read_lines(results)
@@ -56,6 +59,8 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     sizes = {c: n for c, (n, _) in lines[0]["evals"]["clean"]["right"].items()}
     assert sizes == {"1 moves": 5, "2 moves": 3, "3 moves": 2, "4 moves": 2}
     assert lines[1]["settings"]["examples"] == 32
+    edits = lines[1]["edits"]
+    assert {kind: x["pairs"] for kind, x in edits.items()} == dict.fromkeys(toy.EDITS, 1)
     assert len((world / "train-32.jsonl").read_text().splitlines()) == 32
     (work,) = (tmp_path / "out").iterdir()  # one base
     folders = [f.name for f in work.iterdir() if f.is_dir()]
@@ -88,6 +93,7 @@ def test_a_study_of_another_paper(tmp_path, base, world):
         f"--data={world}/train.jsonl",
         f"--val_data={world}/val.jsonl",
         f"--test_data={world}/test.jsonl",
+        "--edit_data=",
         f"--out={tmp_path}/out",
         f"--results={tmp_path}/amvl",
         "--examples=0",

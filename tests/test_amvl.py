@@ -14,6 +14,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import train
 from amvl import AMVL, grown, kl
+from data import strip_latents
 from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts
 from launch import settings_of
 from model import (
@@ -98,7 +99,7 @@ def test_sums_are_those_of_naive_passes(base, world):
         q_end = int((q_ids == model.latent_id).nonzero()[-1]) + 1
         h = slot_states(model, batch, ids, batch["pos"][:, i], end)(i)
         # encoded anew in its own order
-        response = rows[i]["response"] + "<latent></latent>"
+        response = strip_latents(rows[i]["response"]) + "<latent></latent>"
         asked = encode(model.vlm, model.tokenizer, model.processor, rows[i], K, response)
         pos_q = asked["pos"]
         assert asked["ids"].tolist() == q_ids[: len(asked["ids"])].tolist()

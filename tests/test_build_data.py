@@ -356,7 +356,7 @@ def test_from_sources_to_training_files_on_the_toy(tmp_path, world):
     run("audit", f"--data={tmp_path}/filtered.jsonl", f"--benchmarks={world}/test.jsonl")
     run("split", f"--data={tmp_path}/audited.jsonl")
     run("sheet", f"--data={tmp_path}/train.jsonl", "--sheet", f"{tmp_path}/sheet.html")
-    ours = load_examples(tmp_path / "train.jsonl") + load_examples(tmp_path / "val.jsonl")
+    ours = [*load_examples(tmp_path / "train.jsonl"), *load_examples(tmp_path / "val.jsonl")]
 
     def texts(row):
         return row["question"], row["answer"], row["response"]

@@ -4,13 +4,18 @@ import json
 import math
 import os
 import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import broken
+from PIL import Image
 from safetensors.torch import save_file
 
 from data import (
+    Row,
+    Rows,
     check_fields,
     example_key,
     load_examples,
@@ -465,3 +470,85 @@ def test_what_a_row_teaches_is_its_content(tmp_path):
         assert example_key(row | {name: "another"}) != example_key(row)
     assert example_key(row | {"images": row["images"] * 2}) != example_key(row)
     assert example_key(row | {"note": "to myself"}) == example_key(row)
+
+
+# --- rows stay on the disk
+
+
+def big_file(folder, n, line=json.dumps):
+    """A data file of n rows of one picture, some lines blank, some with a carriage return."""
+    Image.new("RGB", (28, 28)).save(folder / "a.png")
+    with open(folder / "big.jsonl", "w", newline="") as f:
+        for i in range(n):
+            row = {"id": i, "images": "a.png", "question": f"é {i}\u2028?", "answer": i % 7}
+            f.write(line(row) + ("\r\n\n" if i % 3 == 0 else "\n"))
+    return folder / "big.jsonl"
+
+
+def test_rows_are_those_of_a_plain_reader(tmp_path):
+    """By index, slice and choice, in any order; with changes, which touch no other row."""
+    path = big_file(tmp_path, 50)
+    want = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
+    rows = load_examples(path, training=False)
+    assert len(rows) == 50
+    assert [row["question"] for row in rows] == [row["question"] for row in want]
+    assert [row["id"] for row in rows[40:2:-7]] == [str(i) for i in range(40, 2, -7)]
+    assert rows[-1]["id"] == "49" and rows[5:8][1]["answer"] == "6"
+    lines = path.read_bytes().split(b"\n")
+    for row in rows:
+        assert json.loads(lines[int(row.where.rpartition(":")[2]) - 1])["id"] == int(row["id"])
+
+    odd = rows.keep(i for i, row in enumerate(rows) if int(row["id"]) % 2)
+    changed = odd.then(lambda row: row.update(question=row["question"].upper()))
+    changed = changed.then(lambda row: row.update(question=row["question"] + "!"))
+    assert [row["id"] for row in changed] == [str(i) for i in range(1, 50, 2)]
+    assert changed[2:4][0]["question"] == "É 5\u2028?!" and odd[2]["question"] == "é 5\u2028?"
+    rows[3]["answer"] = "of a copy"
+    assert rows[3]["answer"] == "3"
+    with pytest.raises(IndexError):
+        rows[50]
+
+
+def test_rows_of_a_list_are_copies():
+    plain = [Row(id="a", n=1), Row(id="b", n=2)]
+    plain[1].where = "f:2"
+    rows = Rows.of(plain).then(lambda row: row.update(n=row["n"] + 1))
+    assert [row["n"] for row in rows] == [row["n"] for row in rows] == [2, 3]
+    assert rows[1].where == "f:2" and plain[1]["n"] == 2 and Rows.of(rows) is rows
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    """A replaced or longer one changes nothing; one that was cut is named, never misread."""
+    path = big_file(tmp_path, 20)
+    rows = load_examples(path, training=False)
+    with open(path, "a") as f:
+        f.write("no json\n")
+    assert rows[19]["id"] == "19"
+    other = path.with_name("other")
+    other.write_text("nothing\n")
+    os.replace(other, path)
+    assert [row["id"] for row in rows] == [str(i) for i in range(20)]
+    path = big_file(tmp_path, 20)
+    rows = load_examples(path, training=False)
+    os.truncate(path, 500)
+    with pytest.raises(SystemExit, match="big.jsonl:.*shorter"):
+        rows[19]
+
+
+def test_threads_read_rows_of_one_file(tmp_path):
+    rows = load_examples(big_file(tmp_path, 300), training=False)
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(lambda i: rows[i]["id"], list(range(300)) * 5))
+    assert ids == [str(i) for i in range(300)] * 5
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """Of 20,000 rows of 2 KB, 40 MB as text, less than a tenth is held."""
+    path = big_file(tmp_path, 20_000, lambda row: json.dumps(row | {"system": "x" * 2000}))
+    tracemalloc.start()
+    rows = load_examples(path, training=False)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 20_000 and held < 4e6

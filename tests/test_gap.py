@@ -162,7 +162,7 @@ def test_counts_of_another_kind_are_named(tmp_path, change, words):
 
 def asked(world, n=3):
     """Rows, and counts of them as they are: the first solved, the last stopped early."""
-    rows = load_examples(world / "train.jsonl")[:n]
+    rows = list(load_examples(world / "train.jsonl")[:n])
     counts = {row["id"]: LINE | {"row": question_key(row), "correct": 0} for row in rows}
     counts[rows[0]["id"]]["correct"] = 8
     return rows, counts

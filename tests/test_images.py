@@ -141,7 +141,7 @@ def test_all_unusable_pictures_are_listed_once(tmp_path, monkeypatch, capsys):
         return decode(source)
 
     monkeypatch.setattr(images, "decode_image", counted)
-    assert usable_rows(rows, leave_out=True) == [rows[0], rows[-1]]
+    assert list(usable_rows(rows, leave_out=True)) == [rows[0], rows[-1]]
     assert "left out 5 rows" in capsys.readouterr().out
     assert len(again) == 5  # what can be used is remembered; what can not may have been mended
 
@@ -221,8 +221,8 @@ def test_shared_and_auxiliary_pictures_are_checked_once(tmp_path, monkeypatch, c
     decoded = []
     real = decode_image
     monkeypatch.setattr(images, "decode_image", lambda path: decoded.append(path) or real(path))
-    assert usable_rows(rows, leave_out=False) == rows  # nobody asked for the auxiliary ones
+    assert list(usable_rows(rows, leave_out=False)) == rows  # nobody asked for the auxiliary ones
     assert capsys.readouterr().out == ""
     fields = ("images", "aux_images")
-    assert usable_rows(rows, leave_out=True, fields=fields) == rows[:5]
+    assert list(usable_rows(rows, leave_out=True, fields=fields)) == rows[:5]
     assert sorted(decoded) == sorted(paths)

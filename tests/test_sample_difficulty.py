@@ -81,7 +81,7 @@ def sampled(tmp_path, monkeypatch, world):
     """(rows, a way to write lines of them to a file, the output's path)."""
     out = tmp_path / "d.jsonl"
     monkeypatch.setattr(sample_difficulty, "out", str(out))
-    rows = load_examples(world / "train.jsonl")[:4]
+    rows = list(load_examples(world / "train.jsonl")[:4])
 
     def write(name, *lines):
         found = []

@@ -120,7 +120,7 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
 def test_what_is_trained_is_what_generate_writes(base, steps, alone):
     """A row that begins with its span: the latents that `generate` feeds are the rollout's."""
     model = method(base)
-    rows = load_examples(steps / "train.jsonl")[:2]
+    rows = list(load_examples(steps / "train.jsonl")[:2])
     for row in rows:  # the model is made to open the span at once
         row["response"] = "<latent></latent> x"
         row["aux_images"] = row["aux_images"][:1]
@@ -143,7 +143,7 @@ def test_what_is_trained_is_what_generate_writes(base, steps, alone):
 def test_losses_are_those_of_naive_loops(base, steps, alone):
     """The cosines patch by patch, in float64 where it matters, spans of several rows and grids."""
     model = method(base, encoders="own", align_layer=3, rollout=2)
-    rows = load_examples(steps / "train.jsonl")[1:4]
+    rows = list(load_examples(steps / "train.jsonl")[1:4])
     big = noise(5, size=(84, 112))
     big.save(steps / "big.png")
     rows[1]["aux_images"][0] = str(steps / "big.png")  # a grid of 4 x 3
@@ -197,7 +197,7 @@ def test_several_encoders_have_a_psi_each(base, steps, alone, tmp_path):
     for name in ("dinov2", "clip"):
         saved_encoder(tmp_path / name, name)
     folders = [str(tmp_path / name) for name in ("dinov2", "clip")]
-    rows = load_examples(steps / "train.jsonl")[1:3]
+    rows = list(load_examples(steps / "train.jsonl")[1:3])
     losses = {}
     for encoders in ("own," + ",".join(folders), "own", *folders):
         model = method(base, encoders=encoders, rollout=1)
@@ -298,7 +298,7 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
 
 def test_a_rank_may_have_no_latents(tmp_path, base, steps):
     """Rows mostly of text, gradients through what is fed: all ranks still meet in every pass."""
-    rows = load_examples(steps / "train.jsonl")
+    rows = list(load_examples(steps / "train.jsonl"))
     for i, row in enumerate(rows):
         if i % 4:
             row["response"], row["aux_images"] = strip_latents(row["response"]), []
@@ -362,7 +362,7 @@ def test_settings_that_make_no_sense(base, name):
 
 
 def test_a_broken_target_is_found_before_the_first_step(tmp_path, base, steps):
-    rows = load_examples(steps / "train.jsonl")
+    rows = list(load_examples(steps / "train.jsonl"))
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     rows[5]["aux_images"][0] = str(broken)
