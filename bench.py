@@ -8,19 +8,24 @@
 (c) a decode step in latent mode against one in text mode
 (d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the
     peak memory of both
+(e) one answer at a time with Qwen's vocabulary: ours against HF generate, by the size of the image
+(f) what a decode step costs by rows, by image tokens and by position
+(g) a data file of a million rows: seconds to check it, and the memory of the process
 
 With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in
 absolute numbers.
 
-    python bench.py               # toy shapes, CPU or GPU; about 10 minutes on two quiet cores
+    python bench.py               # toy shapes, CPU or GPU; about 15 minutes on two quiet cores
     python bench.py --shape=7b    # needs an 80 GB GPU; 7b-smoke runs the same code, small, anywhere
 """
 
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from copy import deepcopy
 from functools import partial
@@ -44,9 +49,9 @@ from transformers.vision_utils import get_vision_window_index
 import toy
 import train
 from answers import extract_answer, is_correct
-from data import load_examples
+from data import json_line, load_examples
 from generate import generate, make_prompts, to_text
-from images import open_image
+from images import open_image, png_of
 from launch import pick_device, start
 from method import cross_entropy
 from model import (
@@ -69,13 +74,13 @@ from model import (
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # the model of (a) and (c)
 data = "out/toy/train.jsonl"  # their questions
-only = ""  # a, b, c or d; "" for all
+only = ""  # a to g; "" for all
 shape = "toy"  # or 7b, 7b-smoke: absolute numbers
 repeats = 5  # of each measurement, ours and theirs in turn; the median counts
 questions = 16  # a batch
 new_tokens = 32  # an answer of (a)
 threads = 2  # of the CPU
-side = ""  # set by (b) and (d) for their subprocesses
+side = ""  # set by (b), (d) and (g) for their subprocesses
 # --------------------------------------------------------------------------------------------------
 
 VOCABULARY = 152064  # rows of Qwen2.5-VL's embedding
@@ -95,8 +100,27 @@ def clock():
     return time.perf_counter()
 
 
+TABLE = []  # (what, ours, theirs, ratio), as text
+
+
+def note(what, ours, theirs="", ratio=""):
+    """Print a line, and keep it for the table."""
+    TABLE.append((what, ours, theirs, ratio))
+    print(f"{what:66} {ours:>12} {theirs:>12} {ratio:>12}", flush=True)
+
+
+def print_table():
+    """The lines as the table of docs/speed.md, with the machine."""
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else []
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else (names or ["a CPU"])[0]
+    print(f"\n{machine}, {threads} threads, torch {torch.__version__}\n")
+    for row in (("", "ours", "Hugging Face", "ratio"), ("---",) * 4, *TABLE):
+        print("| " + " | ".join(row) + " |")
+
+
 def versus(name, ours, theirs):
-    """Run both in turn and print the ratio of their median times."""
+    """Run both in turn and note the ratio of their median times."""
     times = {ours: [], theirs: []}
     for i in range(repeats + 1):
         # in turn, so that a machine that slows down slows both
@@ -107,24 +131,32 @@ def versus(name, ours, theirs):
                 times[f].append(clock() - began)
     # medians: one hiccup of a shared machine does not count
     a, b = statistics.median(times[ours]), statistics.median(times[theirs])
-    print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
+    note(name, f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} x")
+
+
+ROUNDS = 3  # of in_processes
 
 
 def in_processes(part, name):
-    """Run both sides of a part, each alone in a process so that its peak memory is its own."""
-    found = []
-    for one in ("ours", "hf"):
-        settings = [f"--only={part}", f"--side={one}", f"--threads={threads}"]
-        done = subprocess.run(
-            [sys.executable, __file__, *settings], capture_output=True, text=True, check=True
-        )
-        # the last line: libraries may print warnings before it
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    a, b = (x["s"] for x in found)
-    print(f"{name:58} ours {a:8.3f} s   HF {b:8.3f} s   {b / a:5.2f} x")
-    name = f"({part}) peak memory"
-    a, b = (x["gib"] for x in found)
-    print(f"{name:58} ours {a:8.2f} GiB HF {b:8.2f} GiB {a / b:5.2f} of it")
+    """Run both sides of a part in turn, in processes of their own: so is their peak memory."""
+    found = {"ours": [], "hf": []}
+    for _ in range(ROUNDS):
+        for one, runs in found.items():
+            runs.append(in_process(part, one))
+    a, b = (statistics.median(run["s"] for run in runs) for runs in found.values())
+    note(name, f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} x")
+    a, b = (max(run["gib"] for run in runs) for runs in found.values())
+    note(f"({part}) its peak memory", f"{a:.2f} GiB", f"{b:.2f} GiB", f"{a / b:.2f} of it")
+
+
+def in_process(part, one):
+    """What a side of a part reports, run alone in a process."""
+    settings = [f"--only={part}", f"--side={one}", f"--threads={threads}", f"--data={data}"]
+    done = subprocess.run(
+        [sys.executable, __file__, *settings], capture_output=True, text=True, check=True
+    )
+    # the last line: libraries may print warnings before it
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def report_side(f, n, where):
@@ -152,6 +184,7 @@ def random_pca(d, k):
 # --------------------------------------------------------------------------------------------------
 # (a) sampling
 
+BATCH = 64  # questions of the whole job, as in sample_difficulty.py
 # top_k=0 and top_p=1: from the whole distribution, as ours
 HF_SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
 
@@ -172,9 +205,9 @@ def sampling():
             partial(our_samples, vlm, *batch),
             partial(their_samples, stock, *batch),
         )
-    job = (tokenizer, small, rows[: 4 * questions])
+    job = (tokenizer, small, rows[: 16 * questions])
     versus(
-        "(a) the whole job: natural stops, early stop",
+        f"(a) {len(job[2])} questions: natural stops, early stop, {BATCH} a batch",
         partial(our_job, vlm, *job),
         partial(their_job, stock, *job),
     )
@@ -208,8 +241,8 @@ def their_samples(stock, tokenizer, processor, rows):
 
 def our_job(vlm, tokenizer, processor, rows):
     """Sample and check; a question that was right once is done, as in sample_difficulty.py."""
-    for i in range(0, len(rows), questions):
-        part = rows[i : i + questions]
+    for i in range(0, len(rows), BATCH):
+        part = rows[i : i + BATCH]
         generate(
             vlm,
             None,
@@ -217,6 +250,7 @@ def our_job(vlm, tokenizer, processor, rows):
             make_prompts(vlm, tokenizer, processor, part),
             max_new_tokens=24,
             n_samples=8,
+            waves=(1, 7),
             temperature=1.0,
             seeds=list(range(8 * len(part))),
             on_finish=partial(is_right, tokenizer, part),
@@ -224,8 +258,8 @@ def our_job(vlm, tokenizer, processor, rows):
 
 
 def their_job(stock, tokenizer, processor, rows):
-    for i in range(0, len(rows), questions):
-        part = rows[i : i + questions]
+    for i in range(0, len(rows), BATCH):
+        part = rows[i : i + BATCH]
         batch = hf_batch(stock, tokenizer, processor, part)
         out = stock.generate(**batch, max_new_tokens=24, **HF_SAMPLING)
         # (8 a question, new tokens): HF returns the prompts, too
@@ -468,8 +502,8 @@ def latent_mode():
             latent += of_latent[2:]  # without the step that opens the span
             text += of_text[2:]
     a, b = statistics.median(latent), statistics.median(text)
-    name = f"(c) a decode step of {len(prompts)} rows, latent against text mode"
-    print(f"{name:58} latent {1e3 * a:6.2f} ms   text {1e3 * b:6.2f} ms   {a / b:5.2f} x")
+    name = f"(c) a decode step of {len(prompts)} rows in latent mode, against text mode"
+    note(name, f"{1e3 * a:.2f} ms", f"{1e3 * b:.2f} ms (text)", f"{a / b:.2f} of it")
 
 
 def step_times(*args, **settings):
@@ -566,6 +600,94 @@ def window_attention(heads, dim, grid):
         return torch.cat(out, 1)
 
     return ours, theirs
+
+
+# --------------------------------------------------------------------------------------------------
+# (e) one answer at a time, (f) growth
+
+SIDES = (8, 32, 64)  # merged tokens of an image's side: 64 to 4,096 image tokens
+
+
+def one_by_one():
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    stock = narrow_vlm(tokenizer).eval().to(device)
+    ours = deepcopy(stock)
+    quicken(ours.model.visual)
+    processor = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=16384 * 28 * 28)
+    for cells in SIDES:
+        rows = [question_of_noise(cells)]
+        versus(
+            f"(e) an answer of {new_tokens} tokens, {cells**2:,} image tokens, V = {VOCABULARY:,}",
+            partial(our_answer, ours, tokenizer, processor, rows),
+            partial(their_answer, stock, tokenizer, processor, rows),
+        )
+
+
+def question_of_noise(cells):
+    """A row with one image of cells x cells merged tokens."""
+    image = Image.effect_noise((28 * cells, 28 * cells), 60).convert("RGB")
+    return {"id": "1", "images": [png_of(image)], "question": "Which two pieces?"}
+
+
+def our_answer(vlm, tokenizer, processor, rows):
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    generate(vlm, None, tokenizer, prompts, max_new_tokens=new_tokens, suppress=stops)
+
+
+def their_answer(stock, tokenizer, processor, rows):
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    batch = hf_batch(stock, tokenizer, processor, rows)
+    stock.generate(**batch, do_sample=False, max_new_tokens=new_tokens, suppress_tokens=stops)
+
+
+def growth():
+    """A step beside one of twice as much: 2 x would be linear in what is doubled."""
+    vlm, tokenizer = load_vlm(base, device=device)
+    rows = load_examples(data)
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+    def steps(n, image_tokens, length):
+        processor = load_processor(base, image_tokens * 784, image_tokens * 784)
+        prompts = make_prompts(vlm, tokenizer, processor, rows[:n])
+        settings = {"max_new_tokens": length, "n_samples": 8, "suppress": stops}
+        return step_times(vlm, None, tokenizer, prompts, **settings)
+
+    def compared(what, one, two):
+        a, b = (1e3 * statistics.median(x) for x in (one, two))
+        note(f"(f) a decode step, {what}", f"{a:.2f} ms", f"{b:.2f} ms", f"{b / a:.2f} x")
+
+    compared("64 rows, then 128", steps(8, 64, 64), steps(16, 64, 64))
+    compared("128 rows with 256 image tokens, then 512", steps(16, 256, 64), steps(16, 484, 64))
+    long = steps(16, 64, 1024)
+    compared("128 rows, its 250th token, then its 1,000th", long[240:260], long[990:1010])
+    slowest = 1e3 * max(long[8:])
+    note("(f) the slowest of these 1,024 steps", f"{slowest:.2f} ms")
+
+
+# --------------------------------------------------------------------------------------------------
+# (g) a million rows
+
+MILLION = 1_000_000
+
+
+def million_rows():
+    found = in_process("g", "ours")
+    note(
+        f"(g) {MILLION:,} rows checked, and held", f"{found['s']:.1f} s", f"{found['gib']:.2f} GiB"
+    )
+
+
+def million_side():
+    """Check a file of a million rows, those of `data` over and over. Prints JSON."""
+    rows = [dict(row) for row in load_examples(Path(data).resolve())]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        with open(path, "w") as f:
+            for n in range(MILLION):
+                f.write(json_line(rows[n % len(rows)] | {"id": f"{n}"}))
+        report_side(lambda: load_examples(path), 1, torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -689,16 +811,18 @@ def main():
     torch.set_num_threads(threads)
     # in_processes starts this file anew, once a side
     if side:
-        {"b": training_side, "d": tower_side}[only]()
+        {"b": training_side, "d": tower_side, "g": million_side}[only]()
     elif shape in TEXT:
         seven_b()
     elif shape == "toy":
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
         parts = {"a": sampling, "b": training, "c": latent_mode, "d": vision}
+        parts |= {"e": one_by_one, "f": growth, "g": million_rows}
         for name, part in parts.items():
-            if only in ("", name):
+            if not only or name in only:
                 part()
+        print_table()
     else:
         raise SystemExit(f"shape={shape!r} is not one of: toy, {', '.join(TEXT)}")
 
