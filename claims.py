@@ -1,0 +1,312 @@
+"""What does each table compare, what has the paper for it, and what does one expect?
+
+Facts for report.py. In the name of a run a star stands for the size at which GAP's own study
+intervenes on latents; "GAP/noise" is an evaluation of a run, "GAP" its clean one.
+"""
+
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """A table of accuracies. Those whose column begins with "7B" test the paper's own findings."""
+
+    title: str
+    column: str  # heading of the last column
+    rows: dict  # {what: its cell in the last column}, where the paper has a number that number
+    reference: str  # the run that all rows are held against
+    claims: list  # (text, more, less, measure = "hard"): `more` beats `less` on these questions
+    logged: tuple = (("R2", "val_r2"),)  # columns of the last validation: heading, field
+
+
+# fmt: off
+ALIGNED = (("cosine", "val_cosine"), ("rollout error", "val_rollout_error"))
+DIVERGED = (("KL(q, p)", "val_kl_forward"), ("KL(p, q)", "val_kl_reverse"),
+            ("right, posterior", "val_right_posterior"), ("right, prior", "val_right_prior"))
+TABLES = {"main": [
+    Table("All systems", column="what is fed, and on which questions", reference="LH+PCA", rows={
+        "base":   "nothing",
+        "text":   "nothing",
+        "output": "the state; all",
+        "LH":     "full head; all",
+        "LH+DA":  "full head; those that the base fails",
+        "LH+PCA": "PCA head; all",
+        "GAP":    "PCA head; those that the base fails",
+        "VaLR":   "the state, aligned inside; all, a picture a move",
+        "AMVL":   "slots before the answer, which no picture supervises; all",
+    }, claims=[
+        ("the PCA head beats the full one",            "LH+PCA", "LH"),
+        ("the PCA head beats it with difficulty-aware data", "GAP", "LH+DA"),
+        ("a full head beats output-as-input",          "LH",     "output"),
+        ("the PCA head beats output-as-input",         "LH+PCA", "output"),
+        ("difficulty-aware data helps the full head",  "LH+DA",  "LH"),
+        ("difficulty-aware data helps the PCA head",   "GAP",    "LH+PCA"),
+        ("GAP beats dense-caption SFT",                "GAP",    "text"),
+        ("VaLR beats dense-caption SFT",               "VaLR",   "text"),
+        ("AMVL beats dense-caption SFT",               "AMVL",   "text"),
+        ("the PCA head beats VaLR",                    "LH+PCA", "VaLR"),
+        ("the PCA head beats AMVL",                    "LH+PCA", "AMVL"),
+    ]),
+    Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
+        "text":    "the same data without spans",
+        "markers": "trained so: a span opens and ends at once",
+        "dummy":   "trained so: one learned vector in place of each latent",
+        **{f"{name}{kind}": what for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR")
+           for kind, what in (("", ""), ("/markers", "the span ends at once"),
+                              ("/mean", "mu in place of each latent"),
+                              ("/noise", "noise of the same length"),
+                              ("/shuffle", "another example's latents"))
+           if not (name == "VaLR" and kind == "/mean")},
+        "AMVL":         "",
+        "AMVL/zero":    "no slots",
+        "AMVL/noise":   "noise of the same length",
+        "AMVL/shuffle": "another example's slots",
+    }, claims=[
+        ("markers alone beat text",             "markers", "text"),
+        ("a dummy beats text",                  "dummy",   "text"),
+        ("latents beat markers",                "LH+PCA",  "markers"),
+        ("latents beat a dummy",                "LH+PCA",  "dummy"),
+        *((f"{name}: its own latents beat another example's", name, f"{name}/shuffle")
+          for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")),
+        *((f"{name}: its own latents beat noise", name, f"{name}/noise")
+          for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")),
+    ]),
+    Table("The real auxiliary features in place of the latents", column="", reference="LH+PCA",
+          rows={what: "" for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP")
+                for what in (name, f"{name}/oracle")},
+          claims=[(f"better latents would help {name}", f"{name}/oracle", name)
+                  for name in ("output", "LH", "LH+DA", "LH+PCA", "GAP")]),
+    # fewer spans to learn from, or the questions that have none: which of the two costs?
+    Table("What difficulty-aware data costs, and what mends it",
+          column="questions with latents", reference="GAP", rows={
+        "LH+PCA":         "all",
+        "LH+PCA n=1500":  "all: as many spans as GAP, easy and hard",
+        "GAP":            "those that the base fails",
+        "GAP n=4000":     "the same of more: about as many spans as LH+PCA",
+        "easy 10%":       "these, and a tenth of the others",
+        "easy 25%":       "these, and a quarter of the others",
+        "first 300":      "all in the first quarter of the steps, then as GAP",
+        "parser dropped": "as GAP; the others have no parser text",
+    }, claims=[
+        ("as many spans of easy and hard questions teach more than those of hard ones",
+            "LH+PCA n=1500", "GAP"),
+        ("more questions mend it",                      "GAP n=4000",     "GAP"),
+        ("a tenth of the easy questions mends it",      "easy 10%",       "GAP"),
+        ("a quarter of the easy questions mends it",    "easy 25%",       "GAP"),
+        ("a first phase with latents everywhere mends it", "first 300",   "GAP"),
+        ("the parser text of the others helps",         "GAP",            "parser dropped"),
+        ("mended so, GAP is ahead of latents everywhere", "easy 25%",     "LH+PCA"),
+        ("mended so, GAP is ahead of it, all questions",  "easy 25%",     "LH+PCA", "all"),
+    ]),
+], "gap": [
+    Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
+        "base":       "57.66, 52.62",
+        "text":       "59.40, 47.24",
+        "output":     "Monet 59.58, 47.99; LVR 60.75, 47.66",
+        "output/EMA": "",
+        "LH":         "59.03, 49.15",
+        "LH+DA":      "59.68, 50.05",
+        "LH+PCA":     "60.40, 52.48",
+        "GAP":        "61.32, 53.97",
+    }, claims=[
+        ("GAP beats the base",                         "GAP",        "base"),
+        ("GAP beats dense-caption SFT",                "GAP",        "text"),
+        ("GAP beats output-as-input",                  "GAP",        "output"),
+        ("GAP beats LH",                               "GAP",        "LH"),
+        ("difficulty-aware data helps the full head",  "LH+DA",      "LH"),
+        ("the PCA head helps without it",              "LH+PCA",     "LH"),
+        ("the PCA head helps with it",                 "GAP",        "LH+DA"),
+        ("difficulty-aware data helps the PCA head",   "GAP",        "LH+PCA"),
+        ("EMA calibration helps output-as-input",      "output/EMA", "output"),
+        ("difficulty-aware data helps the full head, all questions", "LH+DA", "LH", "all"),
+        ("difficulty-aware data helps the PCA head, all questions", "GAP", "LH+PCA", "all"),
+    ]),
+    Table("Retained variance (here without difficulty-aware data)",
+          column="7B: Avg-3", reference="LH+PCA", rows={
+        "LH":            "67.40",
+        "retained 85%":  "67.63",
+        "retained 90%":  "67.69",
+        "LH+PCA":        "69.22",
+        "retained 99%":  "",
+        "wide head":     "",
+        "wide head 99%": "",
+    }, claims=[
+        ("95 % beats 85 %",          "LH+PCA",       "retained 85%"),
+        ("95 % beats 90 %",          "LH+PCA",       "retained 90%"),
+        ("85 % beats the full head", "retained 85%", "LH"),
+    ]),
+    # zero and noise are the paper's: what is left of the gain without what the latents say?
+    Table("Interventions on GAP's latents", column="7B: mean of two", reference="GAP*", rows={
+        "base":            "68.31",
+        "text*":           "68.79",
+        "GAP*/zero":       "70.33",
+        "GAP*/noise":      "69.69",
+        "GAP*":            "72.13",
+        "GAP*/mean":       "",
+        "GAP*/shuffle":    "",
+        "GAP*/oracle":     "",
+        "GAP*/oracle_pca": "",
+    }, claims=[
+        ("clean beats noise",            "GAP*",      "GAP*/noise"),
+        ("clean beats zero",             "GAP*",      "GAP*/zero"),
+        ("zero beats noise",             "GAP*/zero", "GAP*/noise"),
+        ("zero beats dense-caption SFT", "GAP*/zero", "text*"),
+    ]),
+    # an upper bound: what would latents be worth that predicted their picture without an error?
+    Table("The real auxiliary features in place of the latents",
+          column="", reference="GAP", rows={
+        "output/oracle": "",
+        "LH/oracle":     "",
+        "LH+DA/oracle":  "",
+        "LH+PCA/oracle": "",
+        "GAP":           "",
+        "GAP/oracle":    "",
+    }, claims=[
+        ("better latents would help GAP",             "GAP/oracle",    "GAP"),
+        ("better latents would help LH+PCA",          "LH+PCA/oracle", "LH+PCA"),
+        ("GAP reads real features as well as LH+PCA", "GAP/oracle",    "LH+PCA/oracle"),
+    ]),
+    # pooled to more latents than it has cells, a picture only repeats them: hence resize K=16
+    Table("Latent budget (the toy's picture has four cells: 36 is too many; "
+          "here without difficulty-aware data)",
+          column="7B: Avg-3 at 0, 4, 16, 36, 64, 144", reference="LH+PCA", rows={
+        "text":        "66.03",
+        "K=1":         "",
+        "LH+PCA":      "67.56",
+        "K=9":         "",
+        "K=16":        "69.11",
+        "resize K=16": "",
+        "K=36":        "69.22; 64: 68.68; 144: 67.91",
+        "LH":          "",
+        "LH K=16":     "",
+        "LH K=36":     "",
+    }, claims=[
+        ("four latents beat none", "LH+PCA", "text"),
+        ("four beat one",          "LH+PCA", "K=1"),
+        ("too many cost",          "LH+PCA", "K=36"),
+    ]),
+    # a gain over LH could come of fewer weights or of any small subspace: a control for each
+    Table("Controls that the paper lacks (without difficulty-aware data)",
+          column="what differs from LH+PCA", reference="LH+PCA", rows={
+        "LH+PCA":             "",
+        "random basis":       "a random orthonormal basis of the same k",
+        "no mean":            "mu = 0",
+        "matched full head":  "d -> m -> d with as many weights as the PCA head",
+        "LH":                 "d -> d -> d",
+        "wide head":          "c = P_k^T h + an MLP d -> d -> k",
+        "frozen linear head": "c = P_k^T h, nothing trained in it",
+    }, claims=[
+        ("the PCA basis beats a random one",                  "LH+PCA", "random basis"),
+        ("the mean helps",                                    "LH+PCA", "no mean"),
+        ("the PCA head beats a full head of as many weights", "LH+PCA", "matched full head"),
+        ("training the head helps",                           "LH+PCA", "frozen linear head"),
+        ("at the full head's capacity, the subspace helps",   "wide head", "LH"),
+        ("the same with 99 % of the variance",                "wide head 99%", "LH"),
+        ("a full head beats output-as-input",                 "LH",     "output"),
+        ("with 500 examples a full head beats output-as-input", "LH n=500", "output n=500"),
+        ("with 16 latents the PCA head beats the full one",   "K=16",   "LH K=16"),
+        ("with 36 latents the PCA head beats the full one",   "K=36",   "LH K=36"),
+        ("16 latents of a larger picture beat four cells repeated", "resize K=16", "K=16"),
+    ]),
+    # tau also changes how many spans are trained on: "GAP n=500" has about as many as LH+PCA
+    Table("Which questions get latents", column="", reference="GAP", rows={
+        "GAP":            "tau = 0",
+        "guess-aware":    "tau = 1/8 here",
+        "tau=0.25":       "",
+        "tau=0.5":        "",
+        "LH+PCA":         "tau = 1: all",
+        "parser dropped": "of the stripped examples",
+        "GAP n=500":      "tau = 0, about as many latent spans as LH+PCA",
+    }, claims=[
+        ("the guess-aware rule beats tau = 0", "guess-aware", "GAP"),
+        ("the guess-aware rule beats tau = 0 on the easy questions", "guess-aware", "GAP", "easy"),
+        ("keeping the parser text helps",      "GAP",         "parser dropped"),
+        ("with as many latent spans, GAP is ahead of latents everywhere", "GAP n=500", "LH+PCA"),
+    ]),
+    Table("Training choices (without difficulty-aware data)",
+          column="", reference="LH+PCA", rows={
+        "LH+PCA":              "lambda = 1, pool, teacher forcing",
+        "lambda=0.1":          "",
+        "lambda=10":           "",
+        "scheduled sampling":  "",
+        "no parser text":      "neither in training nor after",
+        "GAP*":                "",
+        "GAP*/parser skipped": "at inference only",
+    }, claims=[
+        ("lambda = 1 beats 0.1",     "LH+PCA",             "lambda=0.1"),
+        ("lambda = 1 beats 10",      "LH+PCA",             "lambda=10"),
+        ("scheduled sampling helps", "scheduled sampling", "LH+PCA"),
+        ("the parser text helps",    "LH+PCA",             "no parser text"),
+        ("a model trained with the parser text needs it at inference",
+                                     "GAP*",               "GAP*/parser skipped"),
+    ]),
+], "valr": [
+    Table("VaLR and its stage-1 model", column="7B: VSI-Bench, BLINK, V*",
+          reference="VaLR", logged=ALIGNED, rows={
+        "stage 1":    "",
+        "text":       "",
+        "lambda=0":   "34.0, 57.1, 75.9",
+        "lambda=0.5": "41.5, 63.1, 86.4",
+        "VaLR":       "lambda 2 here; 1: 40.0, 60.9, 84.3",
+    }, claims=[
+        ("VaLR beats its stage-1 model",           "VaLR",     "stage 1"),
+        ("VaLR beats more training as text",       "VaLR",     "text"),
+        ("VaLR beats latents without alignment",   "VaLR",     "lambda=0"),
+        ("latents without alignment beat text",    "lambda=0", "text"),
+        ("at lambda = 0.5 alignment beats none",   "lambda=0.5", "lambda=0"),
+    ]),
+    Table("Latents a step, the block that is aligned, and the rollout",
+          column="7B: BLINK, V* at K = 1, 4, 16; at block 4, 12, 27", reference="VaLR",
+          logged=ALIGNED, rows={
+        "VaLR":             "K 58.6, 78.0; block 12 (and K 16): 63.1, 86.4",
+        "K=4":              "62.0, 85.3",
+        "block 1":          "4: 59.2, 83.8",
+        "block 4":          "27: 62.8, 85.3",
+        "one pass":         "",
+        "stopped gradient": "",
+    }, claims=[
+        ("four latents a step beat one",                   "K=4",  "VaLR"),
+        ("the second block beats the first",               "VaLR", "block 1"),
+        ("the second block beats the last",                "VaLR", "block 4"),
+        ("an exact rollout beats one pass",                "VaLR", "one pass"),
+        ("gradients through what is fed help",             "VaLR", "stopped gradient"),
+    ]),
+    Table("Interventions on VaLR's latents", column="", reference="VaLR", logged=(), rows={
+        "VaLR":         "",
+        "VaLR/zero":    "no span opens",
+        "VaLR/noise":   "",
+        "VaLR/shuffle": "another example's",
+    }, claims=[
+        ("clean beats noise",       "VaLR", "VaLR/noise"),
+        ("clean beats shuffled",    "VaLR", "VaLR/shuffle"),
+        ("clean beats no span",     "VaLR", "VaLR/zero"),
+    ]),
+], "amvl": [
+    Table("AMVL's objectives", column="7B: V*, HRBench4K, HRBench8K", reference="AMVL",
+          logged=DIVERGED, rows={
+        "base":       "76.44, 68.00, 63.75",
+        "text":       "",
+        "NTP":        "81.15, 70.50, 67.38",
+        "+ forward":  "82.72, 72.12, 67.75",
+        "+ reverse":  "82.20, 71.75, 67.25",
+        "gamma=1e-6": "",
+        "AMVL":       "84.29, 72.12, 68.50",
+        "gamma=1e-5": "",
+    }, claims=[
+        ("AMVL beats next tokens alone",     "AMVL",      "NTP"),
+        ("the forward term helps",           "+ forward", "NTP"),
+        ("the reverse term helps",           "+ reverse", "NTP"),
+        ("the reverse term helps beside it", "AMVL",      "+ forward"),
+        ("AMVL beats text",                  "AMVL",      "text"),
+        ("the reverse term closes the leakage gap", "+ forward", "AMVL", "val_leakage"),
+    ]),
+    Table("Interventions on AMVL's slots", column="", reference="AMVL", logged=(), rows={
+        "AMVL":         "the prior's mean",
+        "AMVL/zero":    "no slots",
+        "AMVL/noise":   "",
+        "AMVL/shuffle": "another example's",
+    }, claims=[
+        ("clean beats noise",    "AMVL", "AMVL/noise"),
+        ("clean beats shuffled", "AMVL", "AMVL/shuffle"),
+    ]),
+]}
+# fmt: on
