@@ -115,8 +115,9 @@ class Decoder:
         if padded:
             bias = torch.where(mask, 0.0, -torch.inf).to(x)
             self.biases = bias[:, None, None, None]
-        self.ahead = out.last_hidden_state[:, T:]  # (Q, A, d)
-        self.last = out.last_hidden_state[:, T - 1 : T]  # (Q, 1, d)
+        # copies, so that the states of all positions are not held by them
+        self.ahead = out.last_hidden_state[:, T:].clone()  # (Q, A, d)
+        self.last = out.last_hidden_state[:, T - 1 : T].clone()  # (Q, 1, d)
         # text has one position on all three axes of mRoPE: they go on from the largest
         self.first_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
 
