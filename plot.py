@@ -1,24 +1,27 @@
-"""How did it train, and what does data buy? Two figures, for whoever has matplotlib.
+"""How did it train, and what do the studies show? Figures, for whoever has matplotlib.
 
 Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a PNG:
 
     python plot.py                                              # out/gap/curves.png
     python plot.py --runs=out/gap,out/text --out=curves.png     # runs side by side
-    python plot.py --results=results/toy --out=results/toy.png  # accuracy against examples
+    python plot.py --results=results/gap                        # accuracy against examples
+    python plot.py --results=results/toy --figure=systems --out=results/systems.png
+    python plot.py --results=results/toy --figure=drift --out=results/drift.png
 """
 
 import math
 from pathlib import Path
 
 from data import check_fields, check_there, read_lines, write_then_rename
-from launch import start
+from launch import check_choices, start
 from report import mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png
-results = ""  # what ablate.py wrote: its main figure instead of curves
-methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of that figure, by the names of their runs
+results = ""  # what ablate.py wrote: a figure of it instead of curves
+figure = "examples"  # accuracy against examples; systems: each run's seeds; drift: along the chain
+methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
 easy = "1 moves"  # the category that needs no latents and is left out of it
 # --------------------------------------------------------------------------------------------------
 
@@ -368,12 +371,95 @@ def draw_accuracies(path_of_lines, path):
 
 
 # --------------------------------------------------------------------------------------------------
+# the main study's figures
+
+SYSTEMS = (  # in the order in which they are drawn, from above
+    "base",
+    "text",
+    "AMVL",
+    "VaLR",
+    "output",
+    "LH",
+    "LH+PCA",
+    "LH+DA",
+    "GAP",
+    "first 300",
+)
+DRIFT = ("output", "LH", "LH+PCA")
+
+
+def by_run(path_of_lines, names, number):
+    """{run: [number(line), one a seed]} of ablate.py's lines; runs without one are left out."""
+    check_there(path_of_lines)
+    lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
+    # made anew with other settings, only its latest count
+    latest = {line["name"]: line["settings"] for line in lines}
+    found = {name: {} for name in names}
+    for line in lines:
+        if line["name"] in found and line["settings"] == latest[line["name"]]:
+            x = number(line)
+            if x is not None:
+                found[line["name"]][line["seed"]] = x
+    there = {name: [seeds[s] for s in sorted(seeds)] for name, seeds in found.items() if seeds}
+    if not there:
+        raise SystemExit(f"{path_of_lines}: no runs of {', '.join(names)}")
+    return there
+
+
+def draw_systems(path_of_lines, path):
+    """Accuracy on hard questions: each seed a dot, the mean a line, and its 95 % t-interval."""
+    plt = pyplot()
+    found = by_run(path_of_lines, SYSTEMS, lambda line: value(line, "clean", "hard", easy))
+    height = 0.6 + 0.28 * len(found)
+    fig = plt.figure(figsize=(6.4, height))
+    ax = fig.add_axes([0.13, 0.5 / height, 0.85, 1 - 0.55 / height])
+    for y, seeds in enumerate(found.values()):
+        mean, low, high = mean_interval(seeds)
+        if len(seeds) > 1:
+            ax.plot([max(0, low), min(1, high)], [y, y], lw=3, alpha=0.25, color=COLOURS[0])
+        ax.plot([mean, mean], [y - 0.3, y + 0.3], lw=1.6, color=COLOURS[0])
+        ax.plot(seeds, [y] * len(seeds), "o", ms=3.5, mew=0, alpha=0.7, color=COLOURS[1])
+    ax.set_yticks(range(len(found)), found)
+    ax.invert_yaxis()
+    ax.set(xlim=(-0.02, 1.02), xlabel="accuracy on hard questions: seeds, mean, 95 % t-interval")
+    save(fig, path)
+    plt.close(fig)
+
+
+def draw_drift(path_of_lines, path):
+    """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
+    plt = pyplot()
+    found = by_run(path_of_lines, DRIFT, lambda line: line["probe"].get("along"))
+    fig = plt.figure(figsize=(6.4, 2.6))
+    ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])
+    names = []
+    for (name, seeds), colour in zip(found.items(), COLOURS):
+        for kind, style in (("own", "-"), ("forced", "--")):
+            curves = [seed[kind] for seed in seeds]
+            places = range(1, len(curves[0]) + 1)
+            means = [sum(at) / len(at) for at in zip(*curves)]
+            ax.plot(places, means, style, lw=1.6, color=colour)
+            for curve in curves:
+                ax.plot(places, curve, style, lw=0.6, alpha=0.3, color=colour)
+            if kind == "own":
+                names.append((name, means[-1], colour))
+    ax.set(ylim=(-1, 1.05), xlabel="place of the latent", ylabel="R2 with its real feature")
+    label(ax, names, 1.01, "right", size=9)
+    ax.text(0.02, 0.06, "lines: fed its own; dashes: fed real ones", transform=ax.transAxes)
+    save(fig, path)
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------
+
+FIGURES = {"examples": draw_accuracies, "systems": draw_systems, "drift": draw_drift}
 
 
 def main():
+    check_choices(globals(), figure=FIGURES)
     if results:
         stem = results.removesuffix(".jsonl")
-        draw_accuracies(f"{stem}.jsonl", out or f"{stem}.png")
+        FIGURES[figure](f"{stem}.jsonl", out or f"{stem}.png")
         return
     folders = [name.strip() for name in runs.split(",") if name.strip()]
     if not folders:

@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import stats
 
 import plot
-from report import mean_interval
+from data import write_lines
+from report import mean_interval, value
 
 
 def write_log(folder, rows):
@@ -140,3 +141,34 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, capsys):
 def test_names_are_moved_apart():
     moved = plot.spread([0.9, 0.1, 0.95, 0.12], 0.1, 1)
     assert moved == pytest.approx([0.9, 0.1, 1.0, 0.2])
+
+
+def test_the_main_studys_figures_are_of_the_lines(tmp_path):
+    """The latest settings of a run, seed by seed; what lacks the number is no row of the figure."""
+    lines = []
+    for name, seed, bits, examples in (
+        ("GAP", 2, "1100", 9),  # of earlier settings
+        ("GAP", 2, "0111", 10),
+        ("GAP", 1, "0001", 10),
+        ("output", 1, "1111", 10),
+        ("no such", 1, "1111", 10),
+    ):
+        right = {"1 moves": [2, "1"], "2 moves": [4, f"{int(bits, 2):x}"]}
+        along = {"own": [0.9, 0.1 * seed], "forced": [0.9, 0.8]}
+        line = {"name": name, "seed": seed, "settings": {"examples": examples}}
+        line |= {"evals": {"clean": {"right": right}}}
+        lines.append(line | {"probe": {"along": along} if name == "output" else {}})
+    write_lines(tmp_path / "r.jsonl", lines)
+
+    def hard(line):
+        return value(line, "clean", "hard", "1 moves")
+
+    found = plot.by_run(tmp_path / "r.jsonl", plot.SYSTEMS, hard)
+    assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
+    for figure in ("systems", "drift"):
+        command = [sys.executable, str(ROOT / "plot.py"), f"--results={tmp_path}/r"]
+        command += [f"--figure={figure}", f"--out={tmp_path}/{figure}.png"]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        assert Image.open(tmp_path / f"{figure}.png").width > 500
+    with pytest.raises(SystemExit, match="no runs of LH"):
+        plot.by_run(tmp_path / "r.jsonl", ("LH",), hard)
