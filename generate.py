@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from data import LATENT_SPAN, read_safetensors, write_then_rename
-from images import open_image
-from model import HEAD_FILE, embed, encode, encode_images, latent_ids
+from model import HEAD_FILE, embed, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
@@ -34,19 +33,25 @@ def make_prompts(vlm, tokenizer, processor, rows):
     return see(vlm, processor, prompts)
 
 
+def read_ahead(processor, prompt):
+    """An encoded prompt with the pixels of its images: what a thread can do while others decode."""
+    return prompt | {"pixels": [pixels_of(processor, image) for image in prompt["images"]]}
+
+
 def see(vlm, processor, prompts):
-    """Add "vision" (N, d) or None to encoded prompts; the tower runs over several at a time."""
-    todo = []
+    """Add "vision" (N, d) or None to encoded prompts; the tower runs over several images a time."""
+    todo = []  # ((image, its pixels if they were read, its grid), patches)
     for p in prompts:
-        n_patches = [math.prod(grid) for grid in p["grids"]]
-        todo += zip(p["images"], n_patches)
+        pixels = p.pop("pixels", [None] * len(p["images"]))
+        for image in zip(p["images"], pixels, p["grids"]):
+            todo.append((image, math.prod(image[2])))
 
     seen = []  # (h*w/4, d) an image
-    for images in calls_of(todo, TOWER_PATCHES):
-        opened = [open_image(image) for image in images]
+    for call in calls_of(todo, TOWER_PATCHES):
+        pixels = [pixels_of(processor, image) if x is None else x for image, x, _ in call]
+        grids = torch.tensor([grid for _, _, grid in call])
         with torch.inference_mode():
-            vision, _ = encode_images(vlm, processor, opened)
-        seen += vision
+            seen += encode_pixels(vlm, processor, torch.cat(pixels), grids)
 
     # give each prompt its images back, in order
     rest = iter(seen)

@@ -37,7 +37,7 @@ from data import (
     read_safetensors,
     write_then_rename,
 )
-from images import image_size
+from images import image_size, open_image
 
 disable_progress_bar()  # of loading and writing weights: a stage has one bar, its own
 
@@ -680,18 +680,28 @@ def embed(vlm, ids, vision=None, latents=None, latent_id=-1):
 # what the tower sees
 
 
-def encode_images(vlm, processor, images):
-    """Merged embeddings of PIL images: a list of (h*w/4, d) in reading order, and grids (n, 3)."""
+def pixels_of(processor, image):
+    """The pixels (patches, 1176) that the tower reads, of what `open_image` takes."""
+    return processor(images=[open_image(image)], return_tensors="pt")["pixel_values"]
+
+
+def encode_pixels(vlm, processor, pixels, grids):
+    """Merged embeddings, a list of (h*w/4, d) in reading order, of n images: grids (n, 3)."""
     tower = vlm.model.visual
-    # resized to whole 28 px cells within the pixel limits
-    inputs = processor(images=images, return_tensors="pt")
-    grids = inputs["image_grid_thw"]
-    pixels = inputs["pixel_values"].to(tower.device, tower.dtype)
+    pixels = pixels.to(tower.device, tower.dtype)
     # pooler_output is in reading order; last_hidden_state would be in the order of windows
     v = tower(pixels, grid_thw=grids.to(tower.device)).pooler_output
     # the merger makes one embedding of each 2 x 2 patches
     sizes = grids.prod(-1) // processor.merge_size**2
-    return list(v.split(sizes.tolist())), grids
+    return list(v.split(sizes.tolist()))
+
+
+def encode_images(vlm, processor, images):
+    """Merged embeddings of PIL images, as above, and grids (n, 3)."""
+    # resized to whole 28 px cells within the pixel limits
+    inputs = processor(images=images, return_tensors="pt")
+    grids = inputs["image_grid_thw"]
+    return encode_pixels(vlm, processor, inputs["pixel_values"], grids), grids
 
 
 def grid_features(vlm, processor, images, K, mode):

@@ -38,10 +38,11 @@ from data import (
 )
 from endpoint import NO_KEY
 from gap import RULES, is_solved, needs_latents, read_count_lines
-from generate import generate, make_prompts, to_text
+from generate import generate, read_ahead, see, to_text
 from images import usable_rows
 from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
-from model import load_processor, load_vlm
+from model import encode, load_processor, load_vlm
+from resume import in_order
 from served import Served, ask_all, draw, served_messages
 
 # --------------------------------------------------------------------------------------------------
@@ -176,16 +177,22 @@ def sample(rows):
     """
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
     processor = load_processor(base, min_pixels, max_pixels)
-    for i in range(0, len(rows), batch):
-        tally = Tally(rows[i : i + batch])
+
+    def prepared(tally):
         asked = [row | {"instruction": instruction} for row in tally.rows]
+        prompts = [encode(vlm, tokenizer, processor, row) for row in asked]
+        return tally, [read_ahead(processor, prompt) for prompt in prompts]
+
+    tallies = (Tally(list(rows[i : i + batch])) for i in range(0, len(rows), batch))
+    # a batch's images are read while the batch before it is answered
+    for tally, prompts in in_order(prepared, tallies, 1):
         # one a sample: its draws depend on no batch, no rank and no kill
         seeds = [seed_of(seed, row["id"], s) for row in tally.rows for s in range(n_samples)]
         generate(
             vlm,
             None,  # no latent head: the base writes text only
             tokenizer,
-            make_prompts(vlm, tokenizer, processor, asked),
+            see(vlm, processor, prompts),
             n_samples=n_samples,
             waves=waves(),
             max_new_tokens=max_new_tokens,
