@@ -18,6 +18,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
 """
 
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -26,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from data import (
     append,
@@ -63,7 +66,8 @@ eval_args = ""  # of eval.py
 probe_args = ""  # of probe.py
 # --------------------------------------------------------------------------------------------------
 
-# What a run changes of the defaults of train.py and, for the names in FIT, of fit_pca.py.
+# What a run changes of the defaults of train.py and, for the names in FIT, of fit_pca.py (of
+# train.py where a method has no PCA).
 FIT = ("K", "mode", "retained", "basis", "centre")
 WITH_PCA = ("main", "gap")  # studies with runs that need targets and difficulties
 NO_DA = {"difficulty": ""}  # every example with latents, as without difficulty-aware data
@@ -80,11 +84,12 @@ MAIN = {
     "GAP":    {},
 }
 # a panel is one token of the tower; the toy needs more alignment than the paper's 0.5
-VALR = {"method": "valr", "K": 1, "fed_gradient": True, "lambda_align": 2.0}
+VALR = {"method": "valr", "K": 4, "fed_gradient": True, "lambda_align": 2.0}
 AMVL = {"method": "amvl", "K": 4}
-# beside the others: VaLR's data have a picture a move, AMVL has eight slots and learns slowly
+# beside the others: VaLR's data have a picture a move, and two passes of up to eight roll it out;
+# AMVL has eight slots and learns slowly
 OTHERS = {
-    "VaLR": VALR | {"layout": "steps", "min_pixels": 784, "rollout": 2},  # of up to 8 latents
+    "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
     "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
 }
 # fmt: on
@@ -176,14 +181,15 @@ RUNS = {"main": [
         "lambda=0": VALR | {"lambda_align": 0.0},
     },
     {
-        "lambda=0.5": VALR | {"lambda_align": 0.5},
-        "K=4":        VALR | {"K": 4, "rollout": 4},
-        "block 1":    VALR | {"align_layer": 1},
+        "lambda=0.5":  VALR | {"lambda_align": 0.5},
+        "four passes": VALR | {"rollout": 4},
+        "block 1":     VALR | {"align_layer": 1},
     },
     {
         "stopped gradient": VALR | {"fed_gradient": False},
         "block 4":          VALR | {"align_layer": 4},  # the last
         "one pass":         VALR | {"rollout": 1},
+        "K=1":              VALR | {"K": 1},
     },
 ],
 "amvl": [
@@ -289,7 +295,7 @@ def call(script, extra, **settings):
     Another sitting may be making the same targets or counts: it is waited for.
     """
     python = [sys.executable]
-    if launch and script != "probe.py":  # probe.py is one process
+    if launch and script not in ("probe.py", "edits.py"):  # which are one process
         python = shlex.split(launch)
     command = [*python, str(Path(__file__).parent / script), *shlex.split(extra)]
     command += [f"--{name}={value}" for name, value in settings.items()]
@@ -346,8 +352,10 @@ def fitted(work, file, fit):
 def trained(folder, run, seed, file):
     """Train a run into folder/model. Returns what its log says."""
     work, model = folder.parent, folder / "model"
-    fit = {k: v for k, v in run.items() if k in FIT}
-    own = {k: v for k, v in run.items() if k not in (*FIT, "examples", "layout")}
+    with_pca = study in WITH_PCA and run.get("method") not in ("valr", "amvl")
+    # K and the like are fit_pca.py's where there is a PCA, else train.py's
+    fit = {k: v for k, v in run.items() if with_pca and k in FIT}
+    own = {k: v for k, v in run.items() if k not in (*fit, "examples", "layout")}
     settings = {
         "base": base,
         "data": file,
@@ -356,7 +364,7 @@ def trained(folder, run, seed, file):
         "seed": seed,
         "eval_every": 0,  # validate at the end only
     }
-    if study in WITH_PCA and run.get("method") not in ("valr", "amvl"):
+    if with_pca:
         settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
     settings["curves"] = 0  # of a folder that is deleted
     call("train.py", train_args, **(settings | own))
@@ -500,6 +508,8 @@ def four_digits(line):
 def run_all():
     """Every run that has no line yet; the tables are rewritten after each."""
     names, numbers = wanted_runs()
+    if not launch:  # as many threads for all runs of this call: sums in another order are others
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     rows = load_examples(test_data, training=False)
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))
     work = Path(out) / weights  # another base has other targets and difficulties

@@ -108,6 +108,8 @@ def load_examples(path, training=True):
     if not path.exists():
         by = "`python toy.py data` writes the toy's, build_data.py those of public data"
         raise SystemExit(f"{path}: no such data file; {by}")
+    if not path.is_file():  # a pipe can be read only once
+        raise SystemExit(f"{path}: no regular file, and rows are read where they stand")
     items = ListItems(path) if is_list(path) else LineItems(path)
 
     def read(n):
@@ -445,7 +447,7 @@ def read_lines(path, **fields):
 
 
 def each_line(path, **fields):
-    """The same one by one: a million lines need not be held at once."""
+    """The same one by one, of a file that is there: a million lines need not be held at once."""
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             # what stands after the last newline was being written when the process was killed
@@ -594,7 +596,8 @@ def question_key(row):
 
 def example_key(row):
     """A hash of what a row teaches: its question and its response."""
-    return key_of([row["id"], question_key(row), row["response"]])
+    taught = [row["response"], *([row["at_first"]] if "at_first" in row else [])]
+    return key_of([row["id"], question_key(row), *taught])
 
 
 def memory_file():

@@ -60,7 +60,9 @@ def latents_of(row):
 
 def follows(a, b, said):
     """Did the answer change where it should, and stay where it should not?"""
-    one, two = (said[row["id"]]["extracted"] or "" for row in (a, b))
+    one, two = (said[row["id"]]["extracted"] for row in (a, b))
+    if one is None or two is None:  # what could not be read is no answer
+        return False
     return same_text(one, two) == same_text(a["answer"], b["answer"])
 
 

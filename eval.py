@@ -41,6 +41,7 @@ from benchmarks import (
 )
 from data import (
     LATENT_SPAN,
+    Rows,
     append,
     check_fields,
     check_there,
@@ -167,7 +168,7 @@ ANSWER_FIELDS = {"raw": str, "truncated": bool, "tokens": int, "latents": int}
 
 class TestSet(NamedTuple):
     name: str
-    rows: list
+    rows: Rows | list
     out: Path
     benchmark: Benchmark
     settings: dict  # all that changes an answer but the question, and what a reader must know
@@ -319,18 +320,24 @@ class Answerer:
                 yield row, prompt
 
         for part in batches(prepared()):
-            try:
-                yield from list(self.answer(part))
-                continue
-            except (Exception, SystemExit):
-                pass  # what the failed batch held of the memory is free only after this block
-            # find out whose failure it is; a batch too large for the memory also ends here
-            for row, prompt in part:
-                try:
-                    yield from list(self.answer([(row, prompt)]))
-                except (Exception, SystemExit) as e:
-                    failed.append((row, failure(e)))
+            yield from self.answer_or_find(part)
+            yield from failed
+            failed.clear()
         yield from failed
+
+    def answer_or_find(self, part):
+        """As `answer`; where a batch fails, one by one, to find out whose failure it is."""
+        try:
+            yield from list(self.answer(part))
+            return
+        except (Exception, SystemExit):
+            pass  # what the failed batch held of the memory is free only after this block
+        # a batch too large for the memory also ends here
+        for row, prompt in part:
+            try:
+                yield from list(self.answer([(row, prompt)]))
+            except (Exception, SystemExit) as e:
+                yield row, failure(e)
 
     def answer(self, part):
         """Answer a batch of (row, prompt); yields (row, what its line of the predictions says)."""
@@ -411,7 +418,10 @@ class ServedAnswerer:
     def answer(self, row):
         """What a question's line of the predictions says."""
         began = time.perf_counter()
-        messages = served_messages(as_asked(row), self.processor)
+        try:
+            messages = served_messages(as_asked(row), self.processor)
+        except (Exception, SystemExit) as e:  # one broken picture must not stop the others
+            return failure(e)
         (reply,) = draw(self.server, messages, 1, seed_of(seed, row["id"]))
         return {
             "raw": reply.text,
@@ -796,6 +806,8 @@ def check_served():
     for name, plain in LATENT_SETTINGS.items():
         if globals()[name] != plain:
             raise SystemExit(f"{name}={globals()[name]!r}: a server writes no latents; drop `url`")
+    if (Path(model) / HEAD_FILE).is_file():
+        raise SystemExit(f"{model} has latents, which no server writes; drop `url`")
 
 
 def default_out():

@@ -343,14 +343,15 @@ def finish(shards, total, outer, n, made_by):
 def sample_targets(shards, rejected):
     """[(row, its targets (m, K, d))] of n_bank training examples, evenly spread over them."""
     rows = [
-        (row, path)
+        (part, i, path)
         for path, part, _ in shards
-        for row in part
+        for i, row in enumerate(part)
         if path.name.startswith("train-") and row["aux_images"] and row["id"] not in rejected
     ]
     n = min(n_bank, len(rows))
     examples = []
-    for row, path in [rows[i * len(rows) // n] for i in range(n)]:
+    for part, i, path in [rows[i * len(rows) // n] for i in range(n)]:
+        row = part[i]
         with safe_open(path, "pt") as f:  # a header a row, not a shard in memory
             examples.append((row, f.get_tensor(row["id"])))
     return examples

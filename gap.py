@@ -105,11 +105,11 @@ def solved_by(counts, examples, base, settings):
     path, tau, rule = (settings[name] for name in ("difficulty", "tau", "rule"))
     kept = settings["easy_latents"]
     again = "run sample_difficulty.py again, it goes on where it stopped"
-    missing = [row for row in examples if row["id"] not in counts]
+    missing = [row["id"] for row in examples if row["id"] not in counts]
     if missing:
         raise SystemExit(
             f"{path} lacks {len(missing)} examples of {settings['data']} (the first is "
-            f"{missing[0]['id']!r}); {again}"
+            f"{missing[0]!r}); {again}"
         )
     # what is left keeps its latents
     solved = set()

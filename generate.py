@@ -126,17 +126,18 @@ class Decoder:
         # text has one position on all three axes of mRoPE: they go on from the largest
         self.first_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
 
-    def begin(self, questions, n_samples, last=True):
-        """Start a wave: n_samples rows of each of the questions (Q'), that end with their prompts.
+    def begin(self, questions, n_samples, final=True):
+        """Start a wave: n_samples rows of each of the questions (Q'), to go on after its prompt.
 
-        Returns h_bar (Q', S, d). After the `last` wave only the prompts in use are kept.
+        Returns h_bar (Q', S, d). From the `final` wave on only the prompts in use are held.
         """
+        self.prompt = self.keys = self.values = None  # the wave before makes room
         q = questions.to(self.last.device)
         whole = len(q) == len(self.last)  # no copy
         self.prompt = self.prompts if whole else [(k[q], v[q]) for k, v in self.prompts]
         self.bias = self.biases if whole or self.biases is None else self.biases[q]
         self.next_pos = self.first_pos[q]
-        if last:
+        if final:
             self.prompts = None
         self.keys = [NewPositions() for _ in self.prompt]
         self.values = [NewPositions() for _ in self.prompt]

@@ -215,9 +215,9 @@ def usable_rows(rows, leave_out, fields=("images",)):
             faults, total=len(names), desc="pictures", unit="image", leave=False, delay=5
         )
         fault_of = {name: fault for name, fault in zip(names, bar) if fault}
-    # all of them in one message: one at a time would take a day to mend
     if not fault_of:
         return rows
+    # all of them in one message: one at a time would take a day to mend
     good, lines = [], []
     for i, row in enumerate(rows):
         bad = [path for field in fields for path in row[field] if path in fault_of]

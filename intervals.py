@@ -91,9 +91,11 @@ def clopper_pearson(k, n, tail=0.025):
 
 
 def t_test(x):
-    """Exact two-sided p-value of the mean of numbers x being 0, one a seed; 1 for a single one.
+    """Exact two-sided p-value of the mean of numbers x being 0, one a seed.
 
-    The closed form of Student's t for a whole number of degrees of freedom: with theta =
+    1 for a single one, and for two that are equal, which may be chance.
+
+    By the closed form of Student's t for a whole number of degrees of freedom: with theta =
     atan(t / sqrt(n)), P(|T| < t) is a finite sum of powers of cos(theta).
     """
     if len(x) == 1:
@@ -101,7 +103,7 @@ def t_test(x):
     n, m = len(x) - 1, mean(x)
     error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
     if not error:
-        return 0.0 if m else 1.0
+        return 0.0 if m and len(x) > 2 else 1.0
     theta = math.atan(abs(m) / error / math.sqrt(n))
     sine, square = math.sin(theta), math.cos(theta) ** 2
     odd = n % 2

@@ -335,12 +335,12 @@ def use_idle_cores():
     takes up to 50 times as long, with one less 1.3 to 1.45 times. torchrun sets one a rank.
     """
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        before = cpu_seconds()
+        before = cpu_ticks()
         time.sleep(0.1)  # in which this process does nothing
-        torch.set_num_threads(idle_cores(before, cpu_seconds(), torch.get_num_threads()))
+        torch.set_num_threads(idle_cores(before, cpu_ticks(), torch.get_num_threads()))
 
 
-def cpu_seconds(stat="/proc/stat"):
+def cpu_ticks(stat="/proc/stat"):
     """(idle, all) ticks of all cores since the start of the machine; (0, 0) where none says."""
     try:
         line = Path(stat).read_text().partition("\n")[0]

@@ -63,7 +63,7 @@ class LatentHead(nn.Module):
     before_answer = False  # True: the one span stands before the answer, the model opens none
     square = True  # K latents are a grid
     targets_fed = True  # in training; False: the head's own latents, which learn from the text loss
-    fewest = 1  # latents a span
+    fewest = 1  # the least K that a head file may have
     # what a head file holds beside the head's own weights
     tensors, fields = ("mean", "basis", "eigenvalues"), ("total_variance", "mode")
 

@@ -5,8 +5,8 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
     python plot.py                                              # out/gap/curves.png
     python plot.py --runs=out/gap,out/text --out=curves.png     # runs side by side
     python plot.py --results=results/gap                        # accuracy against examples
-    python plot.py --results=results/toy --figure=systems --out=results/systems.png
-    python plot.py --results=results/toy --figure=drift --out=results/drift.png
+    python plot.py --results=results/toy --figure=systems       # each run's seeds
+    python plot.py --results=results/toy --figure=drift         # R2 along the chain
 """
 
 import math
@@ -18,7 +18,7 @@ from report import mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
-out = ""  # a PNG; "": curves.png in the first folder, or <results>.png
+out = ""  # a PNG; "": curves.png in the first folder, or <results>.png, <results>-systems.png
 results = ""  # what ablate.py wrote: a figure of it instead of curves
 figure = "examples"  # accuracy against examples; systems: each run's seeds; drift: along the chain
 methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
@@ -459,7 +459,8 @@ def main():
     check_choices(globals(), figure=FIGURES)
     if results:
         stem = results.removesuffix(".jsonl")
-        FIGURES[figure](f"{stem}.jsonl", out or f"{stem}.png")
+        name = "" if figure == "examples" else f"-{figure}"
+        FIGURES[figure](f"{stem}.jsonl", out or f"{stem}{name}.png")
         return
     folders = [name.strip() for name in runs.split(",") if name.strip()]
     if not folders:

@@ -165,27 +165,22 @@ def verdicts(differences):
     return words
 
 
-TELLS = (
-    0.05  # a difference of accuracies that a study should tell, at p < .05 in four of five tries
-)
+# a difference of accuracies that a study should tell: p < .05, uncorrected, in four of five tries
+TELLS = 0.05
 
 
 def power(study):
     """In words: how many seeds tell a difference of TELLS, by the spread of the seeds there are."""
-    spread, freedom, chance = 0.0, 0, []
-    for name in study.lines:
+    spread, freedom = 0.0, 0
+    for name, by_seed in study.lines.items():
         x = list(values(study, name).values())
-        if len(set(x)) > 1:
+        trained = next(iter(by_seed.values()))["settings"].get("run") is not None
+        if trained and len(x) > 1:
             spread += statistics.variance(x) * (len(x) - 1)
             freedom += len(x) - 1
-            first = next(iter(study.lines[name].values()))
-            n = len(right(first, "clean", "hard", study.easy))
-            p = sum(x) / len(x)
-            chance.append(p * (1 - p) / n)
     if not freedom:
         return "One seed each: how far seeds differ is not known."
     sd = math.sqrt(spread / freedom)
-    questions = math.sqrt(sum(chance) / len(chance))
 
     def told(seeds):
         """The difference of two runs that so many seeds tell."""
@@ -196,9 +191,8 @@ def power(study):
     enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
     return (
         f"Seeds of a run differ by a standard deviation of {sd:.3f} (over {freedom} degrees of "
-        f"freedom; {questions:.3f} of it is the number of questions), so that a difference of "
-        f"{TELLS} is told in four of five tries by {enough} seeds a run, and by {here} seeds one "
-        f"of {told(here):.2f}."
+        f"freedom), so that a single test, uncorrected, tells a difference of {TELLS} in four of "
+        f"five tries by {enough} seeds a run, and one of {told(here):.2f} by {here}."
     )
 
 
@@ -215,13 +209,12 @@ def shown(d):
     return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
 
 
-def each_seed(numbers, digits=2):
+def each_seed(numbers):
     """{seed: accuracy} as the mean, and in brackets every seed's: "0.537 (.51 .55)"."""
-    x = list(numbers.values())
-    text = mean_sd(dict(enumerate(x))).partition(" ")[0]
-    if len(set(x)) > 1:
-        shown = [f"{v:.{digits}f}".removeprefix("0") for v in x]
-        text += f" ({' '.join(shown)})"
+    text = mean_sd(numbers).partition(" ")[0]
+    if len(set(numbers.values())) > 1:
+        each = [f"{x:.2f}".removeprefix("0") for x in numbers.values()]
+        text += f" ({' '.join(each)})"
     return text
 
 
@@ -417,8 +410,7 @@ def drift(study):
     """Does the subspace stop the drift? R2 of the latents by their place in the longest chains."""
     rows, claims = [], []
     for name in DRIFTING:
-        chains = [line["probe"].get("along") for line in study.lines.get(name, {}).values()]
-        chains = [chain for chain in chains if chain]
+        chains = chains_of(study, name)
         for kind, title in (("own", "its own latents"), ("forced", "the real ones")):
             places = zip(*(chain[kind] for chain in chains))
             means = [f"{statistics.fmean(place):.2f}" for place in places]
@@ -443,13 +435,17 @@ def drift(study):
     ]
 
 
+def chains_of(study, name):
+    """What probe.py found along the chains of a run's seeds, of those with the longest chains."""
+    found = [line["probe"].get("along") for line in study.lines.get(name, {}).values()]
+    found = [chain for chain in found if chain]
+    most = max((len(chain["own"]) for chain in found), default=0)
+    return [chain for chain in found if len(chain["own"]) == most]
+
+
 def drift_of(study, name):
     """What its own latents cost at the last place: R2 when fed real ones minus R2 of its own."""
-    gaps = []
-    for line in study.lines[name].values():
-        chain = line["probe"].get("along")
-        if chain:
-            gaps.append(chain["forced"][-1] - chain["own"][-1])
+    gaps = [chain["forced"][-1] - chain["own"][-1] for chain in chains_of(study, name)]
     return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
 
 

@@ -109,7 +109,7 @@ class Tally:
 
 
 def waves():
-    """How many samples are drawn one time after another: at first no more than may be enough."""
+    """How many samples are drawn at a time: at first as few as can solve a question."""
     few = n_samples
     if early_stop:
         few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))

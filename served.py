@@ -22,7 +22,7 @@ TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before 
 class Reply(NamedTuple):
     text: str
     finished: bool  # False: cut off by max_tokens
-    tokens: int  # of a request's answers the mean
+    tokens: int  # of a request's answers the mean; 0 where the server does not say
 
 
 class Served(NamedTuple):
@@ -85,7 +85,8 @@ def ask(served, messages, n, seed):
     texts = [choice.message.content for choice in reply.choices]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"an answer without text: {hidden(str(reply)[:200], served.key)}")
-    tokens = round(reply.usage.completion_tokens / len(texts))
+    # not all servers count
+    tokens = round(reply.usage.completion_tokens / len(texts)) if reply.usage else 0
     finished = [choice.finish_reason != "length" for choice in reply.choices]
     return [Reply(text, end, tokens) for text, end in zip(texts, finished)]
 
@@ -109,7 +110,7 @@ def ask_all(work, rows, workers, give_up, served):
     for row, found, said in each(outcome, rows, workers):
         yield row, found, said
         in_a_row = in_a_row + 1 if said else 0
-        if in_a_row == give_up:
+        if said and in_a_row == give_up:
             raise SystemExit(
                 f"{served.url}: {give_up} questions in a row without an answer, the last "
                 f"{row['id']!r}: {said}; run again to ask for what is missing"

@@ -492,7 +492,8 @@ def open_log(first, settings):
             check_fields(row, {"step": int}, path)
         kept = rows[:1] + [row for row in rows[1:] if row["step"] <= first]
     if not kept:
-        kept = [settings | versions() | {"world": rank_and_world()[1]}]
+        ran = {"world": rank_and_world()[1], "threads": torch.get_num_threads()}
+        kept = [settings | versions() | ran]
     write_lines(path, kept)
     return open_append(path)
 
@@ -559,7 +560,8 @@ def report_lengths(model, rows):
     rank, world = rank_and_world()
     mine = range(rank, len(rows), world)
     bar = Progress(mine, desc="lengths", unit="example", leave=False, delay=5, disable=rank > 0)
-    lengths = [len(model.encode(rows[i])["ids"]) for i in bar]
+    # as in the first step, where rows may be longer than later (latents_first)
+    lengths = [len(model.encode(rows[i] | {"step": 0})["ids"]) for i in bar]
     longest = max(((n, -i) for n, i in zip(lengths, mine)), default=(0, 0))  # the first of equals
     context = model.vlm.config.text_config.max_position_embeddings
     limits = {"token_budget": token_budget, "the model's context": context}

@@ -63,15 +63,13 @@ class VaLR(Method):
                 dtype = getattr(torch, settings["dtype"])
                 self.encoders.append(FolderEncoder(name, dtype, pick_device()))
         self.psi = nn.ModuleList(projector(d, encoder.width) for encoder in self.encoders)
-        self.pictures = []
+        self.pictures = []  # a digest a row
 
     def inputs(self):
         folders = [name for name in encoder_names(self.settings) if name != "own"]
         return {
             "encoders": key_of([weights_digest(folder) for folder in folders]),
-            "aux_images": key_of(
-                [[file_digest(path) for path in paths] for paths in self.pictures]
-            ),
+            "aux_images": key_of(self.pictures),
         }
 
     # --- which rows, and how a row becomes numbers
@@ -83,7 +81,7 @@ class VaLR(Method):
         # an auxiliary image is only looked at in the step that needs it: now is the time to say so
         examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
         rows, left_out = super().rows(examples, training)
-        self.pictures += [row["aux_images"] for row in rows]
+        self.pictures += [key_of(list(map(file_digest, row["aux_images"]))) for row in rows]
         return rows, left_out
 
     def keeps_latents(self, row, training):

@@ -161,7 +161,7 @@ def run(script, *args, ranks=1, ok=True, env=None):
     return text
 
 
-def send_completion(request, answers, status=200, headers=(), reason="stop"):
+def send_completion(request, answers, status=200, headers=(), reason="stop", counted=True):
     """Answer a request to a local endpoint as OpenAI's servers do, a choice for each answer."""
     choices = [
         {
@@ -173,7 +173,9 @@ def send_completion(request, answers, status=200, headers=(), reason="stop"):
     ]
     reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
     tokens = sum(len(answer.split()) for answer in answers)
-    reply["usage"] = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
+    if counted:  # some servers do not
+        usage = {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}
+        reply["usage"] = usage
     text = json.dumps(reply | {"choices": choices}).encode()
     request.send_response(status)
     for name, value in headers:

@@ -2,13 +2,16 @@
 
 import json
 
+import pytest
 from conftest import run
 from scipy import stats
 
 import ablate
 import toy
+import train
 from data import read_lines
 from gap import is_solved
+from launch import settings_of
 
 
 def test_guess_aware_is_an_eighth_on_the_toy():
@@ -17,6 +20,32 @@ def test_guess_aware_is_an_eighth_on_the_toy():
         by_tail = stats.binom.sf(correct - 1, 8, 1 / 72) < 0.05
         assert is_solved(correct, 8, 72, 0.0, "guess") == by_tail
         assert is_solved(correct, 8, 72, 0.0, "guess") == is_solved(correct, 8, 0, 0.125, "paper")
+
+
+def test_a_run_is_trained_with_what_it_is_named_for(tmp_path, monkeypatch):
+    """Every setting of a run reaches the script that has it: K is fit_pca.py's or train.py's."""
+    calls, file = [], tmp_path / "f.jsonl"
+    file.touch()
+    monkeypatch.setattr(
+        ablate, "call", lambda script, extra, **given: calls.append((script, given))
+    )
+    monkeypatch.setattr(ablate, "read_lines", lambda path: [])
+    for name in ablate.RUNS:
+        monkeypatch.setattr(ablate, "study", name)
+        for changes in [x for group in ablate.RUNS[name] for x in group.values() if x]:
+            calls.clear()
+            with pytest.raises(SystemExit, match="holds no steps"):
+                ablate.trained(tmp_path / "work" / "run", changes, 1, file)
+            given = {script: settings for script, settings in calls}
+            of_train = settings_of(vars(train)).keys()
+            assert given["train.py"].keys() <= of_train
+            for setting, value in changes.items():
+                if setting in ("examples", "layout"):
+                    continue
+                script = "fit_pca.py" if setting not in of_train else "train.py"
+                if setting == "K" and changes.get("method") not in ("valr", "amvl"):
+                    script = "fit_pca.py"
+                assert given[script][setting] == value, (name, changes, setting)
 
 
 def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):

@@ -62,6 +62,9 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     run("edits.py", *args)
     found = read_json(tmp_path / "e" / "edits.json")
     third = pytest.approx(2 / 3)
+    a, b = rows[:2]
+    unread = {row["id"]: {"extracted": None} for row in (a, b)}
+    assert not edits.follows(a, a | {"id": b["id"]}, unread)  # no answer is no answer twice
     # an answer that is no answer has changed, too
     assert [found[kind]["followed"] for kind in toy.EDITS] == [1.0, 1.0, 1.0, third]
     assert [found[kind]["both_right"] for kind in toy.EDITS] == [third, 1.0, 1.0, third]

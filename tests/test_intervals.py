@@ -51,7 +51,8 @@ def test_t_test_against_scipy():
         for mean in (0.0, 0.3, 2.0):
             x = [rng.gauss(mean, 1) for _ in range(n)]
             assert t_test(x) == pytest.approx(ttest_1samp(x, 0).pvalue, abs=1e-9)
-    assert t_test([0.3]) == 1.0 and t_test([0.0, 0.0]) == 1.0 and t_test([0.5, 0.5]) == 0.0
+    assert t_test([0.3]) == 1.0 and t_test([0.0, 0.0]) == 1.0 and t_test([0.5, 0.5]) == 1.0
+    assert t_test([0.5] * 3) == 0.0
 
 
 def test_holm_rejects_what_stepping_down_rejects():

@@ -389,27 +389,27 @@ def test_threads_are_the_idle_cores(tmp_path):
     readings = []
     for user, idle, disk in ((100, 1000, 10), (110, 1025, 15)):
         stat.write_text(f"cpu  {user} 0 7 {idle} {disk} 0 0 0 99 99\ncpu0 1 2 3 4\n")
-        readings.append(launch.cpu_seconds(stat))
+        readings.append(launch.cpu_ticks(stat))
     for cores, want in ((1, 1), (2, 2), (4, 3), (16, 12)):  # 30 of 40 ticks idle
         assert launch.idle_cores(*readings, cores) == want
     busy = readings[0], (readings[0][0], readings[0][1] + 40)
     assert launch.idle_cores(*busy, 8) == 1  # never none
-    nowhere = launch.cpu_seconds(tmp_path / "none")
+    nowhere = launch.cpu_ticks(tmp_path / "none")
     assert launch.idle_cores(nowhere, nowhere, 8) == 8
-    idle, total = launch.cpu_seconds()
+    idle, total = launch.cpu_ticks()
     assert 0 < idle < total
 
 
 def test_a_users_own_number_of_threads_wins(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(launch, "cpu_seconds", lambda: (0, 0))
+    monkeypatch.setattr(launch, "cpu_ticks", lambda: (0, 0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch.use_idle_cores()
     assert torch.get_num_threads() == before
     monkeypatch.delenv("OMP_NUM_THREADS")
     readings = iter([(0, 0), (0, 100)])  # no core is idle
     torch.set_num_threads(4)
-    monkeypatch.setattr(launch, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(launch, "cpu_ticks", lambda: next(readings))
     launch.use_idle_cores()
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
