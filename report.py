@@ -189,10 +189,11 @@ def power(study):
 
     here = max(2, study.seeds_each())
     enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
+    now = f"one of {told(here):.2f}" if told(here) < 1 else "none at all"
     return (
         f"Seeds of a run differ by a standard deviation of {sd:.3f} (over {freedom} degrees of "
         f"freedom), so that a single test, uncorrected, tells a difference of {TELLS} in four of "
-        f"five tries by {enough} seeds a run, and one of {told(here):.2f} by {here}."
+        f"five tries by {enough} seeds a run, and {now} by {here}."
     )
 
 
