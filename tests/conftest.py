@@ -110,14 +110,15 @@ def launcher(ranks):
 
 
 @functools.cache
-def warm():
-    """warm.py, started once for all scripts that this process runs."""
+def warm(offline):
+    """warm.py, started once for all scripts that this process runs with or without HF_HUB_OFFLINE,
+    which the client reads when it is imported."""
     return subprocess.Popen(
         [sys.executable, Path(__file__).parent / "warm.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": offline},
     )
 
 
@@ -128,9 +129,10 @@ def run_warm(argv, environ):
         for path in files.values():
             Path(path).touch()
         job = files | {"argv": argv, "environ": environ, "cwd": os.getcwd(), "limit": 300}
-        warm().stdin.write(json.dumps(job) + "\n")
-        warm().stdin.flush()
-        code = int(warm().stdout.readline())
+        process = warm(environ["HF_HUB_OFFLINE"])
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
         return code, "".join(Path(path).read_text(errors="replace") for path in files.values())
 
 
@@ -143,7 +145,7 @@ def run(script, *args, ranks=1, ok=True, env=None):
         args = ("--curves=0", *args)
     argv = [str(ROOT / script), *map(str, args)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    if ranks == 1 and env is None:  # what is set may be read by an import
+    if ranks == 1 and (env or {}).keys() <= {"HF_HUB_OFFLINE"}:  # others may be read by an import
         code, text = run_warm(argv, environ)
     else:
         done = subprocess.run(

@@ -1,6 +1,7 @@
 """The settings of the runs; a table that is killed, resumed and reported from its lines alone."""
 
 import json
+import shlex
 
 import pytest
 from conftest import run
@@ -11,7 +12,7 @@ import toy
 import train
 from data import read_lines
 from gap import is_solved
-from launch import settings_of
+from launch import override, settings_of
 
 
 def test_guess_aware_is_an_eighth_on_the_toy():
@@ -64,7 +65,27 @@ def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     assert all(line == lines[0] for line in found["base"].values())
 
 
-def test_table_grows_over_sittings(tmp_path, base, world):
+def sitting(monkeypatch, *args):
+    """A call of ablate.py with these settings, whose scripts have their imports already."""
+    with monkeypatch.context() as patch:
+        for name in settings_of(vars(ablate)):
+            patch.setattr(ablate, name, getattr(ablate, name))  # as written again afterwards
+        patch.setattr(ablate, "call", warm_call)
+        override(vars(ablate), args)
+        ablate.main()
+
+
+def warm_call(script, extra, **settings):
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    run(script, *shlex.split(extra), *given)
+
+
+def test_a_script_that_fails_ends_a_call_with_what_it_said():
+    with pytest.raises(SystemExit, match="plot.py --runs=none failed:(.|\n)*none/log.jsonl"):
+        ablate.call("plot.py", "", runs="none")
+
+
+def test_table_grows_over_sittings(tmp_path, base, world, monkeypatch, capsys):
     """A run; one more seed later; a report from the lines alone; a name that is none."""
     args = [
         f"--base={base}",
@@ -82,7 +103,7 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     ]
     run("toy.py", "edits", f"--data_folder={tmp_path}/pairs", "--n_edits=1")
     results, tables = tmp_path / "r" / "toy.jsonl", tmp_path / "r" / "toy.md"
-    run("ablate.py", *args, "--only=text", "--seeds=1")
+    sitting(monkeypatch, *args, "--only=text", "--seeds=1")
     lines = read_lines(results)
     assert [(r["name"], r["seed"]) for r in lines] == [("text", 1)]
     sizes = {c: n for c, (n, _) in lines[0]["evals"]["clean"]["right"].items()}
@@ -96,7 +117,9 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     assert not [name for name in folders if not name.startswith("pca-")]  # no checkpoint stays
 
     results.open("a").write('{"name": "te')  # killed while it wrote
-    text = run("ablate.py", *args, "--only=text", "--seeds=1,2")
+    capsys.readouterr()
+    sitting(monkeypatch, *args, "--only=text", "--seeds=1,2")
+    text = capsys.readouterr().err
     again = read_lines(results)
     assert again[:1] == lines
     assert [(r["name"], r["seed"]) for r in again[1:]] == [("text", 2)]
@@ -111,10 +134,10 @@ def test_table_grows_over_sittings(tmp_path, base, world):
     assert "needs 99" in run("ablate.py", *args, "--only=GAP", "--examples=99", ok=False)
 
 
-def test_a_study_of_another_paper(tmp_path, base, world):
+def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):
     """No targets and no difficulty are made for it; its table shows what its method logs."""
-    run(
-        "ablate.py",
+    sitting(
+        monkeypatch,
         "--study=amvl",
         "--only=base,+ forward",
         "--seeds=1",
