@@ -40,7 +40,7 @@ from data import (
     read_lines,
     write_then_rename,
 )
-from launch import Progress, check_choices, end_with_parent, start
+from launch import Progress, check_choices, end_with_parent, start, use_idle_cores
 from report import Study, write_tables
 
 # --------------------------------------------------------------------------------------------------
@@ -95,15 +95,13 @@ OTHERS = {
 # fmt: on
 
 
-def at_size(n):
-    """The main runs on n examples, the latent methods first: they are what scarce data is about."""
-    names = ("GAP", "LH+DA", "LH+PCA", "LH", "text", "output")
-    return {f"{name} n={n}": MAIN[name] | {"examples": n} for name in names}
+# the latent methods first: they are what scarce data is about
+SCARCE = {name: MAIN[name] for name in ("GAP", "LH+DA", "LH+PCA", "LH", "text", "output")}
 
 
-def others_at_size(n):
-    """VaLR and AMVL on n examples."""
-    return {f"{name} n={n}": run | {"examples": n} for name, run in OTHERS.items()}
+def at_sizes(runs, sizes):
+    """A group for each number of examples: the runs on so many."""
+    return [{f"{name} n={n}": runs[name] | {"examples": n} for name in runs} for n in sizes]
 
 
 # By study groups, the most important first: each is run for all seeds before the next. None: not
@@ -112,7 +110,7 @@ def others_at_size(n):
 RUNS = {"main": [
     {"base": None} | MAIN,
     OTHERS,
-    *map(at_size, SIZES["main"]),
+    *at_sizes(SCARCE, SIZES["main"]),
     # do the span's two tokens help, or a vector that says nothing?
     {
         "markers": NO_DA | {"method": "markers"},
@@ -126,7 +124,7 @@ RUNS = {"main": [
         "parser dropped": {"keep_parser": False},
         "LH+PCA n=1500":  NO_DA | {"examples": 1500},  # with as many spans as GAP
     },
-    *map(others_at_size, SIZES["main"]),
+    *at_sizes(OTHERS, SIZES["main"]),
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
@@ -143,7 +141,7 @@ RUNS = {"main": [
         "retained 99%":  NO_DA | {"retained": 0.99},
         "wide head 99%": NO_DA | {"method": "wide", "retained": 0.99},
     },
-    *map(at_size, SIZES["gap"]),
+    *at_sizes(SCARCE, SIZES["gap"]),
     {
         "K=1":     NO_DA | {"K": 1},
         "K=9":     NO_DA | {"K": 9},
@@ -220,6 +218,7 @@ EVALS = {
     "oracle":         {"intervention": "oracle"},
     "oracle_pca":     {"intervention": "oracle_pca"},
     "markers":        {"intervention": "markers"},
+    "edits":          {"save_latents": True},  # of edit_data
     "EMA":            {"ema_beta": 0.9},
     "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one":     {"batch": 1, "limit": 50},  # for the time an answer takes
@@ -385,12 +384,11 @@ def trained(folder, run, seed, file):
 
 def evaluated(folder, kind, model):
     """Answer the test set under one of EVALS, into folder/kind, which is returned."""
-    change = dict(EVALS.get(kind, {}))
+    change = dict(EVALS[kind])
     if kind == "shuffle":
         change["donor"] = folder / "clean" / "latents"
-    settings = {"model": model, "data": test_data, "out": folder / kind}
-    if kind == "edits":
-        settings |= {"data": edit_data, "save_latents": True}
+    questions = edit_data if kind == "edits" else test_data
+    settings = {"model": model, "data": questions, "out": folder / kind}
     call("eval.py", eval_args, **(settings | change))
     return folder / kind
 
@@ -509,6 +507,7 @@ def run_all():
     """Every run that has no line yet; the tables are rewritten after each."""
     names, numbers = wanted_runs()
     if not launch:  # as many threads for all runs of this call: sums in another order are others
+        use_idle_cores()
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     rows = load_examples(test_data, training=False)
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))

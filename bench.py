@@ -46,6 +46,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+import sample_difficulty
 import toy
 import train
 from answers import extract_answer, is_correct
@@ -184,7 +185,7 @@ def random_pca(d, k):
 # --------------------------------------------------------------------------------------------------
 # (a) sampling
 
-BATCH = 64  # questions of the whole job, as in sample_difficulty.py
+BATCH = sample_difficulty.batch  # questions of the whole job
 # top_k=0 and top_p=1: from the whole distribution, as ours
 HF_SAMPLING = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
 
@@ -197,13 +198,14 @@ def sampling():
     rows = load_examples(data)
     small = load_processor(base, *PIXELS)
     large = load_processor(base, 448 * 448, 448 * 448)  # 16 x 16 = 256 image tokens
+    ours = {"n_samples": 8, "temperature": 1.0, "seeds": list(range(8 * questions))}
     # the longer the prompt, the more it saves to run it once for eight samples
     for name, processor in (("short prompts", small), ("256 image tokens", large)):
         batch = (tokenizer, processor, rows[:questions])
         versus(
             f"(a) 8 samples, {new_tokens} tokens each, {name}",
-            partial(our_samples, vlm, *batch),
-            partial(their_samples, stock, *batch),
+            partial(our_answers, vlm, *batch, **ours),
+            partial(their_answers, stock, *batch, **HF_SAMPLING),
         )
     job = (tokenizer, small, rows[: 16 * questions])
     versus(
@@ -213,30 +215,28 @@ def sampling():
     )
 
 
-def our_samples(vlm, tokenizer, processor, rows):
+def our_answers(vlm, tokenizer, processor, rows, **sampling):
     """The prompt's cache is made once a question, and shared by its samples."""
-    generate(
-        vlm,
-        None,
-        tokenizer,
-        make_prompts(vlm, tokenizer, processor, rows),
-        max_new_tokens=new_tokens,
-        n_samples=8,
-        temperature=1.0,
-        seeds=list(range(8 * questions)),
-        suppress=[tokenizer.eos_token_id, tokenizer.pad_token_id],  # all rows run to the end
-    )
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    never = stops(tokenizer)
+    generate(vlm, None, tokenizer, prompts, max_new_tokens=new_tokens, suppress=never, **sampling)
 
 
-def their_samples(stock, tokenizer, processor, rows):
+def their_answers(stock, tokenizer, processor, rows, num_return_sequences=1, **sampling):
     """Every sample has a prompt, and a picture, of its own."""
     out = stock.generate(
         **hf_batch(stock, tokenizer, processor, rows),
         max_new_tokens=new_tokens,
-        suppress_tokens=[tokenizer.eos_token_id, tokenizer.pad_token_id],
-        **HF_SAMPLING,
+        suppress_tokens=stops(tokenizer),
+        num_return_sequences=num_return_sequences,
+        **sampling,
     )
-    assert out.shape[0] == 8 * questions
+    assert out.shape[0] == num_return_sequences * len(rows)
+
+
+def stops(tokenizer):
+    """What would end an answer: suppressed, so that all rows run to the end."""
+    return [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
 
 def our_job(vlm, tokenizer, processor, rows):
@@ -250,7 +250,7 @@ def our_job(vlm, tokenizer, processor, rows):
             make_prompts(vlm, tokenizer, processor, part),
             max_new_tokens=24,
             n_samples=8,
-            waves=(1, 7),
+            waves=sample_difficulty.waves(),
             temperature=1.0,
             seeds=list(range(8 * len(part))),
             on_finish=partial(is_right, tokenizer, part),
@@ -490,7 +490,7 @@ def latent_mode():
     latent_start = tokenizer.convert_tokens_to_ids(LATENT_START)
     # suppressed: all that would end a span of latents, or that would open one
     all_but_start = [t for t in range(len(tokenizer)) if t != latent_start]
-    text_only = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    text_only = stops(tokenizer)
 
     run = partial(step_times, vlm, head, tokenizer, prompts, max_new_tokens=128)
     latent, text = [], []
@@ -619,8 +619,8 @@ def one_by_one():
         rows = [question_of_noise(cells)]
         versus(
             f"(e) an answer of {new_tokens} tokens, {cells**2:,} image tokens, V = {VOCABULARY:,}",
-            partial(our_answer, ours, tokenizer, processor, rows),
-            partial(their_answer, stock, tokenizer, processor, rows),
+            partial(our_answers, ours, tokenizer, processor, rows),
+            partial(their_answers, stock, tokenizer, processor, rows, do_sample=False),
         )
 
 
@@ -630,28 +630,15 @@ def question_of_noise(cells):
     return {"id": "1", "images": [png_of(image)], "question": "Which two pieces?"}
 
 
-def our_answer(vlm, tokenizer, processor, rows):
-    prompts = make_prompts(vlm, tokenizer, processor, rows)
-    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    generate(vlm, None, tokenizer, prompts, max_new_tokens=new_tokens, suppress=stops)
-
-
-def their_answer(stock, tokenizer, processor, rows):
-    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    batch = hf_batch(stock, tokenizer, processor, rows)
-    stock.generate(**batch, do_sample=False, max_new_tokens=new_tokens, suppress_tokens=stops)
-
-
 def growth():
     """A step beside one of more rows, image tokens or positions."""
     vlm, tokenizer = load_vlm(base, device=device)
     rows = load_examples(data)
-    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
     def steps(n, image_tokens, length):
         processor = load_processor(base, image_tokens * 784, image_tokens * 784)
         prompts = make_prompts(vlm, tokenizer, processor, rows[:n])
-        settings = {"max_new_tokens": length, "n_samples": 8, "suppress": stops}
+        settings = {"max_new_tokens": length, "n_samples": 8, "suppress": stops(tokenizer)}
         return step_times(vlm, None, tokenizer, prompts, **settings)
 
     def compared(what, one, two):
@@ -760,7 +747,7 @@ def decoding(vlm, tokenizer):
         "vision": None,
     }
     # nothing ends a row, and no id that Qwen's tokenizer lacks
-    no_stop = [tokenizer.eos_token_id, tokenizer.pad_token_id, *range(151643, VOCABULARY)]
+    no_stop = [*stops(tokenizer), *range(151643, VOCABULARY)]
     for n_samples in (1, 8, 32):
         times = step_times(
             vlm,

@@ -62,7 +62,7 @@ from data import (
     write_then_rename,
 )
 from duplicates import fingerprints, groups_of
-from endpoint import NO_KEY
+from endpoint import key_in
 from images import decode_image, open_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
@@ -560,8 +560,7 @@ def cost_file():
 
 def served(url, model, key_name):
     """A model as the settings say that it is asked."""
-    key = os.environ.get(key_name) or NO_KEY
-    return Served(url, model, key, tries, first_pause, timeout, cost_file())
+    return Served(url, model, key_in(key_name), tries, first_pause, timeout, cost_file())
 
 
 def draw_image(row):

@@ -120,8 +120,8 @@ def load_examples(path, training=True):
         return row
 
     # in the order of the file; an id is a key everywhere later, so it must be one line's own
-    places, first_place = array("q"), {}  # first_place: {id: the place where it stands}
-    for n in items.places():
+    first_place = {}  # {id: the place where it stands}
+    for n in items.places:
         row = read(n)
         first = first_place.setdefault(row["id"], n)
         if first != n:
@@ -130,10 +130,9 @@ def load_examples(path, training=True):
         check_text(row)
         if training:
             check_response(row)
-        places.append(n)
-    if not places:
+    if not items.places:
         raise SystemExit(f"{path}: no examples")
-    return Rows(read, places)
+    return Rows(read, items.places)
 
 
 def is_list(path):
@@ -152,16 +151,12 @@ class LineItems:
     def __init__(self, path):
         self.path = path
         self.file = open(path, "rb")  # held open: the rows of a file that is replaced stay the same
+        self.starts, self.places = array("q", [0]), array("q")  # of lines; those that are not blank
         # split by "\n" alone: splitlines() would cut at characters that a JSON text may hold
-        self.starts = array("q", [0])
-        for line in self.file:
+        for n, line in enumerate(self.file):
             self.starts.append(self.starts[-1] + len(line))
-
-    def places(self):
-        """The lines that are not blank, from 0."""
-        for n in range(len(self.starts) - 1):
-            if self.line(n).strip():
-                yield n
+            if line.strip():
+                self.places.append(n)
 
     def line(self, n):
         size = self.starts[n + 1] - self.starts[n]
@@ -185,9 +180,7 @@ class ListItems:
     def __init__(self, path):
         self.path = path
         self.items = parse_json(path.read_bytes(), str(path))
-
-    def places(self):
-        return range(len(self.items))
+        self.places = range(len(self.items))
 
     def where(self, n):
         return f"{self.path}: item {n + 1}"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from answers import same_text
 from data import check_there, load_examples, read_lines, read_safetensors, write_json
-from eval import latents_name
+from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
 from model import grid_features, load_head, load_processor, load_vlm, mode_of_targets

@@ -1,6 +1,7 @@
 """How is a served model asked? Retries with growing pauses, and what no retry can help."""
 
 import base64
+import os
 import random
 import time
 
@@ -12,6 +13,11 @@ HOPELESS = (401, 403, 404)  # no such key, not allowed, no such page
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
 LONGEST_PAUSE = 60  # seconds
 NO_KEY = "none"  # never empty: the client would send the user's own hub token instead
+
+
+def key_in(name):
+    """The key that the environment variable `name` holds; NO_KEY for none."""
+    return os.environ.get(name) or NO_KEY
 
 
 def answered(call, url, tries, first_pause=0.5, key=""):

@@ -18,7 +18,6 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 import bisect
 import hashlib
 import html
-import os
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -58,11 +57,12 @@ from data import (
     write_json,
     write_lines,
 )
-from endpoint import NO_KEY
+from endpoint import key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,
     generate,
+    latents_name,
     load_latents_file,
     save_latents_file,
     see,
@@ -218,11 +218,6 @@ def row_key(key, row):
     # of a Cell where it lies in the table, whose MD5 is in `key`; of a file what it holds
     pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
     return key_of([key, row["id"], question_text(row), pictures])
-
-
-def latents_name(id):
-    """The file name of an example's latents."""
-    return f"{seed_of(id):016x}.safetensors"
 
 
 def read_predictions(test):
@@ -407,7 +402,7 @@ class ServedAnswerer:
 
     def __init__(self, test, processor):
         self.limit, self.processor = test.settings["max_new_tokens"], processor
-        key = os.environ.get(served_key) or NO_KEY
+        key = key_in(served_key)
         self.server = Served(url, served_model, key, tries, self.limit, temperature, top_p)
 
     def answers(self, rows):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from data import LATENT_SPAN, read_safetensors, write_then_rename
+from data import LATENT_SPAN, read_safetensors, seed_of, write_then_rename
 from model import HEAD_FILE, embed, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
@@ -126,7 +126,7 @@ class Decoder:
         # text has one position on all three axes of mRoPE: they go on from the largest
         self.first_pos = pos[:, :, :T].amax(dim=(0, 2)) + 1  # (Q)
 
-    def begin(self, questions, n_samples, final=True):
+    def begin(self, questions, n_samples, final):
         """Start a wave: n_samples rows of each of the questions (Q'), to go on after its prompt.
 
         Returns h_bar (Q', S, d). From the `final` wave on only the prompts in use are held.
@@ -651,6 +651,11 @@ def to_text(tokenizer, ids):
 def span_unit(head):
     """Latents are kept in multiples of this: whole spans, where all spans are of one length."""
     return max(1, head.K) if head is not None and head.fixed_length else 1
+
+
+def latents_name(id):
+    """The file name of an example's latents."""
+    return f"{seed_of(id):016x}.safetensors"
 
 
 def save_latents_file(path, latents, head):

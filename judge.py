@@ -5,7 +5,6 @@ someone chose where extraction found none, and of MMHal-Bench for the rating tha
 grades beside the rule, never in its place: eval.py prints both.
 """
 
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from huggingface_hub import InferenceClient
 
 from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
-from endpoint import FAILURES, NO_KEY, answered, hidden
+from endpoint import FAILURES, answered, hidden, key_in
 from launch import Progress
 
 # whose own harness has a judge, and what ours is asked for in its place
@@ -103,7 +102,7 @@ def ask_all(test, prompts, keys, endpoint):
     replies = {line["key"]: line["reply"] for line in read_lines(path, key=str, reply=str)}
     todo = [id for id in prompts if keys[id] not in replies]
     # from the environment: a command line can be read by everyone on the machine
-    api_key = os.environ.get(endpoint.key) or NO_KEY
+    api_key = key_in(endpoint.key)
     client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
 
     def ask(id):

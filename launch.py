@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -97,7 +98,6 @@ def start(main=None, **commands):
         raise SystemExit(f"{usage}; --help says what they do")
     # a command that takes two folders (eval.py --compare A B) says so by its parameters
     words = override(script, args, n_words=len(inspect.signature(run).parameters))
-    use_idle_cores()
     try:
         run(*words)
     except KeyboardInterrupt:
@@ -329,12 +329,12 @@ def end_with_parent():
 
 
 def use_idle_cores():
-    """On a CPU, let torch use as many threads as cores are idle; OMP_NUM_THREADS of a user wins.
+    """Let torch use as many CPU threads as cores are idle; OMP_NUM_THREADS of a user wins.
 
     A thread that waits for others spins: with one more thread than idle cores a step of the toy
     takes up to 50 times as long, with one less 1.3 to 1.45 times. torchrun sets one a rank.
     """
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+    if "OMP_NUM_THREADS" not in os.environ:
         before = cpu_ticks()
         time.sleep(0.1)  # in which this process does nothing
         torch.set_num_threads(idle_cores(before, cpu_ticks(), torch.get_num_threads()))
@@ -356,10 +356,12 @@ def idle_cores(before, after, cores):
     return max(1, round(cores * idle / total)) if total > 0 else cores
 
 
+@cache
 def pick_device():
-    """The CUDA device of this local rank, else the CPU."""
+    """The CUDA device of this local rank, else the CPU, with a thread for each idle core."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    use_idle_cores()
     return torch.device("cpu")
 
 

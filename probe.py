@@ -217,28 +217,30 @@ def kinds_of(ids, image, pad):
     return kinds
 
 
+def inputs_of(vlm, prompt, answer_ids, latents, pad):
+    """Ids (T), embeddings (1, T, d) and positions (3, T) of a prompt with its answer, in whose pads
+    latents (m, d) stand."""
+    whole = followed_by(prompt, answer_ids)
+    fed = latents.to(vlm.device) if len(latents) else None
+    latent_id = -1 if pad is None else pad  # -1 is no token's id
+    x = embed(vlm, whole["ids"][None].to(vlm.device), prompt["vision"], fed, latent_id)
+    return whole["ids"], x, whole["pos"].to(vlm.device)
+
+
 def norms_of_answer(vlm, prompt, answer, pad):
     """Ids (T) of a prompt with its answer, and the log norms (L + 2, T) of their states.
 
     The latents are fed as they were written: one forward gives the states of generation.
     """
-    whole = followed_by(prompt, answer["ids"])
-    ids, pos = whole["ids"], whole["pos"]  # (T), (3, T)
-    latents = None
-    if len(answer["latents"]):
-        latents = answer["latents"].to(vlm.device)  # (m, d)
-    latent_id = -1 if pad is None else pad  # -1 is no token's id
-    x = embed(vlm, ids[None].to(vlm.device), prompt["vision"], latents, latent_id)  # (1, T, d)
-    return ids, layer_norms(vlm, x, pos.to(vlm.device))
+    ids, x, pos = inputs_of(vlm, prompt, answer["ids"], answer["latents"], pad)
+    return ids, layer_norms(vlm, x, pos)
 
 
 def said_of_real(vlm, head, prompt, ids, real, pad):
     """What the head says (m, d) at an answer's latents if those before are real (m, d)."""
-    whole = followed_by(prompt, ids)
-    x = embed(vlm, whole["ids"][None].to(vlm.device), prompt["vision"], real.to(vlm.device), pad)
-    pos = whole["pos"][:, None].to(vlm.device)
-    out = vlm.model.language_model(inputs_embeds=x, position_ids=pos, use_cache=False)
-    before = (whole["ids"] == pad).nonzero()[:, 0] - 1
+    ids, x, pos = inputs_of(vlm, prompt, ids, real, pad)
+    out = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False)
+    before = (ids == pad).nonzero()[:, 0] - 1
     return head(out.last_hidden_state[0, before].float()).cpu()
 
 

@@ -16,7 +16,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-from claims import TABLES
+from claims import PREDICTING, TABLES
 from data import write_then_rename
 from intervals import holm, mcnemar, t_test
 
@@ -135,6 +135,11 @@ def difference(study, a, b, measure="hard"):
         return None
     # what a seed does to both runs, such as the order of the data, cancels
     gaps = [of_a[seed] - of_b[seed] for seed in seeds]
+    return over_seeds(gaps)
+
+
+def over_seeds(gaps):
+    """The Difference that gaps are, one a seed."""
     return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
 
 
@@ -379,18 +384,18 @@ def diagnosis_row(study, name):
     ]
 
 
-CHAINS = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")
+SYSTEMS = ("text", *PREDICTING, "VaLR", "AMVL")
 
 
 def by_category(study):
     """Longer chains feed back more of their own latents: does the subspace stop the drift?"""
     found = set()
     # whatever categories the test set has: the report knows none by name
-    for name in CHAINS:
+    for name in SYSTEMS:
         for line in study.lines.get(name, {}).values():
             found |= line["evals"]["clean"]["right"].keys()
     categories = sorted(found)  # on the toy: the number of moves
-    there = [name for name in CHAINS if name in study.lines]
+    there = [name for name in SYSTEMS if name in study.lines]
     rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in there]
     claims = [
         (f"{pca} beats {full} on {category}", pca, full, category)
@@ -404,27 +409,23 @@ def by_category(study):
     ]
 
 
-DRIFTING = ("output", "LH", "LH+DA", "LH+PCA", "GAP")
-
-
 def drift(study):
     """Does the subspace stop the drift? R2 of the latents by their place in the longest chains."""
-    rows, claims = [], []
-    for name in DRIFTING:
-        chains = chains_of(study, name)
-        for kind, title in (("own", "its own latents"), ("forced", "the real ones")):
-            places = zip(*(chain[kind] for chain in chains))
-            means = [f"{statistics.fmean(place):.2f}" for place in places]
-            if means:
-                rows.append([f"{name}, fed {title}", *means])
-        if chains:
-            claims.append((name, f"{name} loses by its own latents"))
-    if not rows:
+    there = [name for name in PREDICTING if chains_of(study, name)]
+    if not there:
         return []
-    each = []
-    gaps = [drift_of(study, name) for name, _ in claims]
-    for (_, text), d, word in zip(claims, gaps, verdicts(gaps)):
-        each.append(f"- {text}: **{word}**, R2 {shown(d)} at the last place, seeds: {d.seeds}")
+    rows = []
+    for name in there:
+        for kind, title in (("own", "its own latents"), ("forced", "the real ones")):
+            places = zip(*(chain[kind] for chain in chains_of(study, name)))
+            means = [f"{statistics.fmean(place):.2f}" for place in places]
+            rows.append([f"{name}, fed {title}", *means])
+    gaps = [drift_of(study, name) for name in there]
+    each = [
+        f"- {name} loses by its own latents: **{word}**, R2 {shown(d)} at the last place, "
+        f"seeds: {d.seeds}"
+        for name, d, word in zip(there, gaps, verdicts(gaps))
+    ]
     return [
         "",
         "## Drift along the chain",
@@ -447,11 +448,10 @@ def chains_of(study, name):
 def drift_of(study, name):
     """What its own latents cost at the last place: R2 when fed real ones minus R2 of its own."""
     gaps = [chain["forced"][-1] - chain["own"][-1] for chain in chains_of(study, name)]
-    return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
+    return over_seeds(gaps)
 
 
 # fmt: off
-EDITED = ("text", "output", "LH", "LH+DA", "LH+PCA", "GAP", "VaLR", "AMVL")
 EDIT_KINDS = (
     ("start", "another start"), ("move", "another move"), ("piece", "another piece under the dot"),
     ("elsewhere", "another piece elsewhere"),
@@ -461,7 +461,7 @@ EDIT_KINDS = (
 
 def edits(study):
     """Do latents and answers follow an edit of the input? From edits.py."""
-    there = [name for name in EDITED if values(study, name, "edits.start.followed")]
+    there = [name for name in SYSTEMS if values(study, name, "edits.start.followed")]
     if not there:
         return []
 
@@ -479,11 +479,11 @@ def edits(study):
         "where they are blind to the edit. *Own*: the share of latents nearer to their own "
         "picture's features than to the other question's, where the two differ; chance is .5.",
     ]
-    for measure, title in (("followed", "followed"), ("cosine", "cosine"), ("own", "own")):
+    for measure in ("followed", "cosine", "own"):
         rows = [[name, *cells(name, measure)] for name in there]
         rows = [row for row in rows if any(row[1:])]
         if rows:
-            lines += markdown([title, *(words for _, words in EDIT_KINDS)], rows)[:-1]
+            lines += markdown([measure, *(words for _, words in EDIT_KINDS)], rows)[:-1]
     return lines
 
 

@@ -16,7 +16,6 @@ A killed run goes on where it stopped: each rank appends to a file of its own, a
 finished, rank 0 merges them.
 """
 
-import os
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +35,7 @@ from data import (
     weights_digest,
     write_lines,
 )
-from endpoint import NO_KEY
+from endpoint import key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import generate, read_ahead, see, to_text
 from images import usable_rows
@@ -210,7 +209,7 @@ def sample_served(rows):
     Raises SystemExit in the end where some have no answer: the next run asks for those alone.
     """
     processor = load_processor(base, min_pixels, max_pixels)
-    key = os.environ.get(served_key) or NO_KEY
+    key = key_in(served_key)
     server = Served(url, served_model, key, tries, max_new_tokens, temperature, top_p)
 
     def tally(row):

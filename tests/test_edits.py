@@ -11,7 +11,7 @@ import edits
 import toy
 from data import load_examples, read_json, write_lines
 from edits import nearer_to_own
-from eval import latents_name
+from generate import latents_name
 from images import open_image
 from model import encode_images, load_head, load_processor, load_vlm
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 import generate as generate_file
 from data import LATENT_SPAN, load_examples, read_lines
-from eval import latents_name
 from generate import (
     ema_norm,
     from_all,
     from_nucleus,
     generate,
     intervene,
+    latents_name,
     make_prompts,
     pick,
     to_text,
