@@ -14,7 +14,7 @@ names two of nine pieces, so a guess is right once in 72.
                            four of them
     python toy.py edits --longest=8 --data_folder=out/long      edits.jsonl: pairs of questions that
                            differ in one thing
-    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (20 minutes on two cores)
+    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (25 minutes on two cores)
 """
 
 import math
@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import write_lines
+from data import LATENT_SPAN, write_lines
 from launch import Progress, check_choices, start
 from model import IGNORE, embed, load_vlm, positions
 
@@ -53,7 +53,7 @@ base_folder = "toy/base"  # written by base
 base_scale = 1.0  # of the number of steps
 base_batch = 30  # lessons a step
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
-first_phase = 0  # 1 to 3: go on from the base_folder that the phases before it left
+first_phase = 0  # 1 to 4: go on from the base_folder that the phases before it left
 threads = 2  # of the CPU, for base
 # --------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ MOVES = {  # (row, column) -> (row, column)
 # fmt: on
 PARSER = "four small boards, each with the dot one move later"
 FOLLOW = "Follow the dot."
-SPAN = f"<latent></latent> <parser> {PARSER} </parser>"
+SPAN = f"{LATENT_SPAN} <parser> {PARSER} </parser>"
 
 
 def move(place, name):
@@ -135,7 +135,7 @@ def question_of(names, path, asked="Which two pieces does the dot reach last?"):
 
 def steps_of(names):
     """The think text of the form `steps`: if it said where the dot is, text alone would do."""
-    return " ".join(f"<latent></latent> {name}." for name in names)
+    return " ".join(f"{LATENT_SPAN} {name}." for name in names)
 
 
 def answer_of(board, path):
@@ -321,10 +321,14 @@ class Lesson(NamedTuple):
     """A text that the base is trained on."""
 
     board: list | None  # its first image
-    dots: list | None  # the four places of its storyboard
+    dots: list | None  # the four places of its storyboard, the next image
     question: str
     parts: list  # (text, whether the loss falls on it), one after another
+    written: list = []  # the four places of each storyboard that has its pads in a part
 
+
+# around what is written: a base that knows several pairs reads between latents' own marks, too
+MARKS = ("vision", "object_ref", "box", "quad")
 
 # fmt: off
 # (steps, the lessons of a batch in turn)
@@ -343,6 +347,9 @@ PHASES = [
     # rest on its reading those
     (1500, ["dotlook", "shown", "part think", "shown", "question",
             "think", "shown", "shown", "shown part think", "shown think"]),
+    # and where it writes: latents stand among the words of its own response
+    (1500, ["dotlook", "shown", "part think", "written", "written", "question",
+            "think", "written two", "written", "written two"]),
 ]
 # fmt: on
 
@@ -390,23 +397,38 @@ def fill_in(pairs):
 def question_lesson(words, board, rng):
     """A question of the toy: of one move, or of `any` number; with its storyboard `shown`.
 
-    Answered at once, or after the `think` text, or after `part` of that.
+    Answered at once, or after the `think` text, or after `part` of that; or after a think text with
+    its storyboard `written`, or with `two`.
     """
     n_moves = 1
     if "any" in words:
         n_moves = rng.randint(2, 4)
-    elif "shown" in words:
+    elif "two" in words:
+        n_moves = rng.randint(5, 8)
+    elif "shown" in words or "written" in words:
         n_moves = rng.randint(1, 4)
     names, path = new_path(rng, n_moves)
     dots = storyboard(path) if "shown" in words else None
     question = question_of(names, path)
     answer = f"<answer> {answer_of(board, path)} </answer>"
+    if "written" in words:
+        written = [storyboard(part) for part in chapters(path)]
+        think = " ".join(["<think>", FOLLOW, *written_spans(len(written), rng), "</think>"])
+        return Lesson(board, None, question, [(think, 0), (" " + answer, 1)], written)
     if "think" not in words:
         return Lesson(board, dots, question, [(answer, 1)])
     think = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
     if "part" in words:
         think = think[: rng.randint(1, len(think))]
     return Lesson(board, dots, question, [(" ".join(think), 0), (" " + answer, 1)])
+
+
+def written_spans(n, rng):
+    """n spans of an example, with the pads of a storyboard and some marks for latents."""
+    for _ in range(n):
+        mark = rng.choice(MARKS)
+        pads = f"<|{mark}_start|>{'<|image_pad|>' * 4}<|{mark}_end|>"
+        yield SPAN.replace(LATENT_SPAN, pads)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,10 +585,12 @@ class Lessons:
             pieces = [PIECES.index(piece) for piece in text.board]
             pixels.append(self.cells[pieces, range(9)].flatten(0, 1))  # (36, 1176)
             grids += (BOARD_GRID,)
-        if text.dots:
-            pixels.append(self.panels[text.dots].flatten(0, 1))  # (16, 1176)
-            grids += (STORYBOARD_GRID,)
-        before, after, pos = self.prompt(grids)
+        storyboards = [text.dots] if text.dots else []
+        grids += (STORYBOARD_GRID,) * len(storyboards)
+        before, after, pos = self.prompt(grids)  # what is written has the positions of words
+        for dots in storyboards + text.written:
+            pixels.append(self.panels[dots].flatten(0, 1))  # (16, 1176)
+        grids += (STORYBOARD_GRID,) * len(text.written)
         ids = before + self.tokenizer(text.question)["input_ids"] + after
         labels = [IGNORE] * len(ids)
         for part, has_loss in [*text.parts, (self.tokenizer.eos_token, 1)]:
