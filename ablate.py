@@ -52,7 +52,7 @@ test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.p
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
 edit_data = "out/ablate/toy/edits.jsonl"  # pairs for edits.py; "" for none
-examples = 2500  # few enough to be off the ceiling, enough to be off the floor
+examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
 report = False  # run nothing
@@ -61,7 +61,7 @@ easy = "1 moves"  # the category reported apart, which needs no latents; "" for 
 launch = ""  # "": this python; 7B: torchrun --nproc-per-node 8
 sample_args = ""  # further --key=value of sample_difficulty.py; the README has those for 7B
 fit_args = ""  # of fit_pca.py
-train_args = "--max_steps=1200 --global_batch=16 --save_every=0"  # of train.py
+train_args = "--max_steps=800 --global_batch=16 --save_every=0"  # of train.py
 eval_args = ""  # of eval.py
 probe_args = ""  # of probe.py
 # --------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ FIT = ("K", "mode", "retained", "basis", "centre")
 WITH_PCA = ("main", "gap")  # studies with runs that need targets and difficulties
 NO_DA = {"difficulty": ""}  # every example with latents, as without difficulty-aware data
 # further numbers of examples, for each main run but the base
-SIZES = {"main": (4000,), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
+SIZES = {"main": (2500,), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
 
 # fmt: off
 MAIN = {
@@ -120,9 +120,9 @@ RUNS = {"main": [
     {
         "easy 10%":       {"easy_latents": 0.1},
         "easy 25%":       {"easy_latents": 0.25},
-        "first 300":      {"latents_first": 300},
+        "first 200":      {"latents_first": 200},
         "parser dropped": {"keep_parser": False},
-        "LH+PCA n=1500":  NO_DA | {"examples": 1500},  # with as many spans as GAP
+        "LH+PCA n=750":   NO_DA | {"examples": 750},  # with as many spans as GAP
     },
     *at_sizes(OTHERS, SIZES["main"]),
 ], "gap": [

@@ -383,7 +383,7 @@ SYSTEMS = (  # in the order in which they are drawn, from above
     "LH+PCA",
     "LH+DA",
     "GAP",
-    "first 300",
+    "first 200",
 )
 DRIFT = ("output", "LH", "LH+PCA")
 
