@@ -511,6 +511,7 @@ def run_all():
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     rows = load_examples(test_data, training=False)
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))
+    world = key_of({"weights": weights}, test_data)
     work = Path(out) / weights  # another base has other targets and difficulties
     difficulty = work / "difficulty.jsonl"
     if study in WITH_PCA and not difficulty.exists():
@@ -527,6 +528,7 @@ def run_all():
             settings = settings_for(job.name)
             folder = work / f"{job.key}-{job.seed}"
             line = {"name": job.name, "seed": job.seed, "key": job.key, "settings": settings}
+            line["world"] = world
             line |= one_run(folder, settings, job.seed, job.file, rows)
             append(f, four_digits(line))
             shutil.rmtree(folder)
@@ -538,13 +540,20 @@ def run_all():
 
 
 def read_results():
-    """{run: {seed: line}} of the lines that were made with today's settings."""
+    """{run: {seed: line}} of the lines that were made with today's settings.
+
+    All of one base and test set, the last line's: others' numbers are not comparable.
+    """
     names = {name for group in RUNS[study] for name in group}
+    made = [
+        line
+        for line in read_lines(results + ".jsonl")
+        if line["name"] in names and line["settings"] == settings_for(line["name"])
+    ]
     lines = {}
-    for line in read_lines(results + ".jsonl"):
-        name = line["name"]
-        if name in names and line["settings"] == settings_for(name):
-            lines.setdefault(name, {})[line["seed"]] = line
+    for line in made:
+        if line.get("world") == made[-1].get("world"):
+            lines.setdefault(line["name"], {})[line["seed"]] = line
     every_seed = sorted({seed for by_seed in lines.values() for seed in by_seed})
     for name, by_seed in lines.items():
         the_line = next(iter(by_seed.values()))

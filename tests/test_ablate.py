@@ -56,13 +56,15 @@ def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     lines = [{"name": n, "seed": s, "settings": ablate.settings_for(n)} for n, s in made]
     lines.append({"name": "GAP", "seed": 6, "settings": {}})  # of other settings
     lines.append({"name": "no such run", "seed": 7, "settings": {}})
+    lines = [line | {"world": "this"} for line in lines]
+    lines.insert(0, lines[2] | {"seed": 8, "world": "of another base"})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = ablate.read_results()
     assert {name: sorted(by_seed) for name, by_seed in found.items()} == {
         "base": [1, 4, 5],
         "GAP": [1, 4, 5],
     }
-    assert all(line == lines[0] for line in found["base"].values())
+    assert all(line == lines[1] for line in found["base"].values())
 
 
 def sitting(monkeypatch, *args):
