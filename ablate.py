@@ -41,7 +41,7 @@ from data import (
     write_then_rename,
 )
 from launch import Progress, check_choices, end_with_parent, start, use_idle_cores
-from report import Study, write_tables
+from report import Study, latest, write_tables
 
 # --------------------------------------------------------------------------------------------------
 study = "main"  # main: all papers and the critics' tests; gap valr amvl: a paper's own tables
@@ -540,10 +540,7 @@ def run_all():
 
 
 def read_results():
-    """{run: {seed: line}} of the lines that were made with today's settings.
-
-    All of one base and test set, the last line's: others' numbers are not comparable.
-    """
+    """{run: {seed: line}} of the lines that were made with today's settings, by one base."""
     names = {name for group in RUNS[study] for name in group}
     made = [
         line
@@ -551,9 +548,8 @@ def read_results():
         if line["name"] in names and line["settings"] == settings_for(line["name"])
     ]
     lines = {}
-    for line in made:
-        if line.get("world") == made[-1].get("world"):
-            lines.setdefault(line["name"], {})[line["seed"]] = line
+    for line in latest(made):
+        lines.setdefault(line["name"], {})[line["seed"]] = line
     every_seed = sorted({seed for by_seed in lines.values() for seed in by_seed})
     for name, by_seed in lines.items():
         the_line = next(iter(by_seed.values()))

@@ -6,21 +6,25 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
     python plot.py --runs=out/gap,out/text --out=curves.png     # runs side by side
     python plot.py --results=results/gap                        # accuracy against examples
     python plot.py --results=results/toy --figure=systems       # each run's seeds
+    python plot.py --results=results/toy --figure=critics       # with other latents than its own
+    python plot.py --results=results/toy --figure=edits         # of edited questions
+    python plot.py --results=results/toy --figure=sparse        # latents on fewer questions
     python plot.py --results=results/toy --figure=drift         # R2 along the chain
 """
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from data import check_fields, check_there, read_lines, write_then_rename
 from launch import check_choices, start
-from report import mean_interval, value
+from report import latest, mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png, <results>-systems.png
 results = ""  # what ablate.py wrote: a figure of it instead of curves
-figure = "examples"  # accuracy against examples; systems: each run's seeds; drift: along the chain
+figure = "examples"  # accuracy against examples; or drift systems critics edits sparse
 methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
 easy = "1 moves"  # the category that needs no latents and is left out of it
 # --------------------------------------------------------------------------------------------------
@@ -301,27 +305,19 @@ def draw_field(ax, log, field, look):
 
 
 def accuracies(lines, file=""):
-    """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines.
-
-    Where a run was made anew with other settings, only its latest count.
-    """
+    """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines."""
     wanted = [name.strip() for name in methods.split(",") if name.strip()]
-    settings = {line["name"]: line["settings"] for line in lines}  # the latest
-    by_seed, older = {}, 0
     for n, line in enumerate(lines, 1):
-        name, _, _ = line["name"].partition(" n=")
-        if name not in wanted:
-            continue
         check_fields(line["settings"], {"examples": int}, f"{file}:{n}")
-        if line["settings"] != settings[line["name"]] or not line["settings"]["examples"]:
-            older += 1
-            continue
+    by_seed, used = {}, latest(lines)
+    for line in used:
+        name, _, _ = line["name"].partition(" n=")
+        n = line["settings"]["examples"]
         accuracy = value(line, "clean", "hard", easy)
-        if accuracy is not None:
-            of_size = by_seed.setdefault((name, line["settings"]["examples"]), {})
-            of_size[line["seed"]] = accuracy
-    if older:
-        print(f"{file}: {older} lines left out, of earlier settings or of no known size")
+        if name in wanted and n and accuracy is not None:  # 0: all there are, no known size
+            by_seed.setdefault((name, n), {})[line["seed"]] = accuracy
+    if len(used) < len(lines):
+        print(f"{file}: {len(lines) - len(used)} lines left out, of earlier settings or data")
     found = {name: {} for name in wanted}
     for (name, examples), seeds in sorted(by_seed.items()):
         found[name][examples] = [seeds[seed] for seed in sorted(seeds)]
@@ -334,8 +330,7 @@ def draw_accuracies(path_of_lines, path):
     check_there(path_of_lines)
     lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
     found = accuracies(lines, path_of_lines)
-    if not found:
-        raise SystemExit(f"{path_of_lines}: no runs of {methods}")
+    check_found(found, path_of_lines, methods.split(","))
     check_number(found, "methods")
     fig = plt.figure(figsize=(6.4, 3.6))
     ax = fig.add_axes([0.09, 0.13, 0.9, 0.85])
@@ -373,55 +368,86 @@ def draw_accuracies(path_of_lines, path):
 # --------------------------------------------------------------------------------------------------
 # the main study's figures
 
-SYSTEMS = (  # in the order in which they are drawn, from above
-    "base",
-    "text",
-    "AMVL",
-    "VaLR",
-    "output",
-    "LH",
-    "LH+PCA",
-    "LH+DA",
-    "GAP",
-    "first 200",
-)
+
+class Rows(NamedTuple):
+    """A figure with a row a run and, in each, a colour a number."""
+
+    runs: tuple  # in the order in which they are drawn, from above
+    numbers: dict  # {what: (evaluation, measure)} of report.py's `value`
+    unit: str
+
+
+LATENTS = ("output", "LH", "LH+PCA", "LH+DA", "GAP", "VaLR", "AMVL")
+HARD = "accuracy on hard questions"
+# fmt: off
+ROWS = {
+    "systems": Rows(("base", "text", *LATENTS), {HARD: ("clean", "hard")}, HARD),
+    "critics": Rows(("text", "markers", "dummy", *LATENTS), {
+        "as trained":             ("clean",   "hard"),
+        "real features":          ("oracle",  "hard"),
+        "another example's":      ("shuffle", "hard"),
+        "noise":                  ("noise",   "hard"),
+        "the span ends at once":  ("markers", "hard"),
+    }, HARD),
+    "edits": Rows(("text", *LATENTS), {
+        "another start":          ("", "edits.start.followed"),
+        "another move":           ("", "edits.move.followed"),
+        "another last piece":     ("", "edits.piece.followed"),
+        "nothing that matters":   ("", "edits.elsewhere.followed"),
+    }, "share of pairs whose two answers differ, or do not, as they should"),
+    "sparse": Rows(
+        ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "easy 10%", "easy 25%", "first 200",
+         "parser dropped"), {HARD: ("clean", "hard")}, HARD),
+}
+# fmt: on
 DRIFT = ("output", "LH", "LH+PCA")
 
 
-def by_run(path_of_lines, names, number):
-    """{run: [number(line), one a seed]} of ablate.py's lines; runs without one are left out."""
+def by_run(path_of_lines, names, kind, measure):
+    """{run: [report.py's `value`, one a seed]} of ablate.py's lines; runs without it are left out.
+
+    Of earlier settings or data none is used.
+    """
     check_there(path_of_lines)
     lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
-    # made anew with other settings, only its latest count
-    latest = {line["name"]: line["settings"] for line in lines}
     found = {name: {} for name in names}
-    for line in lines:
-        if line["name"] in found and line["settings"] == latest[line["name"]]:
-            x = number(line)
-            if x is not None:
-                found[line["name"]][line["seed"]] = x
-    there = {name: [seeds[s] for s in sorted(seeds)] for name, seeds in found.items() if seeds}
-    if not there:
+    for line in latest(lines):
+        x = value(line, kind, measure, easy)
+        if line["name"] in found and x is not None:
+            found[line["name"]][line["seed"]] = x
+    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in found.items() if seeds}
+
+
+def check_found(found, path_of_lines, names):
+    """Raise SystemExit where there is nothing to draw."""
+    if not found:
         raise SystemExit(f"{path_of_lines}: no runs of {', '.join(names)}")
-    return there
 
 
-def draw_systems(path_of_lines, path):
-    """Accuracy on hard questions: each seed a dot, the mean a line, and its 95 % t-interval."""
+def draw_rows(path_of_lines, path):
+    """Each seed a dot, the mean a line, and its 95 % t-interval."""
     plt = pyplot()
-    found = by_run(path_of_lines, SYSTEMS, lambda line: value(line, "clean", "hard", easy))
-    height = 0.6 + 0.28 * len(found)
+    names, numbers, unit = ROWS[figure]
+    columns = [by_run(path_of_lines, names, *number) for number in numbers.values()]
+    there = [name for name in names if any(name in column for column in columns)]
+    check_found(there, path_of_lines, names)
+    height = 0.6 + 0.3 * len(there) + 0.16 * (len(columns) > 1)
     fig = plt.figure(figsize=(6.4, height))
-    ax = fig.add_axes([0.13, 0.5 / height, 0.85, 1 - 0.55 / height])
-    for y, seeds in enumerate(found.values()):
-        mean, low, high = mean_interval(seeds)
-        if len(seeds) > 1:
-            ax.plot([max(0, low), min(1, high)], [y, y], lw=3, alpha=0.25, color=COLOURS[0])
-        ax.plot([mean, mean], [y - 0.3, y + 0.3], lw=1.6, color=COLOURS[0])
-        ax.plot(seeds, [y] * len(seeds), "o", ms=3.5, mew=0, alpha=0.7, color=COLOURS[1])
-    ax.set_yticks(range(len(found)), found)
+    ax = fig.add_axes([0.17, 0.5 / height, 0.81, 1 - (0.55 + 0.25 * (len(columns) > 1)) / height])
+    for i, (column, colour) in enumerate(zip(columns, COLOURS)):
+        for name, seeds in column.items():
+            y = there.index(name) + 0.14 * (i - (len(columns) - 1) / 2)
+            mean, low, high = mean_interval(seeds)
+            if len(seeds) > 1:
+                ax.plot([max(0, low), min(1, high)], [y, y], lw=2.5, alpha=0.25, color=colour)
+            ax.plot([mean, mean], [y - 0.12, y + 0.12], lw=1.6, color=colour)
+            ax.plot(seeds, [y] * len(seeds), "o", ms=3, mew=0, alpha=0.7, color=colour)
+        if len(columns) > 1:
+            what = list(numbers)[i]
+            ax.text(i / len(columns), 1.01, what, transform=ax.transAxes, color=colour)
+    ax.set_yticks(range(len(there)), there)
     ax.invert_yaxis()
-    ax.set(xlim=(-0.02, 1.02), xlabel="accuracy on hard questions: seeds, mean, 95 % t-interval")
+    ax.set(xlim=(-0.02, 1.02), xlabel=f"{unit}: seeds, mean, 95 % t-interval")
     save(fig, path)
     plt.close(fig)
 
@@ -429,7 +455,8 @@ def draw_systems(path_of_lines, path):
 def draw_drift(path_of_lines, path):
     """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
     plt = pyplot()
-    found = by_run(path_of_lines, DRIFT, lambda line: line["probe"].get("along"))
+    found = by_run(path_of_lines, DRIFT, "", "probe.along")
+    check_found(found, path_of_lines, DRIFT)
     fig = plt.figure(figsize=(6.4, 2.6))
     ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])
     names = []
@@ -452,7 +479,7 @@ def draw_drift(path_of_lines, path):
 
 # --------------------------------------------------------------------------------------------------
 
-FIGURES = {"examples": draw_accuracies, "systems": draw_systems, "drift": draw_drift}
+FIGURES = {"examples": draw_accuracies, "drift": draw_drift} | dict.fromkeys(ROWS, draw_rows)
 
 
 def main():

@@ -66,6 +66,16 @@ def right(line, kind, measure, easy):
     return answers
 
 
+def latest(lines):
+    """Those of ablate.py's lines that go together.
+
+    With their run's latest settings, and of the last line's base and test set.
+    """
+    lines = [line for line in lines if line.get("world") == lines[-1].get("world")]
+    settings = {line["name"]: line["settings"] for line in lines}
+    return [line for line in lines if line["settings"] == settings[line["name"]]]
+
+
 def value(line, kind, measure, easy):
     """One number of a line, or None where it has no such number.
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 import plot
 from data import write_lines
-from report import mean_interval, value
+from report import mean_interval
 
 
 def write_log(folder, rows):
@@ -143,11 +143,12 @@ def test_names_are_moved_apart():
     assert moved == pytest.approx([0.9, 0.1, 1.0, 0.2])
 
 
-def test_the_main_studys_figures_are_of_the_lines(tmp_path):
+def test_the_main_studys_figures_are_of_the_lines(tmp_path, monkeypatch):
     """The latest settings of a run, seed by seed; what lacks the number is no row of the figure."""
     lines = []
     for name, seed, bits, examples in (
         ("GAP", 2, "1100", 9),  # of earlier settings
+        ("output", 3, "1111", 10),  # of another base
         ("GAP", 2, "0111", 10),
         ("GAP", 1, "0001", 10),
         ("output", 1, "1111", 10),
@@ -157,18 +158,17 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
         along = {"own": [0.9, 0.1 * seed], "forced": [0.9, 0.8]}
         line = {"name": name, "seed": seed, "settings": {"examples": examples}}
         line |= {"evals": {"clean": {"right": right}}}
+        line["world"] = "old" if seed == 3 else "new"
         lines.append(line | {"probe": {"along": along} if name == "output" else {}})
     write_lines(tmp_path / "r.jsonl", lines)
 
-    def hard(line):
-        return value(line, "clean", "hard", "1 moves")
-
-    found = plot.by_run(tmp_path / "r.jsonl", plot.SYSTEMS, hard)
+    found = plot.by_run(tmp_path / "r.jsonl", ("text", "output", "GAP"), "clean", "hard")
     assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
-    for figure in ("systems", "drift"):
+    for figure in ("systems", "critics", "drift"):
         command = [sys.executable, str(ROOT / "plot.py"), f"--results={tmp_path}/r"]
         command += [f"--figure={figure}", f"--out={tmp_path}/{figure}.png"]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         assert Image.open(tmp_path / f"{figure}.png").width > 500
-    with pytest.raises(SystemExit, match="no runs of LH"):
-        plot.by_run(tmp_path / "r.jsonl", ("LH",), hard)
+    monkeypatch.setattr(plot, "figure", "edits")
+    with pytest.raises(SystemExit, match="no runs of text, output"):
+        plot.draw_rows(tmp_path / "r.jsonl", tmp_path / "edits.png")
