@@ -401,6 +401,8 @@ def answers(folder, rows):
     correct = {row["id"]: row["correct"] for row in read_lines(folder / "scored.jsonl")}
     bits = {}
     for row in rows:
+        if row["id"] not in correct:  # --eval_args=--limit=N: not asked
+            continue
         category = row.get("category", "")
         bit = "1" if correct[row["id"]] else "0"
         bits[category] = bits.get(category, "") + bit

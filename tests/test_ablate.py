@@ -152,11 +152,13 @@ def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):
         f"--results={tmp_path}/amvl",
         "--examples=0",
         "--train_args=--max_steps=1 --global_batch=4",
-        "--eval_args=--max_new_tokens=8",
+        "--eval_args=--max_new_tokens=8 --limit=10",
         "--probe_args=--limit=3 --max_new_tokens=8",
     )
     untrained, forward = read_lines(tmp_path / "amvl.jsonl")
     assert untrained["settings"]["run"] is None and forward["settings"]["run"]["gamma"] == 0
+    answered = forward["evals"]["clean"]["right"].values()
+    assert sum(n for n, _ in answered) == 10
     gap = forward["val_right_posterior"] - forward["val_right_prior"]
     assert abs(forward["val_leakage"] - gap) < 1e-6
     table = (tmp_path / "amvl.md").read_text()
