@@ -383,18 +383,18 @@ HARD = "accuracy on hard questions"
 ROWS = {
     "systems": Rows(("base", "text", *LATENTS), {HARD: ("clean", "hard")}, HARD),
     "critics": Rows(("text", "markers", "dummy", *LATENTS), {
-        "as trained":             ("clean",   "hard"),
-        "real features":          ("oracle",  "hard"),
-        "another example's":      ("shuffle", "hard"),
-        "noise":                  ("noise",   "hard"),
-        "the span ends at once":  ("markers", "hard"),
+        "its own latents":   ("clean",   "hard"),
+        "real features":     ("oracle",  "hard"),
+        "another example's": ("shuffle", "hard"),
+        "noise":             ("noise",   "hard"),
+        "none":              ("markers", "hard"),
     }, HARD),
     "edits": Rows(("text", *LATENTS), {
-        "another start":          ("", "edits.start.followed"),
-        "another move":           ("", "edits.move.followed"),
-        "another last piece":     ("", "edits.piece.followed"),
-        "nothing that matters":   ("", "edits.elsewhere.followed"),
-    }, "share of pairs whose two answers differ, or do not, as they should"),
+        "another start":        ("", "edits.start.followed"),
+        "another move":         ("", "edits.move.followed"),
+        "another last piece":   ("", "edits.piece.followed"),
+        "nothing that matters": ("", "edits.elsewhere.followed"),
+    }, "share of pairs that follow the edit"),
     "sparse": Rows(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "easy 10%", "easy 25%", "first 200",
          "parser dropped"), {HARD: ("clean", "hard")}, HARD),
@@ -431,10 +431,11 @@ def draw_rows(path_of_lines, path):
     columns = [by_run(path_of_lines, names, *number) for number in numbers.values()]
     there = [name for name in names if any(name in column for column in columns)]
     check_found(there, path_of_lines, names)
-    height = 0.6 + 0.3 * len(there) + 0.16 * (len(columns) > 1)
+    height = 0.6 + 0.3 * len(there)
     fig = plt.figure(figsize=(6.4, height))
-    ax = fig.add_axes([0.17, 0.5 / height, 0.81, 1 - (0.55 + 0.25 * (len(columns) > 1)) / height])
-    for i, (column, colour) in enumerate(zip(columns, COLOURS)):
+    ax = fig.add_axes([0.17, 0.5 / height, 0.81, 1 - 0.75 / height])
+    heading = 0.0  # where the next one begins
+    for i, (what, column, colour) in enumerate(zip(numbers, columns, COLOURS)):
         for name, seeds in column.items():
             y = there.index(name) + 0.14 * (i - (len(columns) - 1) / 2)
             mean, low, high = mean_interval(seeds)
@@ -443,8 +444,8 @@ def draw_rows(path_of_lines, path):
             ax.plot([mean, mean], [y - 0.12, y + 0.12], lw=1.6, color=colour)
             ax.plot(seeds, [y] * len(seeds), "o", ms=3, mew=0, alpha=0.7, color=colour)
         if len(columns) > 1:
-            what = list(numbers)[i]
-            ax.text(i / len(columns), 1.01, what, transform=ax.transAxes, color=colour)
+            ax.text(heading, 1.02, what, transform=ax.transAxes, color=colour)
+            heading += 0.04 + 0.0125 * len(what)
     ax.set_yticks(range(len(there)), there)
     ax.invert_yaxis()
     ax.set(xlim=(-0.02, 1.02), xlabel=f"{unit}: seeds, mean, 95 % t-interval")
