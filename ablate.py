@@ -557,7 +557,7 @@ def read_results():
         the_line = next(iter(by_seed.values()))
         if the_line["settings"].get("run") is None:  # not trained: its one line is every seed's
             lines[name] = dict.fromkeys(every_seed, the_line)
-    return lines
+    return {name: dict(sorted(by_seed.items())) for name, by_seed in lines.items()}
 
 
 def write_report():

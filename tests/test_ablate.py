@@ -52,7 +52,7 @@ def test_a_run_is_trained_with_what_it_is_named_for(tmp_path, monkeypatch):
 def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     """Also where it was run twice, under the first seed of two calls."""
     monkeypatch.setattr(ablate, "results", str(tmp_path / "r"))
-    made = [("base", 1), ("base", 4), ("GAP", 1), ("GAP", 4), ("GAP", 5)]
+    made = [("base", 1), ("base", 4), ("GAP", 4), ("GAP", 1), ("GAP", 5)]
     lines = [{"name": n, "seed": s, "settings": ablate.settings_for(n)} for n, s in made]
     lines.append({"name": "GAP", "seed": 6, "settings": {}})  # of other settings
     lines.append({"name": "no such run", "seed": 7, "settings": {}})
@@ -60,7 +60,7 @@ def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     lines.insert(0, lines[2] | {"seed": 8, "world": "of another base"})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = ablate.read_results()
-    assert {name: sorted(by_seed) for name, by_seed in found.items()} == {
+    assert {name: list(by_seed) for name, by_seed in found.items()} == {
         "base": [1, 4, 5],
         "GAP": [1, 4, 5],
     }
