@@ -102,7 +102,7 @@ def t_test(x):
         return 1.0
     n, m = len(x) - 1, mean(x)
     error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
-    if not error:
+    if error < 1e-12:  # equal but for the rounding of shares such as 25 / 600 - 24 / 600
         return 0.0 if m and len(x) > 2 else 1.0
     theta = math.atan(abs(m) / error / math.sqrt(n))
     sine, square = math.sin(theta), math.cos(theta) ** 2

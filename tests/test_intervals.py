@@ -53,6 +53,8 @@ def test_t_test_against_scipy():
             assert t_test(x) == pytest.approx(ttest_1samp(x, 0).pvalue, abs=1e-9)
     assert t_test([0.3]) == 1.0 and t_test([0.0, 0.0]) == 1.0 and t_test([0.5, 0.5]) == 1.0
     assert t_test([0.5] * 3) == 0.0
+    x = [25 / 600 - 24 / 600, 21 / 600 - 20 / 600]  # equal but for their rounding
+    assert x[0] != x[1] and t_test(x) == 1.0
 
 
 def test_holm_rejects_what_stepping_down_rejects():
