@@ -122,7 +122,7 @@ RUNS = {"main": [
         "easy 25%":       {"easy_latents": 0.25},
         "first 200":      {"latents_first": 200},
         "parser dropped": {"keep_parser": False},
-        "LH+PCA n=750":   NO_DA | {"examples": 750},  # with as many spans as GAP
+        "LH+PCA n=750":   NO_DA | {"examples": 750},  # about as many with latents as GAP has
     },
     *at_sizes(OTHERS, SIZES["main"]),
 ], "gap": [
@@ -218,7 +218,7 @@ EVALS = {
     "oracle":         {"intervention": "oracle"},
     "oracle_pca":     {"intervention": "oracle_pca"},
     "markers":        {"intervention": "markers"},
-    "edits":          {"save_latents": True},  # of edit_data
+    "edits":          {"save_latents": True, "limit": 0},  # of edit_data: both of each pair
     "EMA":            {"ema_beta": 0.9},
     "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one":     {"batch": 1, "limit": 50},  # for the time an answer takes

@@ -82,7 +82,7 @@ TABLES = {"main": [
         "LH+PCA":         "all",
         "LH+PCA n=750":   "all: as many with latents as GAP, easy and hard",
         "GAP":            "those that the base fails",
-        "GAP n=2500":     "the same of twice as many",
+        "GAP n=2500":     "those that the base fails, of 2,500",
         "easy 10%":       "these, and a tenth of the others",
         "easy 25%":       "these, and a quarter of the others",
         "first 200":      "all in the first quarter of the steps, then as GAP",

@@ -103,7 +103,7 @@ def t_test(x):
     n, m = len(x) - 1, mean(x)
     error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
     if error < 1e-12:  # equal but for the rounding of shares such as 25 / 600 - 24 / 600
-        return 0.0 if m and len(x) > 2 else 1.0
+        return 0.0 if abs(m) > 1e-12 and len(x) > 2 else 1.0
     theta = math.atan(abs(m) / error / math.sqrt(n))
     sine, square = math.sin(theta), math.cos(theta) ** 2
     odd = n % 2

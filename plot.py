@@ -307,17 +307,19 @@ def draw_field(ax, log, field, look):
 def accuracies(lines, file=""):
     """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines."""
     wanted = [name.strip() for name in methods.split(",") if name.strip()]
-    for n, line in enumerate(lines, 1):
-        check_fields(line["settings"], {"examples": int}, f"{file}:{n}")
-    by_seed, used = {}, latest(lines)
+    for number, line in enumerate(lines, 1):
+        check_fields(line["settings"], {"examples": int}, f"{file}:{number}")
+    # examples=0: all that there were, which is no number
+    used = [line for line in latest(lines) if line["settings"]["examples"]]
+    if len(used) < len(lines):
+        left_out = len(lines) - len(used)
+        print(f"{file}: {left_out} lines left out: earlier settings, another base or no known size")
+    by_seed = {}
     for line in used:
         name, _, _ = line["name"].partition(" n=")
-        n = line["settings"]["examples"]
         accuracy = value(line, "clean", "hard", easy)
-        if name in wanted and n and accuracy is not None:  # 0: all there are, no known size
-            by_seed.setdefault((name, n), {})[line["seed"]] = accuracy
-    if len(used) < len(lines):
-        print(f"{file}: {len(lines) - len(used)} lines left out, of earlier settings or data")
+        if name in wanted and accuracy is not None:
+            by_seed.setdefault((name, line["settings"]["examples"]), {})[line["seed"]] = accuracy
     found = {name: {} for name in wanted}
     for (name, examples), seeds in sorted(by_seed.items()):
         found[name][examples] = [seeds[seed] for seed in sorted(seeds)]
@@ -383,18 +385,18 @@ HARD = "accuracy on hard questions"
 ROWS = {
     "systems": Rows(("base", "text", *LATENTS), {HARD: ("clean", "hard")}, HARD),
     "critics": Rows(("text", "markers", "dummy", *LATENTS), {
-        "its own latents":   ("clean",   "hard"),
+        "as trained":        ("clean",   "hard"),
         "real features":     ("oracle",  "hard"),
         "another example's": ("shuffle", "hard"),
         "noise":             ("noise",   "hard"),
-        "none":              ("markers", "hard"),
+        "the span is empty": ("markers", "hard"),
     }, HARD),
     "edits": Rows(("text", *LATENTS), {
         "another start":        ("", "edits.start.followed"),
         "another move":         ("", "edits.move.followed"),
         "another last piece":   ("", "edits.piece.followed"),
         "nothing that matters": ("", "edits.elsewhere.followed"),
-    }, "share of pairs that follow the edit"),
+    }, "pairs whose answers change, or stay, as they should"),
     "sparse": Rows(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "easy 10%", "easy 25%", "first 200",
          "parser dropped"), {HARD: ("clean", "hard")}, HARD),
@@ -403,15 +405,16 @@ ROWS = {
 DRIFT = ("output", "LH", "LH+PCA")
 
 
-def by_run(path_of_lines, names, kind, measure):
-    """{run: [report.py's `value`, one a seed]} of ablate.py's lines; runs without it are left out.
-
-    Of earlier settings or data none is used.
-    """
+def read_latest(path_of_lines):
+    """The lines of ablate.py that go together."""
     check_there(path_of_lines)
-    lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
+    return latest(read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict))
+
+
+def by_run(lines, names, kind, measure):
+    """{run: [report.py's `value`, one a seed]} of lines; runs without it are left out."""
     found = {name: {} for name in names}
-    for line in latest(lines):
+    for line in lines:
         x = value(line, kind, measure, easy)
         if line["name"] in found and x is not None:
             found[line["name"]][line["seed"]] = x
@@ -428,7 +431,8 @@ def draw_rows(path_of_lines, path):
     """Each seed a dot, the mean a line, and its 95 % t-interval."""
     plt = pyplot()
     names, numbers, unit = ROWS[figure]
-    columns = [by_run(path_of_lines, names, *number) for number in numbers.values()]
+    lines = read_latest(path_of_lines)
+    columns = [by_run(lines, names, *number) for number in numbers.values()]
     there = [name for name in names if any(name in column for column in columns)]
     check_found(there, path_of_lines, names)
     height = 0.6 + 0.3 * len(there)
@@ -456,7 +460,7 @@ def draw_rows(path_of_lines, path):
 def draw_drift(path_of_lines, path):
     """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
     plt = pyplot()
-    found = by_run(path_of_lines, DRIFT, "", "probe.along")
+    found = by_run(read_latest(path_of_lines), DRIFT, "", "probe.along")
     check_found(found, path_of_lines, DRIFT)
     fig = plt.figure(figsize=(6.4, 2.6))
     ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])

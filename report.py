@@ -485,15 +485,17 @@ def edits(study):
         "## Edits of the input",
         "",
         "Pairs of questions that differ in one thing. *Followed*: the share of pairs whose answers "
-        "change with the right answer, or stay with it. *Cosine* of the two questions' latents: 1 "
+        "change, to whatever, where the right answer does, and stay where it stays. *Both right*: "
+        "the share of pairs with two right answers. *Cosine* of the two questions' latents: 1 "
         "where they are blind to the edit. *Own*: the share of latents nearer to their own "
         "picture's features than to the other question's, where the two differ; chance is .5.",
     ]
-    for measure in ("followed", "cosine", "own"):
+    for measure in ("followed", "both_right", "cosine", "own"):
         rows = [[name, *cells(name, measure)] for name in there]
         rows = [row for row in rows if any(row[1:])]
         if rows:
-            lines += markdown([measure, *(words for _, words in EDIT_KINDS)], rows)[:-1]
+            head = [measure.replace("_", " "), *(words for _, words in EDIT_KINDS)]
+            lines += markdown(head, rows)[:-1]
     return lines
 
 

@@ -349,7 +349,7 @@ PHASES = [
             "think", "shown", "shown", "shown part think", "shown think"]),
     # and where it writes: latents stand among the words of its own response
     (1500, ["dotlook", "shown", "part think", "written", "written", "question",
-            "think", "written two", "written", "written two"]),
+            "think", "written long", "written", "written long"]),
 ]
 # fmt: on
 
@@ -398,12 +398,12 @@ def question_lesson(words, board, rng):
     """A question of the toy: of one move, or of `any` number; with its storyboard `shown`.
 
     Answered at once, or after the `think` text, or after `part` of that; or after a think text with
-    its storyboard `written`, or with `two`.
+    its storyboard `written`, or with the two of a `long` path.
     """
     n_moves = 1
     if "any" in words:
         n_moves = rng.randint(2, 4)
-    elif "two" in words:
+    elif "long" in words:
         n_moves = rng.randint(5, 8)
     elif "shown" in words or "written" in words:
         n_moves = rng.randint(1, 4)

@@ -99,20 +99,20 @@ def test_table_grows_over_sittings(tmp_path, base, world, monkeypatch, capsys):
         f"--results={tmp_path}/r/toy",
         "--examples=32",
         "--train_args=--max_steps=1 --global_batch=4",
-        "--eval_args=--max_new_tokens=8",
+        "--eval_args=--max_new_tokens=8 --limit=10",  # of questions, not of pairs
         "--probe_args=--limit=3 --max_new_tokens=8",
         "--sample_args=--n_samples=1",
     ]
-    run("toy.py", "edits", f"--data_folder={tmp_path}/pairs", "--n_edits=1")
+    run("toy.py", "edits", f"--data_folder={tmp_path}/pairs", "--n_edits=2")
     results, tables = tmp_path / "r" / "toy.jsonl", tmp_path / "r" / "toy.md"
     sitting(monkeypatch, *args, "--only=text", "--seeds=1")
     lines = read_lines(results)
     assert [(r["name"], r["seed"]) for r in lines] == [("text", 1)]
     sizes = {c: n for c, (n, _) in lines[0]["evals"]["clean"]["right"].items()}
-    assert sizes == {"1 moves": 5, "2 moves": 3, "3 moves": 2, "4 moves": 2}
+    assert sizes == {"1 moves": 4, "2 moves": 2, "3 moves": 2, "4 moves": 2}
     assert lines[0]["settings"]["examples"] == 32
     edits = lines[0]["edits"]
-    assert {kind: x["pairs"] for kind, x in edits.items()} == dict.fromkeys(toy.EDITS, 1)
+    assert {kind: x["pairs"] for kind, x in edits.items()} == dict.fromkeys(toy.EDITS, 2)
     assert len((world / "train-32.jsonl").read_text().splitlines()) == 32
     (work,) = (tmp_path / "out").iterdir()  # one base
     folders = [f.name for f in work.iterdir() if f.is_dir()]
@@ -152,13 +152,11 @@ def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):
         f"--results={tmp_path}/amvl",
         "--examples=0",
         "--train_args=--max_steps=1 --global_batch=4",
-        "--eval_args=--max_new_tokens=8 --limit=10",
+        "--eval_args=--max_new_tokens=8",
         "--probe_args=--limit=3 --max_new_tokens=8",
     )
     untrained, forward = read_lines(tmp_path / "amvl.jsonl")
     assert untrained["settings"]["run"] is None and forward["settings"]["run"]["gamma"] == 0
-    answered = forward["evals"]["clean"]["right"].values()
-    assert sum(n for n, _ in answered) == 10
     gap = forward["val_right_posterior"] - forward["val_right_prior"]
     assert abs(forward["val_leakage"] - gap) < 1e-6
     table = (tmp_path / "amvl.md").read_text()

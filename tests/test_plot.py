@@ -162,7 +162,8 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path, monkeypatch):
         lines.append(line | {"probe": {"along": along} if name == "output" else {}})
     write_lines(tmp_path / "r.jsonl", lines)
 
-    found = plot.by_run(tmp_path / "r.jsonl", ("text", "output", "GAP"), "clean", "hard")
+    found = plot.read_latest(tmp_path / "r.jsonl")
+    found = plot.by_run(found, ("text", "output", "GAP"), "clean", "hard")
     assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
     for figure in ("systems", "critics", "drift"):
         command = [sys.executable, str(ROOT / "plot.py"), f"--results={tmp_path}/r"]

@@ -127,7 +127,8 @@ def test_drift_and_edits_are_read_of_the_lines():
             made = line(name, seed, {"1 moves": "01", "2 moves": "0011"})
             made["probe"] = {"along": {"own": [0.9, own + seed / 64], "forced": [0.9, 0.875]}}
             made["edits"] = {
-                kind: {"pairs": 9, "followed": 0.5 + seed / 64, "cosine": None, "own": None}
+                kind: {"pairs": 9, "followed": 0.5 + seed / 64, "both_right": 0.25}
+                | {"cosine": None, "own": None}
                 for kind, _ in report.EDIT_KINDS
             }
             lines[name][seed] = made
@@ -139,7 +140,8 @@ def test_drift_and_edits_are_read_of_the_lines():
     assert "- output loses by its own latents: **yes**" in said
     assert "- LH loses by its own latents: **undecided**" in said
     table = "\n".join(report.edits(study))
-    assert "| LH | 0.53 ± 0.02 |" in table and "cosine |" not in table
+    assert "| LH | 0.53 ± 0.02 |" in table and "| both right |" in table
+    assert "cosine |" not in table
 
 
 def test_sentences(study):

@@ -17,8 +17,10 @@ TOY = ROOT / "toy" / "base"
 
 @pytest.fixture(scope="module")
 def toy_base():
-    """(vlm, tokenizer, processor) of the base that ships with the toy."""
-    return *load_vlm(TOY), load_processor(TOY, *PIXELS)
+    """(vlm, tokenizer, processor) of the base that ships with the toy, with latent tokens."""
+    vlm, tokenizer = load_vlm(TOY)
+    add_latent_tokens(vlm, tokenizer)
+    return vlm, tokenizer, load_processor(TOY, *PIXELS)
 
 
 def open_prompt(base, row, text):
@@ -34,13 +36,19 @@ def open_prompt(base, row, text):
     return prompt | {"ids": ids, "pos": prompt["pos"][:, :-1]}
 
 
+def answers_to(base, prompts):
+    """What it says after each prompt."""
+    vlm, tokenizer, processor = base
+    answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
+    return [extract_answer(to_text(tokenizer, a["ids"]))[0] for (a,) in answers]
+
+
 def test_toy_base_can_what_the_method_takes_for_granted(world, toy_base):
     """One move, at once and after a stripped example's text; more with the auxiliary image.
 
     That is shown beside the board, or written where its latents will be, between new tokens.
     """
     vlm, tokenizer, processor = toy_base
-    add_latent_tokens(vlm, tokenizer)
     found = {"at once": [], "after the text": [], "shown": [], "written": [], "several": []}
     for row in load_examples(world / "test.jsonl"):
         text = row["response"].partition(" <answer>")[0]
@@ -51,8 +59,7 @@ def test_toy_base_can_what_the_method_takes_for_granted(world, toy_base):
             encode(vlm, tokenizer, processor, with_storyboard),
             open_prompt(toy_base, row, text),
         ]
-        answers = generate(vlm, None, tokenizer, see(vlm, processor, prompts), max_new_tokens=16)
-        said = [extract_answer(to_text(tokenizer, a["ids"]))[0] for (a,) in answers]
+        said = answers_to(toy_base, prompts)
         once, after, shown, written = (answer == row["answer"] for answer in said)
         found["shown"].append(shown)
         found["written"].append(written)
@@ -63,7 +70,17 @@ def test_toy_base_can_what_the_method_takes_for_granted(world, toy_base):
             found["several"].append(once or after)
     several = found.pop("several")
     assert all(all(answers) for answers in found.values()), found
-    assert sum(several) <= 1
+    assert sum(several) <= 1, several
+
+
+def test_toy_base_reads_two_storyboards_where_it_writes(tmp_path, monkeypatch, toy_base):
+    monkeypatch.setattr(toy, "longest", 8)
+    toy.write_split(tmp_path, "test", 30)
+    rows = [row for row in load_examples(tmp_path / "test.jsonl") if len(row["aux_images"]) == 2]
+    assert {row["category"] for row in rows} == {f"{n} moves" for n in range(5, 9)}
+    texts = [row["response"].partition(" <answer>")[0] for row in rows]
+    prompts = [open_prompt(toy_base, row, text) for row, text in zip(rows, texts)]
+    assert answers_to(toy_base, prompts) == [row["answer"] for row in rows]
 
 
 def test_toy_data_is_a_function_of_the_seed(tmp_path):
