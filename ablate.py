@@ -12,7 +12,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
     python ablate.py --report=1         # only rewrite the tables
-    python ablate.py --study=valr --results=out/valr-study --base=out/cot --data=out/steps/train.jsonl
+    python ablate.py --study=valr --results=out/valr --base=out/cot --data=out/steps/train.jsonl
     python ablate.py --launch="torchrun --nproc-per-node 8" \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """

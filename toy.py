@@ -14,7 +14,7 @@ names two of nine pieces, so a guess is right once in 72.
                            four of them
     python toy.py edits --longest=8 --data_folder=out/long      edits.jsonl: pairs of questions that
                            differ in one thing
-    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (25 minutes on two cores)
+    python toy.py base     rebuild toy/base, the tiny Qwen2.5-VL (26 minutes on two cores)
 """
 
 import math
