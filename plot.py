@@ -437,7 +437,7 @@ def draw_rows(path_of_lines, path):
     check_found(there, path_of_lines, names)
     height = 0.6 + 0.3 * len(there)
     fig = plt.figure(figsize=(6.4, height))
-    ax = fig.add_axes([0.17, 0.5 / height, 0.81, 1 - 0.75 / height])
+    ax = fig.add_axes([0.2, 0.5 / height, 0.78, 1 - 0.75 / height])
     heading = 0.0  # where the next one begins
     for i, (what, column, colour) in enumerate(zip(numbers, columns, COLOURS)):
         for name, seeds in column.items():
