@@ -13,12 +13,13 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from data import check_fields, check_there, read_lines, write_then_rename
 from launch import check_choices, start
-from report import latest, mean_interval, value
+from report import SYSTEMS, latest, mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
@@ -304,6 +305,12 @@ def draw_field(ax, log, field, look):
 # the ablation's main figure
 
 
+def read_runs(path_of_lines):
+    """The lines of ablate.py."""
+    check_there(path_of_lines)
+    return read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
+
+
 def accuracies(lines, file=""):
     """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines."""
     wanted = [name.strip() for name in methods.split(",") if name.strip()]
@@ -329,9 +336,7 @@ def accuracies(lines, file=""):
 def draw_accuracies(path_of_lines, path):
     """Accuracy against examples: means with 95 % t-intervals over seeds, each seed a faint dot."""
     plt = pyplot()
-    check_there(path_of_lines)
-    lines = read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
-    found = accuracies(lines, path_of_lines)
+    found = accuracies(read_runs(path_of_lines), path_of_lines)
     check_found(found, path_of_lines, methods.split(","))
     check_number(found, "methods")
     fig = plt.figure(figsize=(6.4, 3.6))
@@ -379,19 +384,18 @@ class Rows(NamedTuple):
     unit: str
 
 
-LATENTS = ("output", "LH", "LH+PCA", "LH+DA", "GAP", "VaLR", "AMVL")
 HARD = "accuracy on hard questions"
 # fmt: off
 ROWS = {
-    "systems": Rows(("base", "text", *LATENTS), {HARD: ("clean", "hard")}, HARD),
-    "critics": Rows(("text", "markers", "dummy", *LATENTS), {
+    "systems": Rows(("base", *SYSTEMS), {HARD: ("clean", "hard")}, HARD),
+    "critics": Rows(("markers", "dummy", *SYSTEMS), {
         "as trained":        ("clean",   "hard"),
         "real features":     ("oracle",  "hard"),
         "another example's": ("shuffle", "hard"),
         "noise":             ("noise",   "hard"),
         "the span is empty": ("markers", "hard"),
     }, HARD),
-    "edits": Rows(("text", *LATENTS), {
+    "edits": Rows(SYSTEMS, {
         "another start":        ("", "edits.start.followed"),
         "another move":         ("", "edits.move.followed"),
         "another last piece":   ("", "edits.piece.followed"),
@@ -403,12 +407,6 @@ ROWS = {
 }
 # fmt: on
 DRIFT = ("output", "LH", "LH+PCA")
-
-
-def read_latest(path_of_lines):
-    """The lines of ablate.py that go together."""
-    check_there(path_of_lines)
-    return latest(read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict))
 
 
 def by_run(lines, names, kind, measure):
@@ -427,11 +425,11 @@ def check_found(found, path_of_lines, names):
         raise SystemExit(f"{path_of_lines}: no runs of {', '.join(names)}")
 
 
-def draw_rows(path_of_lines, path):
-    """Each seed a dot, the mean a line, and its 95 % t-interval."""
+def draw_rows(rows, path_of_lines, path):
+    """Of some Rows each seed a dot, the mean a line, and its 95 % t-interval."""
     plt = pyplot()
-    names, numbers, unit = ROWS[figure]
-    lines = read_latest(path_of_lines)
+    names, numbers, unit = rows
+    lines = latest(read_runs(path_of_lines))
     columns = [by_run(lines, names, *number) for number in numbers.values()]
     there = [name for name in names if any(name in column for column in columns)]
     check_found(there, path_of_lines, names)
@@ -460,7 +458,7 @@ def draw_rows(path_of_lines, path):
 def draw_drift(path_of_lines, path):
     """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
     plt = pyplot()
-    found = by_run(read_latest(path_of_lines), DRIFT, "", "probe.along")
+    found = by_run(latest(read_runs(path_of_lines)), DRIFT, "", "probe.along")
     check_found(found, path_of_lines, DRIFT)
     fig = plt.figure(figsize=(6.4, 2.6))
     ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])
@@ -484,7 +482,11 @@ def draw_drift(path_of_lines, path):
 
 # --------------------------------------------------------------------------------------------------
 
-FIGURES = {"examples": draw_accuracies, "drift": draw_drift} | dict.fromkeys(ROWS, draw_rows)
+FIGURES = {
+    "examples": draw_accuracies,
+    "drift": draw_drift,
+    **{name: partial(draw_rows, rows) for name, rows in ROWS.items()},
+}
 
 
 def main():

@@ -85,6 +85,7 @@ MOVES = {  # (row, column) -> (row, column)
 PARSER = "four small boards, each with the dot one move later"
 FOLLOW = "Follow the dot."
 SPAN = f"{LATENT_SPAN} <parser> {PARSER} </parser>"
+THINK = f"<think> {FOLLOW} <parser> {PARSER} </parser> </think>"  # without latents
 
 
 def move(place, name):
@@ -321,10 +322,10 @@ class Lesson(NamedTuple):
     """A text that the base is trained on."""
 
     board: list | None  # its first image
-    dots: list | None  # the four places of its storyboard, the next image
+    shown: list  # the four places of each storyboard that is an image after it
     question: str
     parts: list  # (text, whether the loss falls on it), one after another
-    written: list = []  # the four places of each storyboard that has its pads in a part
+    written: tuple = ()  # of each storyboard that has its pads in a part
 
 
 # around what is written: a base that knows several pairs reads between latents' own marks, too
@@ -364,25 +365,25 @@ def lesson(kind, rng):
 
     if kind == "look":  # relating a named place to a cell is the slow part: all nine in one text
         pairs = [(PLACES[p], names[p]) for p in rng.sample(range(9), 9)]
-        return Lesson(board, None, "List the pieces.", fill_in(pairs))
+        return Lesson(board, [], "List the pieces.", fill_in(pairs))
     if kind == "where":  # the way back shows the tower that the ground matters
         pairs = []
         for p in rng.sample(range(9), 9):
             colour, shape = board[p]
             pairs.append((colour, f"{shape} {PLACES[p]}"))
-        return Lesson(board, None, "Find the pieces.", fill_in(pairs))
+        return Lesson(board, [], "Find the pieces.", fill_in(pairs))
     if kind == "step":
         pairs = [(f"{PLACES[p]} {name}", PLACES[move(p, name)]) for p, name in steps]
-        return Lesson(None, None, "Make single moves.", fill_in(pairs))
+        return Lesson(None, [], "Make single moves.", fill_in(pairs))
     if kind == "steplook":
         pairs = [(f"{PLACES[p]} {name}", names[move(p, name)]) for p, name in steps]
-        return Lesson(board, None, "Make single moves and look.", fill_in(pairs))
+        return Lesson(board, [], "Make single moves and look.", fill_in(pairs))
     if kind == "dots":
         places = "".join(f" {PLACES[p]}," for p in dots)
-        return Lesson(None, dots, "Where are the dots?", [(places, 1)])
+        return Lesson(None, [dots], "Where are the dots?", [(places, 1)])
     if kind == "dotlook":
         pieces = "".join(f" {names[p]}," for p in dots)
-        return Lesson(board, dots, "Which pieces are under the dots?", [(pieces, 1)])
+        return Lesson(board, [dots], "Which pieces are under the dots?", [(pieces, 1)])
     return question_lesson(kind.split(), board, rng)
 
 
@@ -408,19 +409,19 @@ def question_lesson(words, board, rng):
     elif "shown" in words or "written" in words:
         n_moves = rng.randint(1, 4)
     names, path = new_path(rng, n_moves)
-    dots = storyboard(path) if "shown" in words else None
+    shown = [storyboard(path)] if "shown" in words else []
     question = question_of(names, path)
     answer = f"<answer> {answer_of(board, path)} </answer>"
     if "written" in words:
         written = [storyboard(part) for part in chapters(path)]
         think = " ".join(["<think>", FOLLOW, *written_spans(len(written), rng), "</think>"])
-        return Lesson(board, None, question, [(think, 0), (" " + answer, 1)], written)
+        return Lesson(board, [], question, [(think, 0), (" " + answer, 1)], written)
     if "think" not in words:
-        return Lesson(board, dots, question, [(answer, 1)])
-    think = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>".split()
+        return Lesson(board, shown, question, [(answer, 1)])
+    think = THINK.split()
     if "part" in words:
         think = think[: rng.randint(1, len(think))]
-    return Lesson(board, dots, question, [(" ".join(think), 0), (" " + answer, 1)])
+    return Lesson(board, shown, question, [(" ".join(think), 0), (" " + answer, 1)])
 
 
 def written_spans(n, rng):
@@ -463,8 +464,7 @@ CHAT_TEMPLATE = (  # the ChatML prompt of Qwen2.5-VL, for text and images
 def make_tokenizer():
     """A byte-level BPE with Qwen's special tokens and chat template, trained on the toy's texts."""
     rng = random.Random(seed)
-    think = f"<think> Follow the dot. <parser> {PARSER} </parser> </think>"
-    texts = [f"{think} You are a helpful assistant. system user"] * 50
+    texts = [f"{THINK} You are a helpful assistant. system user"] * 50
     kinds = PHASES[0][1]
     for i in range(4000):
         text = lesson(kinds[i % 10], rng)
@@ -585,10 +585,9 @@ class Lessons:
             pieces = [PIECES.index(piece) for piece in text.board]
             pixels.append(self.cells[pieces, range(9)].flatten(0, 1))  # (36, 1176)
             grids += (BOARD_GRID,)
-        storyboards = [text.dots] if text.dots else []
-        grids += (STORYBOARD_GRID,) * len(storyboards)
+        grids += (STORYBOARD_GRID,) * len(text.shown)
         before, after, pos = self.prompt(grids)  # what is written has the positions of words
-        for dots in storyboards + text.written:
+        for dots in (*text.shown, *text.written):
             pixels.append(self.panels[dots].flatten(0, 1))  # (16, 1176)
         grids += (STORYBOARD_GRID,) * len(text.written)
         ids = before + self.tokenizer(text.question)["input_ids"] + after

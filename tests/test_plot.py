@@ -143,7 +143,7 @@ def test_names_are_moved_apart():
     assert moved == pytest.approx([0.9, 0.1, 1.0, 0.2])
 
 
-def test_the_main_studys_figures_are_of_the_lines(tmp_path, monkeypatch):
+def test_the_main_studys_figures_are_of_the_lines(tmp_path):
     """The latest settings of a run, seed by seed; what lacks the number is no row of the figure."""
     lines = []
     for name, seed, bits, examples in (
@@ -162,14 +162,13 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path, monkeypatch):
         lines.append(line | {"probe": {"along": along} if name == "output" else {}})
     write_lines(tmp_path / "r.jsonl", lines)
 
-    found = plot.read_latest(tmp_path / "r.jsonl")
-    found = plot.by_run(found, ("text", "output", "GAP"), "clean", "hard")
+    lines = plot.latest(plot.read_runs(tmp_path / "r.jsonl"))
+    found = plot.by_run(lines, ("text", "output", "GAP"), "clean", "hard")
     assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
     for figure in ("systems", "critics", "drift"):
         command = [sys.executable, str(ROOT / "plot.py"), f"--results={tmp_path}/r"]
         command += [f"--figure={figure}", f"--out={tmp_path}/{figure}.png"]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
         assert Image.open(tmp_path / f"{figure}.png").width > 500
-    monkeypatch.setattr(plot, "figure", "edits")
     with pytest.raises(SystemExit, match="no runs of text, output"):
-        plot.draw_rows(tmp_path / "r.jsonl", tmp_path / "edits.png")
+        plot.FIGURES["edits"](tmp_path / "r.jsonl", tmp_path / "edits.png")
