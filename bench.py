@@ -46,11 +46,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+import generate as generate_file
 import sample_difficulty
 import toy
 import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
+from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, to_text
 from images import open_image, png_of
 from launch import pick_device, start
@@ -695,7 +697,7 @@ TEXT = {
 
 
 def seven_b():
-    """Absolute numbers of random weights in bfloat16: decoding, training, and the vision tower."""
+    """Random weights in bfloat16: decoding, training, and the vision tower."""
     if shape == "7b" and device.type != "cuda":
         raise SystemExit(
             "--shape=7b needs a CUDA GPU; this machine has none "
@@ -704,16 +706,16 @@ def seven_b():
     vlm = shaped_vlm()
     decoding(vlm, toy.make_tokenizer())
     forward_and_backward(vlm)
+    del vlm
     # 7b-smoke: eight layers, of which one has full attention
     heads, dim, depth, grid = 4, 16, 8, (1, 50, 62)
     if shape == "7b":
         heads, dim, depth, grid = 16, 80, 32, GRID_4K
     every_eighth = range(7, depth, 8)  # has full attention, as in 7B's tower
-    tower = make_tower(heads, dim, depth, every_eighth).to(device, torch.bfloat16)
-    versus(f"the vision tower, {grid[1] * grid[2] // 4} tokens", *forwards(tower, grid))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"{torch.cuda.get_device_name()}, peak {peak:.1f} GiB")
+    for name, full in (("", every_eighth), (", window layers alone", [])):
+        tower = make_tower(heads, dim, depth, full).to(device, torch.bfloat16)
+        sides = forwards(tower, grid)
+        versus(f"vision tower, {depth} layers, {grid[1] * grid[2] // 4:,} tokens{name}", *sides)
 
 
 def shaped_vlm():
@@ -736,35 +738,69 @@ def shaped_vlm():
     return vlm
 
 
+PROMPT = 512  # tokens
+LENGTH = 64  # of an answer
+
+
 def decoding(vlm, tokenizer):
-    """A decode step at 4, 32 and 128 rows; it reads all of the decoder's weights once."""
-    # not the embedding, of which a step reads one row a token
+    """A decode step by rows beside the time to read the weights; one answer beside HF's."""
+    # all the decoder's weights, once; not the embedding, of which a step reads one row a token
     read = [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
     size = sum(p.numel() * p.element_size() for p in read)  # bytes
-    prompt = {
-        "ids": torch.randint(20, 400, (512,)),
-        "pos": torch.arange(512).expand(3, -1),
-        "vision": None,
-    }
+    bandwidth = copied_per_s()
+    note(
+        f"reading {size / 1e9:.1f} GB at the {bandwidth / 1e12:.2f} TB/s of a copy",
+        ms(size / bandwidth),
+    )
+    ids = torch.randint(20, 400, (PROMPT,))
+    prompt = {"ids": ids, "pos": torch.arange(PROMPT).expand(3, -1), "vision": None}
     # nothing ends a row, and no id that Qwen's tokenizer lacks
     no_stop = [*stops(tokenizer), *range(151643, VOCABULARY)]
-    for n_samples in (1, 8, 32):
-        times = step_times(
-            vlm,
-            None,
-            tokenizer,
-            [prompt] * 4,
-            max_new_tokens=64,
-            n_samples=n_samples,
-            suppress=no_stop,
-        )
-        # the first steps warm up
-        s = statistics.median(times[8:])
-        rows = 4 * n_samples
-        print(
-            f"decode, {rows:4} rows: {1e3 * s:8.2f} ms a step, {rows / s:8.0f} tokens/s, "
-            f"weights read at {size / s / 1e12:.3f} TB/s"
-        )
+    settings = {"max_new_tokens": LENGTH, "suppress": no_stop}
+    for n_prompts, n_samples in ((1, 1), (4, 1), (4, 8), (4, 32)):
+        for way in ("captured", "eager") if device.type == "cuda" else ("eager",):
+            generate_file.CAPTURE = way == "captured"
+            prompts = [prompt] * n_prompts
+            times = step_times(vlm, None, tokenizer, prompts, n_samples=n_samples, **settings)
+            s = statistics.median(times[8:])  # the first steps warm up
+            rows = n_prompts * n_samples
+            share = f"{size / bandwidth / s:.2f} of it"
+            note(f"a decode step of {rows} rows, {way}", ms(s), f"{rows / s:.0f} tokens/s", share)
+
+    generate_file.CAPTURE = True
+    answer = f"{LENGTH} tokens to {PROMPT}"
+    for n, n_samples, what in ((1, 1, f"an answer, {answer}"), (4, 8, f"8 answers to 4, {answer}")):
+        ours = partial(generate, vlm, None, tokenizer, [prompt] * n, **settings)
+        theirs = partial(hf_generate, vlm, ids.expand(n, -1).to(device), n_samples)
+        seeds = list(range(n * n_samples))
+        versus(what, partial(ours, n_samples=n_samples, temperature=1.0, seeds=seeds), theirs)
+
+
+def hf_generate(vlm, ids, n_samples):
+    vlm.model.rope_deltas = None
+    # one length for all, and all tokens are possible
+    vlm.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=LENGTH,
+        max_new_tokens=LENGTH,
+        **HF_SAMPLING | {"num_return_sequences": n_samples},
+    )
+
+
+def ms(seconds):
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def copied_per_s():
+    """Bytes that the device reads and writes in a second of a large copy."""
+    a = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    b, times = torch.empty_like(a), []
+    for _ in range(repeats + 1):
+        began = clock()
+        b.copy_(a)
+        times.append(clock() - began)
+    return 2 * a.numel() / statistics.median(times[1:])
 
 
 def forward_and_backward(vlm):
@@ -773,10 +809,14 @@ def forward_and_backward(vlm):
     The gradients are in bfloat16.
     """
     lm = vlm.train().model.language_model
+    ids = torch.randint(20, 400, (4, 1024), device=device)
+    labels = ids.clone()
+    labels[:, :768] = IGNORE
+    examples = [{"ids": row, "labels": y} for row, y in zip(ids, labels)]
+    each, amount = flops_each(vlm), amounts(examples, vlm)
     for i, layer in enumerate(lm.layers):
         # as train.py wraps them: a layer's activations are computed again in the backward
         lm.layers[i] = checkpoint_wrapper(layer)
-    ids = torch.randint(20, 400, (4, 1024), device=device)
     pos = torch.arange(1024, device=device).expand(3, 4, -1)
     times = []
     for _ in range(repeats + 1):
@@ -788,7 +828,10 @@ def forward_and_backward(vlm):
         vlm.zero_grad()
         times.append(clock() - began)
     s = statistics.median(times[1:])  # the first is a warm-up
-    print(f"training forward and backward: {ids.numel() / s:8.0f} tokens/s")
+    rate = rates(amount, each, s, device, "bfloat16")
+    peak = f"{train.peak_memory(device) / 2**30:.1f} GiB"
+    mfu = f"MFU {rate['mfu']:.2f}" if "mfu" in rate else ""
+    note("training forward and backward", f"{rate['tokens_per_s']:.0f} tokens/s", peak, mfu)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -801,6 +844,7 @@ def main():
         {"b": training_side, "d": tower_side, "g": million_side}[only]()
     elif shape in TEXT:
         seven_b()
+        print_table()
     elif shape == "toy":
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")

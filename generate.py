@@ -20,6 +20,8 @@ from model import HEAD_FILE, embed, encode, encode_pixels, latent_ids, pixels_of
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
 FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
+CAPTURE = True  # on a GPU: a step becomes one CUDA graph, as its launches take most of the time ...
+CAPTURE_AFTER = 3  # ... once it has been the same so often: a capture costs as much as three steps
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
@@ -142,22 +144,65 @@ class Decoder:
         self.keys = [NewPositions() for _ in self.prompt]
         self.values = [NewPositions() for _ in self.prompt]
         self.t = 0  # how many new positions every row has by now
+        self.forget_graph()
         return self.last[q].expand(-1, n_samples, -1)
 
     def step(self, x):
-        """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm."""
-        pos = (self.next_pos + self.t)[:, None]  # (Q, 1)
+        """Feed x (Q, S, d), one embedding a row; returns h_bar (Q, S, d), after the final norm.
+
+        The next step may overwrite what is returned.
+        """
+        if self.t == self.keys[0].room:
+            self.forget_graph()
+            for new in self.keys + self.values:
+                new.add_room(x, self.H, self.D)
+        h = self.replayed(x) if CAPTURE and x.is_cuda else self.forward(x, self.t)
+        self.t += 1
+        return h
+
+    def forget_graph(self):
+        """A shape or a place in memory has changed: no step was like the next."""
+        self.graph, self.n_alike = None, 0
+
+    def replayed(self, x):
+        """`forward` of fixed shapes; in one launch, of a CUDA graph, once they have lasted."""
+        if self.n_alike == 0:
+            self.x, self.at = torch.empty_like(x), torch.empty(1, dtype=torch.long, device=x.device)
+        self.x.copy_(x)
+        self.at.fill_(self.t)
+        self.n_alike += 1
+        # these steps also make what libraries make at a first call, which can not be captured
+        if self.n_alike <= CAPTURE_AFTER:
+            return self.forward(self.x, self.at)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.h = self.forward(self.x, self.at)
+        self.graph.replay()
+        return self.h
+
+    def forward(self, x, t):
+        """The decoder at every row's t-th new position, x (Q, S, d).
+
+        t is an int; or a tensor (1), and then no shape and no address depends on it: the room that
+        is not written yet is read, too, and masked.
+        """
+        unwritten = None
+        if torch.is_tensor(t):
+            T = self.prompt[0][0].shape[2]
+            places = torch.arange(-T, self.keys[0].room, device=x.device)
+            unwritten = torch.where(places > t, -torch.inf, 0.0).to(x)  # (T + n), added to scores
+        pos = (self.next_pos + t)[:, None]  # (Q, 1)
         cos, sin = self.lm.rotary_emb(x, pos.expand(3, -1, 1))
         rope = cos[:, None], sin[:, None]  # (Q, 1, 1, D)
         for i, layer in enumerate(self.lm.layers):
             y = layer.input_layernorm(x)
-            x = x + self.attend(i, layer.self_attn, y, rope)
+            x = x + self.attend(i, layer.self_attn, y, rope, t, unwritten)
             y = layer.post_attention_layernorm(x)
             x = x + layer.mlp(y)
-        self.t += 1
         return self.lm.norm(x)
 
-    def attend(self, i, attention, y, rope):
+    def attend(self, i, attention, y, rope, t, unwritten):
         """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
         # one position a row: S takes the place that the sequence has in the stock attention
         Q, S, _ = y.shape
@@ -167,8 +212,8 @@ class Decoder:
         q, k, v = (proj(y).view(Q, S, H, -1, D).transpose(1, 2) for proj in projections)
         q, k = apply_rotary_pos_emb(q, k, *rope)
         k_prompt, v_prompt = self.prompt[i]  # (Q, H, T, D)
-        k_new = self.keys[i].add(k)  # parts (Q, H, S, n, D) of t + 1 positions
-        v_new = self.values[i].add(v)
+        k_new = self.keys[i].add(k, t)  # parts (Q, H, S, n, D) of t + 1 positions, or of all room
+        v_new = self.values[i].add(v, t)
 
         # all S * G queries of a prompt meet it in one product
         q_flat = q.reshape(Q, H, S * G, D)
@@ -177,9 +222,11 @@ class Decoder:
             to_prompt = to_prompt + self.bias
         to_new = [q @ part.mT for part in k_new]
         scores = torch.cat([to_prompt, *to_new], -1).mul(attention.scaling)
+        if unwritten is not None:
+            scores = scores + unwritten
 
         # one softmax over both parts, in float32 as the stock attention has it
-        weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + t + 1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(y.dtype)  # (Q, H, S, G, T + new)
         T = k_prompt.shape[2]
         w_prompt, *w_new = weights.split([T, *(part.shape[3] for part in v_new)], -1)
         w_flat = w_prompt.reshape(Q, H, S * G, T)
@@ -190,6 +237,7 @@ class Decoder:
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        self.forget_graph()
         device = self.next_pos.device
         q, s = q.to(device), s.to(device)
         self.next_pos = self.next_pos[q]
@@ -210,20 +258,29 @@ class NewPositions:
 
     def __init__(self):
         self.parts = []
-        self.t = self.room = 0  # positions written, and all that the parts have room for
+        self.room = 0  # positions that the parts hold
 
-    def add(self, x):
-        """Store x (Q, H, S, 1, D) as the next position; returns the parts as far as written."""
-        if self.t == self.room:
-            Q, H, S, _, D = x.shape
-            n = self.room or FIRST_POSITIONS
-            self.parts.append(x.new_empty(Q, H, S, n, D))
-            self.room += n
-        self.t += 1
+    def add_room(self, x, H, D):
+        """Another part, for rows x (Q, S, d) of H heads of D."""
+        Q, S, _ = x.shape
+        n = self.room or FIRST_POSITIONS
+        # a captured step multiplies what is not written yet by 0: that must not be NaN
+        make = x.new_zeros if x.is_cuda else x.new_empty
+        self.parts.append(make(Q, H, S, n, D))
+        self.room += n
+
+    def add(self, x, t):
+        """Store x (Q, H, S, 1, D) as position t, in the last part.
+
+        Returns the parts as far as they are written; whole ones, where t is a tensor (1).
+        """
         *full, last = self.parts
-        written = last.shape[3] - (self.room - self.t)
-        last[:, :, :, written - 1] = x[:, :, :, 0]
-        return [*full, last[:, :, :, :written]]
+        at = t - (self.room - last.shape[3])
+        if torch.is_tensor(t):
+            last.index_copy_(3, at, x)
+            return self.parts
+        last[:, :, :, at] = x[:, :, :, 0]
+        return [*full, last[:, :, :, : at + 1]]
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
@@ -357,17 +414,17 @@ class Tokens:
     """The text of all rows: tokens drawn from the LM head, each row by draws of its own."""
 
     def __init__(self, vlm, tokenizer, never, temperature, top_p, u):
-        self.lm_head, self.n_words = vlm.lm_head, len(tokenizer)
-        self.never = never
+        self.lm_head = vlm.lm_head
+        # a span's inner tokens are forced, never chosen; spare rows are no tokens
+        never = [*never, *range(len(tokenizer), len(self.lm_head.weight))]
+        self.never = torch.tensor(never, device=self.lm_head.weight.device)
         self.temperature, self.top_p = temperature, top_p
         self.u = u  # (all rows, max_new_tokens)
 
     def next(self, h, rows, n):
         """The n-th tokens (R) of `rows` (R), whose states are h (R, d)."""
         logits = self.lm_head(h).float()  # (R, V)
-        # a span's inner tokens are forced, never chosen
-        logits[:, self.never] = -torch.inf
-        logits[:, self.n_words :] = -torch.inf  # spare rows are no tokens
+        logits.index_fill_(-1, self.never, -torch.inf)
         return self.draw(logits, rows, n)
 
     def draw(self, logits, rows, n):

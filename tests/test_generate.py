@@ -191,14 +191,72 @@ def test_new_positions_stay_where_they_are_written(monkeypatch):
     x = torch.randn(3, 2, 4, 14, 5)  # (Q, H, S, t, D)
     kept, places = generate_file.NewPositions(), set()
     for t in range(13):
-        parts = kept.add(x[:, :, :, t : t + 1])
+        if t == kept.room:
+            kept.add_room(torch.empty(3, 4, 1), 2, 5)
+        parts = kept.add(x[:, :, :, t : t + 1], t)
         assert torch.equal(torch.cat(parts, 3), x[:, :, :, : t + 1])
         places.add(parts[0].data_ptr())
     assert len(places) == 1 and [part.shape[3] for part in parts] == [3, 3, 6, 1]
     q, s = torch.tensor([2, 0]), torch.tensor([[1, 0, 3], [3, 2, 2]])
     rows = x[q[:, None], :, s].transpose(1, 2)
     kept.keep(q, s)
-    assert torch.equal(torch.cat(kept.add(rows[:, :, :, 13:]), 3), rows)
+    assert torch.equal(torch.cat(kept.add(rows[:, :, :, 13:], 13), 3), rows)
+
+
+def answers_that_end(vlm, head, tokenizer, prompts):
+    """Eight samples a prompt, in two waves, which open spans and end at various lengths."""
+    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
+    found = generate(vlm, head, tokenizer, prompts, seeds=list(range(8 * len(prompts))), **kwargs)
+    return [a for answers in found for a in answers]
+
+
+def assert_same(ours, theirs):
+    assert [a["ids"] for a in ours] == [a["ids"] for a in theirs]
+    for a, b in zip(ours, theirs):
+        close(a["latents"], b["latents"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def ending(loaded, world, monkeypatch):
+    """(vlm, tokenizer, prompts) of answers that end early; new positions are in parts of 4."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 4))
+    make_open(vlm, tokenizer, prompts, {1})
+    vlm.lm_head.weight.data[tokenizer.eos_token_id] *= 4
+    monkeypatch.setattr(generate_file, "FIRST_POSITIONS", 4)
+    return vlm, tokenizer, prompts
+
+
+def test_fixed_shapes_change_nothing(ending, head, monkeypatch):
+    """A step that reads and masks all room writes what one does that reads what is written."""
+    vlm, tokenizer, prompts = ending
+    usual = answers_that_end(vlm, head, tokenizer, prompts)
+    assert len({len(a["ids"]) for a in usual}) > 3 and any(len(a["latents"]) for a in usual)
+    forward, add_room = generate_file.Decoder.forward, generate_file.NewPositions.add_room
+
+    def fixed(self, x, t):
+        return forward(self, x, torch.tensor([t]))
+
+    def add_zeros(self, *args):
+        add_room(self, *args)
+        self.parts[-1].zero_()  # as on a GPU
+
+    monkeypatch.setattr(generate_file.Decoder, "forward", fixed)
+    monkeypatch.setattr(generate_file.NewPositions, "add_room", add_zeros)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts), usual)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_step_is_the_step(ending, head, monkeypatch):
+    vlm, tokenizer, prompts = ending
+    vlm, head = vlm.cuda(), head.cuda()
+    for p in prompts:
+        p["vision"] = p["vision"].cuda()
+    captured = answers_that_end(vlm, head, tokenizer, prompts)
+    assert len({len(a["ids"]) for a in captured}) > 3
+    assert any(len(a["latents"]) for a in captured)
+    monkeypatch.setattr(generate_file, "CAPTURE", False)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts), captured)
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 1024])
