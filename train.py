@@ -357,6 +357,24 @@ def check_weights(model, step):
         )
 
 
+def check_space(model, first, total):
+    """Raise SystemExit if the disk can not hold the checkpoints of steps `first` to `total`.
+
+    The last two are kept while the next is written.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = 3 * 4 * trained  # a weight and its two moments, in float32
+    there = len([*(Path(out) / "ckpt").glob("step-*")])
+    coming = len([s for s in range(first, total) if s + 1 == total or is_due(s, save_every)])
+    room = min(coming, max(1, 3 - there)) * size
+    free = shutil.disk_usage(out).free
+    if free < room:
+        raise SystemExit(
+            f"{out}: {free / 1e9:.1f} GB are free, and checkpoints will need {room / 1e9:.1f} GB "
+            f"more: {size / 1e9:.1f} GB each, two are kept while a third is written"
+        )
+
+
 def save_checkpoint(model, optimizer, step, settings):
     """Write ckpt/step-N under a temporary name, rename it, keep the last two."""
     check_weights(model, step)
@@ -640,6 +658,7 @@ def main():
     }
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
+    check_space(model, first, total)
     if rank == 0:
         n_latent = sum(LATENT_SPAN in row["response"] for row in rows)
         print(

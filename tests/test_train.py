@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -435,3 +436,26 @@ def test_wandb_offline(tmp_path, inputs):
     sent = file.read_bytes()
     for field in (b"latents", b"flops_per_s", b"grad_norm", b"val_ce"):
         assert field in sent, field
+
+
+@pytest.mark.parametrize(
+    "there, first, save_every, most",
+    [(0, 0, 10, 3), (0, 0, 0, 1), (1, 10, 10, 2), (2, 80, 10, 1), (0, 90, 10, 1), (0, 100, 10, 0)],
+)
+def test_a_disk_too_small_is_named_before_the_first_step(
+    tmp_path, monkeypatch, there, first, save_every, most
+):
+    """Of a run of 100 steps: room for what will lie on the disk at a time, not for all it saves."""
+    for name, value in {"out": str(tmp_path), "save_every": save_every}.items():
+        monkeypatch.setattr(train, name, value)
+    for step in range(there):
+        (tmp_path / f"ckpt/step-{step:07}").mkdir(parents=True)
+    model = torch.nn.Linear(1000, 1000)
+    model.bias.requires_grad_(False)
+    free = most * 12_000_000
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    train.check_space(model, first, 100)
+    free -= 1
+    if most:
+        with pytest.raises(SystemExit, match=r"GB are free.* 0\.0 GB each"):
+            train.check_space(model, first, 100)
