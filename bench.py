@@ -11,6 +11,8 @@
 (e) one answer at a time with Qwen's vocabulary: ours against HF generate, by the size of the image
 (f) what a decode step costs by rows, by image tokens and by position
 (g) a data file of a million rows: seconds to check it, and the memory of the process
+(h) the prefill of 16 prompts with 1,024 image tokens, from their features on; and the peak memory
+    of both
 
 With --shape=7b on a CUDA machine: the same loops on a 7B-shaped model with random weights, in
 absolute numbers.
@@ -53,7 +55,7 @@ import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
 from flops import amounts, flops_each, rates
-from generate import generate, make_prompts, to_text
+from generate import Decoder, generate, make_prompts, to_text
 from images import open_image, png_of
 from launch import pick_device, start
 from method import cross_entropy
@@ -77,13 +79,13 @@ from model import (
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # the model of (a) and (c)
 data = "out/toy/train.jsonl"  # their questions
-only = ""  # a to g; "" for all
+only = ""  # a to h; "" for all
 shape = "toy"  # or 7b, 7b-smoke: absolute numbers
 repeats = 5  # of each measurement, ours and theirs in turn; the median counts
 questions = 16  # a batch
 new_tokens = 32  # an answer of (a)
 threads = 2  # of the CPU
-side = ""  # set by (b), (d) and (g) for their subprocesses
+side = ""  # set by (b), (d), (g) and (h) for their subprocesses
 # --------------------------------------------------------------------------------------------------
 
 VOCABULARY = 152064  # rows of Qwen2.5-VL's embedding
@@ -680,6 +682,45 @@ def million_side():
 
 
 # --------------------------------------------------------------------------------------------------
+# (h) prefill
+
+
+def prefill():
+    in_processes("h", "(h) prefill, 16 prompts of 1,024 image tokens")
+
+
+def prefill_side():
+    """One side of (h). Prints JSON."""
+    vlm = narrow_vlm(toy.make_tokenizer()).eval()
+    ids = torch.randint(20, 400, (1060,))
+    ids[10:1034] = vlm.config.image_token_id
+    vision = torch.randn(1024, 256)  # of the tower, at hand on both sides
+    pos = torch.arange(1060).expand(3, -1)  # what positions they are does not matter here
+    prompts = [{"ids": ids, "pos": pos, "vision": vision}] * questions
+    lm = vlm.model.language_model
+
+    @torch.inference_mode()
+    def ours():
+        vlm.lm_head(Decoder(vlm, prompts, pad_id=0).last)
+
+    # as generate() calls it: all states, the logits of the last, a cache
+    @torch.inference_mode()
+    def theirs():
+        at = (ids == vlm.config.image_token_id).expand(questions, -1)
+        x = lm.embed_tokens(ids.expand(questions, -1))
+        x = x.masked_scatter(at[..., None].expand_as(x), vision.repeat(questions, 1))
+        out = lm(
+            inputs_embeds=x,
+            attention_mask=torch.ones_like(at, dtype=torch.long),
+            position_ids=pos[:, None].expand(-1, questions, -1),
+            use_cache=True,
+        )
+        vlm.lm_head(out.last_hidden_state[:, -1:])
+
+    report_side(ours if side == "ours" else theirs, 3, torch.device("cpu"))
+
+
+# --------------------------------------------------------------------------------------------------
 # 7B shapes
 
 # fmt: off
@@ -841,7 +882,8 @@ def main():
     torch.set_num_threads(threads)
     # in_processes starts this file anew, once a side
     if side:
-        {"b": training_side, "d": tower_side, "g": million_side}[only]()
+        sides = {"b": training_side, "d": tower_side, "g": million_side, "h": prefill_side}
+        sides[only]()
     elif shape in TEXT:
         seven_b()
         print_table()
@@ -849,7 +891,7 @@ def main():
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
         parts = {"a": sampling, "b": training, "c": latent_mode, "d": vision}
-        parts |= {"e": one_by_one, "f": growth, "g": million_rows}
+        parts |= {"e": one_by_one, "f": growth, "g": million_rows, "h": prefill}
         for name, part in parts.items():
             if not only or name in only:
                 part()

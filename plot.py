@@ -380,14 +380,18 @@ class Rows(NamedTuple):
     """A figure with a row a run and, in each, a colour a number."""
 
     runs: tuple  # in the order in which they are drawn, from above
-    numbers: dict  # {what: (evaluation, measure)} of report.py's `value`
+    # {what: (evaluation, measure)} of report.py's `value`, and the end of the runs' names, if any
+    numbers: dict
     unit: str
 
 
 HARD = "accuracy on hard questions"
 # fmt: off
 ROWS = {
-    "systems": Rows(("base", *SYSTEMS), {HARD: ("clean", "hard")}, HARD),
+    "systems": Rows(("base", *SYSTEMS), {
+        "1,250 examples": ("clean", "hard"),
+        "2,500 examples": ("clean", "hard", " n=2500"),
+    }, HARD),
     "critics": Rows(("markers", "dummy", *SYSTEMS), {
         "as trained":        ("clean",   "hard"),
         "real features":     ("oracle",  "hard"),
@@ -409,14 +413,16 @@ ROWS = {
 DRIFT = ("output", "LH", "LH+PCA")
 
 
-def by_run(lines, names, kind, measure):
-    """{run: [report.py's `value`, one a seed]} of lines; runs without it are left out."""
-    found = {name: {} for name in names}
-    for line in lines:
-        x = value(line, kind, measure, easy)
-        if line["name"] in found and x is not None:
-            found[line["name"]][line["seed"]] = x
-    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in found.items() if seeds}
+def by_run(lines, names, kind, measure, size=""):
+    """{name: [report.py's `value`, one a seed]} of the runs name + size that have it."""
+    found = {}
+    for name in names:
+        mine = [line for line in lines if line["name"] == name + size]
+        by_seed = {line["seed"]: value(line, kind, measure, easy) for line in mine}
+        seeds = [by_seed[s] for s in sorted(by_seed) if by_seed[s] is not None]
+        if seeds:
+            found[name] = seeds
+    return found
 
 
 def check_found(found, path_of_lines, names):

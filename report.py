@@ -557,7 +557,9 @@ def scarcity(study):
 
     # a size that no method was trained on would be an empty column
     sizes = [n for n in sorted({*study.sizes, study.examples}) if was_run(n)]
-    rows = [[name, *(mean_sd(values(study, at(name, n))) for n in sizes)] for name in study.methods]
+    rows = [
+        [name, *(each_seed(values(study, at(name, n))) for n in sizes)] for name in study.methods
+    ]
     conclusions = []
     for pca, full in PCA_AGAINST_FULL:
         gaps = {n: difference(study, at(pca, n), at(full, n)) for n in sizes}
@@ -661,9 +663,10 @@ def write_tables(path, study):
 
 def main_body(study, sections):
     """The table of all systems, the critics' tests, and what else the lines hold."""
-    systems, without, oracle, difficulty = sections
+    systems, with_more, without, oracle, difficulty = sections
     return [
         *systems,
+        *with_more,
         "",
         *by_category(study),
         *without,
