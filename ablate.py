@@ -95,6 +95,8 @@ OTHERS = {
 # fmt: on
 
 
+AT_99 = NO_DA | {"retained": 0.99}
+
 # the latent methods first: they are what scarce data is about
 SCARCE = {name: MAIN[name] for name in ("GAP", "LH+DA", "LH+PCA", "LH", "text", "output")}
 
@@ -124,7 +126,10 @@ RUNS = {"main": [
         "parser dropped": {"keep_parser": False},
         "LH+PCA n=750":   NO_DA | {"examples": 750},  # about as many with latents as GAP has
     },
+    # where questions are many, does the PCA head lack what its subspace leaves out?
+    *at_sizes({"LH+PCA 99%": AT_99}, SIZES["main"]),
     *at_sizes(OTHERS, SIZES["main"]),
+    {"LH+PCA 99%": AT_99},
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
