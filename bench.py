@@ -800,7 +800,7 @@ def decoding(vlm, tokenizer):
     settings = {"max_new_tokens": LENGTH, "suppress": no_stop}
     for n_prompts, n_samples in ((1, 1), (4, 1), (4, 8), (4, 32)):
         for way in ("captured", "eager") if device.type == "cuda" else ("eager",):
-            generate_file.CAPTURE = way == "captured"
+            generate_file.CAPTURE = "cuda" if way == "captured" else ""
             prompts = [prompt] * n_prompts
             times = step_times(vlm, None, tokenizer, prompts, n_samples=n_samples, **settings)
             s = statistics.median(times[8:])  # the first steps warm up
@@ -808,7 +808,7 @@ def decoding(vlm, tokenizer):
             share = f"{size / bandwidth / s:.2f} of it"
             note(f"a decode step of {rows} rows, {way}", ms(s), f"{rows / s:.0f} tokens/s", share)
 
-    generate_file.CAPTURE = True
+    generate_file.CAPTURE = "cuda"
     answer = f"{LENGTH} tokens to {PROMPT}"
     for n, n_samples, what in ((1, 1, f"an answer, {answer}"), (4, 8, f"8 answers to 4, {answer}")):
         ours = partial(generate, vlm, None, tokenizer, [prompt] * n, **settings)

@@ -20,7 +20,7 @@ from model import HEAD_FILE, embed, encode, encode_pixels, latent_ids, pixels_of
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
 LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of slots is needed
 FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
-CAPTURE = True  # on a GPU: a step becomes one CUDA graph, as its launches take most of the time ...
+CAPTURE = "cuda"  # where a step becomes one graph, as its launches take most of the time ...
 CAPTURE_AFTER = 3  # ... once it has been the same so often: a capture costs as much as three steps
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
@@ -156,7 +156,7 @@ class Decoder:
             self.forget_graph()
             for new in self.keys + self.values:
                 new.add_room(x, self.H, self.D)
-        h = self.replayed(x) if CAPTURE and x.is_cuda else self.forward(x, self.t)
+        h = self.replayed(x) if x.device.type == CAPTURE else self.forward(x, self.t)
         self.t += 1
         return h
 
@@ -265,7 +265,7 @@ class NewPositions:
         Q, S, _ = x.shape
         n = self.room or FIRST_POSITIONS
         # a captured step multiplies what is not written yet by 0: that must not be NaN
-        make = x.new_zeros if x.is_cuda else x.new_empty
+        make = x.new_zeros if x.device.type == CAPTURE else x.new_empty
         self.parts.append(make(Q, H, S, n, D))
         self.room += n
 

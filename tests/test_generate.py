@@ -1,6 +1,7 @@
 """How text and latents are written: each against an independent computation."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -227,23 +228,39 @@ def ending(loaded, world, monkeypatch):
     return vlm, tokenizer, prompts
 
 
-def test_fixed_shapes_change_nothing(ending, head, monkeypatch):
-    """A step that reads and masks all room writes what one does that reads what is written."""
+def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
+    """Steps of fixed shapes, replayed from buffers, write what those do that grow.
+
+    A graph of the test's own stands in for CUDA's: a replay runs what was captured, on the places
+    in memory that it had.
+    """
     vlm, tokenizer, prompts = ending
     usual = answers_that_end(vlm, head, tokenizer, prompts)
     assert len({len(a["ids"]) for a in usual}) > 3 and any(len(a["latents"]) for a in usual)
-    forward, add_room = generate_file.Decoder.forward, generate_file.NewPositions.add_room
 
-    def fixed(self, x, t):
-        return forward(self, x, torch.tensor([t]))
+    forward, calls, replays = generate_file.Decoder.forward, [], []
 
-    def add_zeros(self, *args):
-        add_room(self, *args)
-        self.parts[-1].zero_()  # as on a GPU
+    def noted(self, x, t):
+        calls.append((self, x, t))
+        return forward(self, x, t)
 
-    monkeypatch.setattr(generate_file.Decoder, "forward", fixed)
-    monkeypatch.setattr(generate_file.NewPositions, "add_room", add_zeros)
+    class Graph:
+        def replay(self):
+            decoder, x, t = self.captured
+            decoder.h.copy_(forward(decoder, x, t))
+            replays.append(int(t))
+
+    @contextmanager
+    def capture(graph):
+        yield
+        graph.captured = calls[-1]
+
+    monkeypatch.setattr(generate_file.Decoder, "forward", noted)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(generate_file, "CAPTURE", "cpu")
     assert_same(answers_that_end(vlm, head, tokenizer, prompts), usual)
+    assert len(replays) > 10 and len(set(replays)) > 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -255,7 +272,7 @@ def test_a_captured_step_is_the_step(ending, head, monkeypatch):
     captured = answers_that_end(vlm, head, tokenizer, prompts)
     assert len({len(a["ids"]) for a in captured}) > 3
     assert any(len(a["latents"]) for a in captured)
-    monkeypatch.setattr(generate_file, "CAPTURE", False)
+    monkeypatch.setattr(generate_file, "CAPTURE", "")
     assert_same(answers_that_end(vlm, head, tokenizer, prompts), captured)
 
 
