@@ -9,6 +9,7 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
     python plot.py --results=results/toy --figure=critics       # with other latents than its own
     python plot.py --results=results/toy --figure=edits         # of edited questions
     python plot.py --results=results/toy --figure=sparse        # latents on fewer questions
+    python plot.py --results=results/toy --figure=subspace      # more of the variance
     python plot.py --results=results/toy --figure=drift         # R2 along the chain
 """
 
@@ -25,7 +26,7 @@ from report import SYSTEMS, latest, mean_interval, value
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png, <results>-systems.png
 results = ""  # what ablate.py wrote: a figure of it instead of curves
-figure = "examples"  # accuracy against examples; or drift systems critics edits sparse
+figure = "examples"  # accuracy against examples; or drift systems critics edits sparse subspace
 methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
 easy = "1 moves"  # the category that needs no latents and is left out of it
 # --------------------------------------------------------------------------------------------------
@@ -386,12 +387,14 @@ class Rows(NamedTuple):
 
 
 HARD = "accuracy on hard questions"
+BOTH_SIZES = {
+    "1,250 examples": ("clean", "hard"),
+    "2,500 examples": ("clean", "hard", " n=2500"),
+}
 # fmt: off
 ROWS = {
-    "systems": Rows(("base", *SYSTEMS), {
-        "1,250 examples": ("clean", "hard"),
-        "2,500 examples": ("clean", "hard", " n=2500"),
-    }, HARD),
+    "systems": Rows(("base", *SYSTEMS), BOTH_SIZES, HARD),
+    "subspace": Rows(("LH", "LH+PCA", "LH+PCA 99%"), BOTH_SIZES, HARD),
     "critics": Rows(("markers", "dummy", *SYSTEMS), {
         "as trained":        ("clean",   "hard"),
         "real features":     ("oracle",  "hard"),
@@ -445,7 +448,7 @@ def draw_rows(rows, path_of_lines, path):
     heading = 0.0  # where the next one begins
     for i, (what, column, colour) in enumerate(zip(numbers, columns, COLOURS)):
         for name, seeds in column.items():
-            y = there.index(name) + 0.14 * (i - (len(columns) - 1) / 2)
+            y = there.index(name) + 0.7 * ((i + 0.5) / len(columns) - 0.5)
             mean, low, high = mean_interval(seeds)
             if len(seeds) > 1:
                 ax.plot([max(0, low), min(1, high)], [y, y], lw=2.5, alpha=0.25, color=colour)
