@@ -805,8 +805,8 @@ def decoding(vlm, tokenizer):
             times = step_times(vlm, None, tokenizer, prompts, n_samples=n_samples, **settings)
             s = statistics.median(times[8:])  # the first steps warm up
             rows = n_prompts * n_samples
-            share = f"{size / bandwidth / s:.2f} of it"
-            note(f"a decode step of {rows} rows, {way}", ms(s), f"{rows / s:.0f} tokens/s", share)
+            found, share = f"{ms(s)}, {rows / s:.0f} tokens/s", f"{size / bandwidth / s:.2f}"
+            note(f"a decode step of {rows} rows, {way}; ratio: of that", found, ratio=share)
 
     generate_file.CAPTURE = "cuda"
     answer = f"{LENGTH} tokens to {PROMPT}"
@@ -859,6 +859,8 @@ def forward_and_backward(vlm):
         # as train.py wraps them: a layer's activations are computed again in the backward
         lm.layers[i] = checkpoint_wrapper(layer)
     pos = torch.arange(1024, device=device).expand(3, 4, -1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of decoding
     times = []
     for _ in range(repeats + 1):
         began = clock()
@@ -870,9 +872,10 @@ def forward_and_backward(vlm):
         times.append(clock() - began)
     s = statistics.median(times[1:])  # the first is a warm-up
     rate = rates(amount, each, s, device, "bfloat16")
-    peak = f"{train.peak_memory(device) / 2**30:.1f} GiB"
-    mfu = f"MFU {rate['mfu']:.2f}" if "mfu" in rate else ""
-    note("training forward and backward", f"{rate['tokens_per_s']:.0f} tokens/s", peak, mfu)
+    found = f"{rate['tokens_per_s']:.0f} tokens/s, {train.peak_memory(device) / 2**30:.1f} GiB"
+    if "mfu" in rate:
+        found += f", MFU {rate['mfu']:.2f}"
+    note("training forward and backward", found)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class Decoder:
 
         Returns h_bar (Q', S, d). From the `final` wave on only the prompts in use are held.
         """
+        self.forget_graph()
         self.prompt = self.keys = self.values = None  # the wave before makes room
         q = questions.to(self.last.device)
         whole = len(q) == len(self.last)  # no copy
@@ -144,7 +145,6 @@ class Decoder:
         self.keys = [NewPositions() for _ in self.prompt]
         self.values = [NewPositions() for _ in self.prompt]
         self.t = 0  # how many new positions every row has by now
-        self.forget_graph()
         return self.last[q].expand(-1, n_samples, -1)
 
     def step(self, x):
@@ -162,7 +162,8 @@ class Decoder:
 
     def forget_graph(self):
         """A shape or a place in memory has changed: no step was like the next."""
-        self.graph, self.n_alike = None, 0
+        self.graph = self.h = None  # and with them the graph's memory
+        self.n_alike = 0
 
     def replayed(self, x):
         """`forward` of fixed shapes; in one launch, of a CUDA graph, once they have lasted."""

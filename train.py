@@ -358,20 +358,26 @@ def check_weights(model, step):
 
 
 def check_space(model, first, total):
-    """Raise SystemExit if the disk can not hold the checkpoints of steps `first` to `total`.
-
-    The last two are kept while the next is written.
-    """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = 3 * 4 * trained  # a weight and its two moments, in float32
-    there = len([*(Path(out) / "ckpt").glob("step-*")])
+    """Raise SystemExit if the disk can not hold what steps `first` to `total` will write."""
+    size = exported = 0  # bytes of a checkpoint, and of the model in the end
+    for p in model.parameters():
+        # a trained weight and its two moments are float32
+        size += p.numel() * (3 * 4 if p.requires_grad else p.element_size())
+        exported += p.numel() * getattr(torch, dtype).itemsize
+    folder = Path(out) / "ckpt"
+    there = len([*folder.glob("step-*")])
     coming = len([s for s in range(first, total) if s + 1 == total or is_due(s, save_every)])
-    room = min(coming, max(1, 3 - there)) * size
-    free = shutil.disk_usage(out).free
+    # two are kept while a third is written; in the end there are these two and the model
+    while_saving = min(coming, max(1, 3 - there)) * size
+    in_the_end = max(0, min(2, there + coming) - there) * size + exported
+    room = max(while_saving, in_the_end)
+    # what a killed save has left is deleted by the next
+    left = sum(file.stat().st_size for file in folder.glob(".tmp/*"))
+    free = shutil.disk_usage(out).free + left
     if free < room:
         raise SystemExit(
-            f"{out}: {free / 1e9:.1f} GB are free, and checkpoints will need {room / 1e9:.1f} GB "
-            f"more: {size / 1e9:.1f} GB each, two are kept while a third is written"
+            f"{out}: {free / 1e9:.1f} GB are free; {room / 1e9:.1f} GB will be needed, for "
+            f"checkpoints of {size / 1e9:.1f} GB and a model of {exported / 1e9:.1f} GB"
         )
 
 

@@ -440,7 +440,14 @@ def test_wandb_offline(tmp_path, inputs):
 
 @pytest.mark.parametrize(
     "there, first, save_every, most",
-    [(0, 0, 10, 3), (0, 0, 0, 1), (1, 10, 10, 2), (2, 80, 10, 1), (0, 90, 10, 1), (0, 100, 10, 0)],
+    [
+        (0, 0, 10, 36_012_000),  # three checkpoints at a time, more than two and the model
+        (0, 0, 0, 16_008_000),  # one and the model
+        (1, 10, 10, 24_008_000),
+        (2, 80, 10, 12_004_000),
+        (0, 90, 10, 16_008_000),
+        (1, 100, 10, 4_004_000),  # the model alone
+    ],
 )
 def test_a_disk_too_small_is_named_before_the_first_step(
     tmp_path, monkeypatch, there, first, save_every, most
@@ -452,10 +459,11 @@ def test_a_disk_too_small_is_named_before_the_first_step(
         (tmp_path / f"ckpt/step-{step:07}").mkdir(parents=True)
     model = torch.nn.Linear(1000, 1000)
     model.bias.requires_grad_(False)
-    free = most * 12_000_000
+    (tmp_path / "ckpt/.tmp").mkdir(parents=True)
+    (tmp_path / "ckpt/.tmp/__0_0.distcp").write_bytes(b"x" * 1000)  # a killed save's
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    free = most - 1000
     train.check_space(model, first, 100)
     free -= 1
-    if most:
-        with pytest.raises(SystemExit, match=r"GB are free.* 0\.0 GB each"):
-            train.check_space(model, first, 100)
+    with pytest.raises(SystemExit, match="GB are free; .* GB will be needed"):
+        train.check_space(model, first, 100)
