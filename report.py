@@ -663,7 +663,7 @@ def write_tables(path, study):
 
 def main_body(study, sections):
     """The table of all systems, the critics' tests, and what else the lines hold."""
-    systems, with_more, without, oracle, difficulty, retained = sections
+    systems, with_more, without, oracle, difficulty, *subspace = sections
     return [
         *systems,
         *with_more,
@@ -674,7 +674,7 @@ def main_body(study, sections):
         *drift(study),
         *oracle,
         *difficulty,
-        *retained,
+        *(line for section in subspace for line in section),
         "",
         *scarcity(study),
         "",
