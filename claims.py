@@ -79,7 +79,7 @@ def subspace(title, size=""):
 
 TABLES = {"main": [
     systems("All systems"),
-    systems("The same with 2,500 examples", " n=2500"),
+    systems("All systems, with 2,500 examples", " n=2500"),
     Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
         "text":    "the same data without spans",
         "markers": "trained so: a span opens and ends at once",
@@ -132,7 +132,7 @@ TABLES = {"main": [
         ("mended so, GAP is ahead of it, all questions",  "easy 25%",     "LH+PCA", "all"),
     ]),
     subspace("What the subspace leaves out"),
-    subspace("The same with 2,500 examples", " n=2500"),
+    subspace("What the subspace leaves out, with 2,500 examples", " n=2500"),
 ], "gap": [
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
         "base":       "57.66, 52.62",
