@@ -107,8 +107,8 @@ class Decoder:
         read = [followed_by(p, ahead) for p in prompts] if A else prompts
         ids, pos, mask = (x.to(vlm.device) for x in left_padded(read, pad_id))
         vision = [p["vision"] for p in prompts if p["vision"] is not None]
-        vision = torch.cat(vision) if vision else None
-        x = embed(vlm, ids, vision)  # (Q, T, d)
+        # not held: the joined copy is as large as all image positions of x
+        x = embed(vlm, ids, torch.cat(vision) if vision else None)  # (Q, T, d)
         padded = not mask.all()  # without padding SDPA keeps its causal fast path
         mask_given = mask if padded else None
         out = self.lm(inputs_embeds=x, position_ids=pos, attention_mask=mask_given, use_cache=True)
