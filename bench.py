@@ -124,6 +124,20 @@ def print_table():
         print("| " + " | ".join(row) + " |")
 
 
+def ms(seconds):
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def median_seconds(f):
+    """Of the repeats, after a warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = clock()
+        f()
+        times.append(clock() - began)
+    return statistics.median(times[1:])
+
+
 def versus(name, ours, theirs):
     """Run both in turn and note the ratio of their median times."""
     times = {ours: [], theirs: []}
@@ -507,7 +521,7 @@ def latent_mode():
             text += of_text[2:]
     a, b = statistics.median(latent), statistics.median(text)
     name = f"(c) a decode step of {len(prompts)} rows in latent mode, against text mode"
-    note(name, f"{1e3 * a:.2f} ms", f"{1e3 * b:.2f} ms (text)", f"{a / b:.2f} of it")
+    note(name, ms(a), f"{ms(b)} (text)", f"{a / b:.2f} of it")
 
 
 def step_times(*args, **settings):
@@ -646,15 +660,14 @@ def growth():
         return step_times(vlm, None, tokenizer, prompts, **settings)
 
     def compared(what, one, two):
-        a, b = (1e3 * statistics.median(x) for x in (one, two))
-        note(f"(f) a decode step, {what}", f"{a:.2f} ms", f"{b:.2f} ms", f"{b / a:.2f} x")
+        a, b = map(statistics.median, (one, two))
+        note(f"(f) a decode step, {what}", ms(a), ms(b), f"{b / a:.2f} x")
 
     compared("64 rows, then 128", steps(8, 64, 64), steps(16, 64, 64))
     compared("128 rows with 121 image tokens, then 484", steps(16, 121, 64), steps(16, 484, 64))
     long = steps(16, 64, 1024)
     compared("128 rows, its 250th token, then its 1,000th", long[240:260], long[990:1010])
-    slowest = 1e3 * max(long[8:])
-    note("(f) the slowest of these 1,024 steps", f"{slowest:.2f} ms")
+    note("(f) the slowest of these 1,024 steps", ms(max(long[8:])))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -829,19 +842,11 @@ def hf_generate(vlm, ids, n_samples):
     )
 
 
-def ms(seconds):
-    return f"{1e3 * seconds:.2f} ms"
-
-
 def copied_per_s():
     """Bytes that the device reads and writes in a second of a large copy."""
     a = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    b, times = torch.empty_like(a), []
-    for _ in range(repeats + 1):
-        began = clock()
-        b.copy_(a)
-        times.append(clock() - began)
-    return 2 * a.numel() / statistics.median(times[1:])
+    b = torch.empty_like(a)
+    return 2 * a.numel() / median_seconds(lambda: b.copy_(a))
 
 
 def forward_and_backward(vlm):
@@ -861,16 +866,15 @@ def forward_and_backward(vlm):
     pos = torch.arange(1024, device=device).expand(3, 4, -1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of decoding
-    times = []
-    for _ in range(repeats + 1):
-        began = clock()
+
+    def step():
         # the last 256 tokens of each row are predicted, by the states before them
         out = lm(inputs_embeds=lm.embed_tokens(ids), position_ids=pos, use_cache=False)
         h = out.last_hidden_state[:, 767:-1].flatten(0, 1)
         cross_entropy(h, ids[:, 768:].flatten(), vlm.lm_head).backward()
         vlm.zero_grad()
-        times.append(clock() - began)
-    s = statistics.median(times[1:])  # the first is a warm-up
+
+    s = median_seconds(step)
     rate = rates(amount, each, s, device, "bfloat16")
     found = f"{rate['tokens_per_s']:.0f} tokens/s, {train.peak_memory(device) / 2**30:.1f} GiB"
     if "mfu" in rate:

@@ -25,9 +25,22 @@ DIVERGED = (("KL(q, p)", "val_kl_forward"), ("KL(p, q)", "val_kl_reverse"),
 PREDICTING = ("output", "LH", "LH+DA", "LH+PCA", "GAP")  # runs whose latents are vision embeddings
 
 
-def systems(title, size=""):
-    """All systems on so many examples; size is the end of a run's name."""
-    rows = {
+def with_examples(table, n):
+    """The same table of the runs that were trained on n examples; the base is trained on none."""
+
+    def sized(name):
+        return name if name == "base" else f"{name} n={n}"
+
+    return table._replace(
+        title=f"{table.title}, with {n:,} examples",
+        reference=sized(table.reference),
+        rows={sized(name): what for name, what in table.rows.items()},
+        claims=[(text, sized(more), sized(less)) for text, more, less in table.claims],
+    )
+
+
+ALL_SYSTEMS = Table(
+    "All systems", column="what is fed, and on which questions", reference="LH+PCA", rows={
         "base":   "nothing",
         "text":   "nothing",
         "output": "the state; all",
@@ -37,8 +50,7 @@ def systems(title, size=""):
         "GAP":    "PCA head; those that the base fails",
         "VaLR":   "the state, aligned inside; all, a picture a move",
         "AMVL":   "slots before the answer, which no picture supervises; all",
-    }
-    claims = [
+    }, claims=[
         ("the PCA head beats the full one",            "LH+PCA", "LH"),
         ("the PCA head beats it with difficulty-aware data", "GAP", "LH+DA"),
         ("a full head beats output-as-input",          "LH",     "output"),
@@ -50,36 +62,19 @@ def systems(title, size=""):
         ("AMVL beats dense-caption SFT",               "AMVL",   "text"),
         ("the PCA head beats VaLR",                    "LH+PCA", "VaLR"),
         ("the PCA head beats AMVL",                    "LH+PCA", "AMVL"),
-    ]
-    return Table(
-        title,
-        column="what is fed, and on which questions",
-        reference=f"LH+PCA{size}",
-        # the base is trained on none
-        rows={name if name == "base" else name + size: what for name, what in rows.items()},
-        claims=[(text, more + size, less + size) for text, more, less in claims],
-    )
-
-
-def subspace(title, size=""):
-    """The PCA head by the variance that its subspace retains, on so many examples."""
-    rows = {"LH": "all", "LH+PCA": "95 %", "LH+PCA 99%": "99 %"}
-    claims = [
+    ])
+SUBSPACE = Table(
+    "What the subspace leaves out", column="variance retained", reference="LH+PCA", rows={
+        "LH":         "all",
+        "LH+PCA":     "95 %",
+        "LH+PCA 99%": "99 %",
+    }, claims=[
         ("99 % beats 95 %",                         "LH+PCA 99%", "LH+PCA"),
         ("at 99 % the PCA head beats the full one", "LH+PCA 99%", "LH"),
-    ]
-    return Table(
-        title,
-        column="variance retained",
-        reference=f"LH+PCA{size}",
-        rows={name + size: what for name, what in rows.items()},
-        claims=[(text, more + size, less + size) for text, more, less in claims],
-    )
-
-
+    ])
 TABLES = {"main": [
-    systems("All systems"),
-    systems("All systems, with 2,500 examples", " n=2500"),
+    ALL_SYSTEMS,
+    with_examples(ALL_SYSTEMS, 2500),
     Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
         "text":    "the same data without spans",
         "markers": "trained so: a span opens and ends at once",
@@ -131,8 +126,8 @@ TABLES = {"main": [
         ("mended so, GAP is ahead of latents everywhere", "easy 25%",     "LH+PCA"),
         ("mended so, GAP is ahead of it, all questions",  "easy 25%",     "LH+PCA", "all"),
     ]),
-    subspace("What the subspace leaves out"),
-    subspace("What the subspace leaves out, with 2,500 examples", " n=2500"),
+    SUBSPACE,
+    with_examples(SUBSPACE, 2500),
 ], "gap": [
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
         "base":       "57.66, 52.62",
