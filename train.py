@@ -366,7 +366,7 @@ def check_space(model, first, total):
         exported += p.numel() * getattr(torch, dtype).itemsize
     folder = Path(out) / "ckpt"
     there = len([*folder.glob("step-*")])
-    coming = len([s for s in range(first, total) if s + 1 == total or is_due(s, save_every)])
+    coming = sum(is_saved(step, total) for step in range(first, total))
     # two are kept while a third is written; in the end there are these two and the model
     while_saving = min(coming, max(1, 3 - there)) * size
     in_the_end = max(0, min(2, there + coming) - there) * size + exported
@@ -608,6 +608,11 @@ def is_due(step, every):
     return every > 0 and (step + 1) % every == 0
 
 
+def is_saved(step, total):
+    """Is a checkpoint written after this step? After the last one always is."""
+    return step + 1 == total or is_due(step, save_every)
+
+
 def check_step(step, means, norm):
     """Raise SystemExit at a loss or gradient that is not finite, before it reaches a weight."""
     numbers = means | {"grad_norm": norm}
@@ -715,7 +720,7 @@ def main():
             if "val_ce" in row:
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         bar.update()
-        if last or is_due(step, save_every):
+        if is_saved(step, total):
             save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
 
