@@ -51,7 +51,7 @@ val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
-edit_data = "out/ablate/toy/edits.jsonl"  # pairs for edits.py; "" for none
+edit_data = ""  # pairs for edits.py; "": edits.jsonl beside test_data, if there is one
 examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
@@ -124,12 +124,15 @@ RUNS = {"main": [
         "easy 25%":       {"easy_latents": 0.25},
         "first 200":      {"latents_first": 200},
         "parser dropped": {"keep_parser": False},
+        "tau=0.5":        {"tau": 0.5},
         "LH+PCA n=750":   NO_DA | {"examples": 750},  # about as many with latents as GAP has
     },
     # where questions are many, does the PCA head lack what its subspace leaves out?
     *at_sizes({"LH+PCA 99%": AT_99}, SIZES["main"]),
     *at_sizes(OTHERS, SIZES["main"]),
     {"LH+PCA 99%": AT_99},
+    {"GAP 99%": {"retained": 0.99}},
+    *at_sizes({"GAP 99%": {"retained": 0.99}}, SIZES["main"]),
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
@@ -223,7 +226,7 @@ EVALS = {
     "oracle":         {"intervention": "oracle"},
     "oracle_pca":     {"intervention": "oracle_pca"},
     "markers":        {"intervention": "markers"},
-    "edits":          {"save_latents": True, "limit": 0},  # of edit_data: both of each pair
+    "edits":          {"save_latents": True, "limit": 0},  # of pairs_file: both of each pair
     "EMA":            {"ema_beta": 0.9},
     "parser skipped": {"after_latents": " </think> <answer>"},
     "one by one":     {"batch": 1, "limit": 50},  # for the time an answer takes
@@ -271,8 +274,13 @@ def evals_of(name):
     if study == "gap":
         starred = name == "GAP" + star()
         kinds = more.get("GAP*" if starred else name.partition(" n=")[0], ())
-    kinds = [kind for kind in kinds if kind != "edits" or edit_data]
     return ["clean", *kinds, "one by one"]
+
+
+def pairs_file():
+    """The pairs for edits.py; "" where there are none, as beside other questions than the toy's."""
+    beside = Path(test_data).with_name("edits.jsonl")
+    return edit_data or (str(beside) if beside.exists() else "")
 
 
 def settings_for(name):
@@ -392,7 +400,7 @@ def evaluated(folder, kind, model):
     change = dict(EVALS[kind])
     if kind == "shuffle":
         change["donor"] = folder / "clean" / "latents"
-    questions = edit_data if kind == "edits" else test_data
+    questions = pairs_file() if kind == "edits" else test_data
     settings = {"model": model, "data": questions, "out": folder / kind}
     call("eval.py", eval_args, **(settings | change))
     return folder / kind
@@ -439,11 +447,13 @@ def one_run(folder, settings, seed, file, rows):
         model = folder / "model"
     line["evals"] = {}
     for kind in settings["evals"]:
+        if kind == "edits" and not pairs_file():
+            continue
         answered = evaluated(folder, kind, model)
         if kind == "one by one":
             line["ms_per_answer"] = median_ms(answered)
         elif kind == "edits":
-            call("edits.py", "", model=model, data=edit_data, answers=answered)
+            call("edits.py", "", model=model, data=pairs_file(), answers=answered)
             line["edits"] = read_json(answered / "edits.json")
         else:
             line["evals"][kind] = answers(answered, rows)
@@ -497,8 +507,8 @@ def jobs(names, numbers, weights):
                 settings = settings_for(name)
                 file = first_lines(settings["examples"], laid_out(data, group[name]))
                 files = [file, test_data]
-                if "edits" in settings["evals"]:
-                    files.append(edit_data)
+                if "edits" in settings["evals"] and pairs_file():
+                    files.append(pairs_file())
                 key = key_of(settings | {"weights": weights}, *files)
                 if (name, seed, key) not in done:
                     todo.append(Job(name, seed, file, key))

@@ -147,7 +147,6 @@ def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):
         f"--data={world}/train.jsonl",
         f"--val_data={world}/val.jsonl",
         f"--test_data={world}/test.jsonl",
-        "--edit_data=",
         f"--out={tmp_path}/out",
         f"--results={tmp_path}/amvl",
         "--examples=0",
