@@ -27,7 +27,15 @@ from encoders import FolderEncoder, OwnEncoder
 from images import open_image, usable_rows
 from launch import pick_device
 from method import Method, idle
-from model import LATENT_PAD, StateHead, add_latent_tokens, encode, save_head, tower_fingerprint
+from model import (
+    LATENT_PAD,
+    StateHead,
+    add_latent_tokens,
+    embed,
+    encode,
+    save_head,
+    tower_fingerprint,
+)
 
 PSI_WIDTH = 2048  # of psi's two hidden layers [REPA, which the paper cites; its own is not stated]
 UPSAMPLING = "bilinear"  # K -> P, the latents as a square of sqrt(K) a side [not stated]
@@ -136,19 +144,49 @@ class VaLR(Method):
     def roll_out(self, batch, before):
         """What is fed at the latents (M, d): the decoder's own states, E_{t+1} = [E_t; h_t].
 
-        By Jacobi passes: each feeds all latents the states of the pass before, one position on. A
-        pass makes one more latent of every row exact, so as many passes as a row has latents are
-        step-by-step generation; `rollout` sets fewer. Gradients stop at what is fed [not stated],
-        but for `fed_gradient`, where they go through the last pass.
+        As `generate` does it, or by `rollout` Jacobi passes, each of which feeds all latents the
+        states of the pass before, one position on, and so makes one more latent of every row exact.
+        Gradients stop at what is fed [not stated], but for `fed_gradient`: then they go through the
+        last pass, which is one more after an exact rollout.
         """
-        passes = self.settings["rollout"] or self.most_latents(before)
-        training = torch.is_grad_enabled()
-        fed = None  # at first the embedding of the pad itself
-        for n in range(passes):
-            last = n + 1 == passes
-            with torch.set_grad_enabled(training and last and self.settings["fed_gradient"]):
+        trained = self.settings["fed_gradient"] and torch.is_grad_enabled()
+        passes = self.settings["rollout"]
+        with torch.no_grad():
+            fed = None if passes else self.fed_exactly(batch, before)
+            for _ in range(passes - 1 if trained else passes):
+                # before the first pass it is the embedding of the pad itself
                 fed = self.states(batch, fed, self.latent_id)[before]
-        return fed
+        return self.states(batch, fed, self.latent_id)[before] if trained else fed
+
+    def fed_exactly(self, batch, before):
+        """The same (M, d), latent after latent, so that each position is computed once.
+
+        The n-th part of every row, from a latent to before the next, is read with the keys and
+        values of the parts before it, and its last state is fed at the next latent.
+        """
+        from transformers import DynamicCache
+
+        is_latent = batch["ids"] == self.latent_id
+        x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
+        part = is_latent.cumsum(1)  # (B, T): 0 before the first latent
+        row = torch.arange(len(x), device=x.device)
+        kept, real = DynamicCache(), is_latent[:, :0]
+        for n in range(self.most_latents(before)):
+            goes_on = part[:, -1] > n
+            first, length = (part == n).int().argmax(1), (part == n).sum(1) * goes_on
+            i = torch.arange(max(1, int(length.amax())), device=x.device)
+            at = (first[:, None] + i).clamp(max=x.shape[1] - 1)  # (B, L)
+            real = torch.cat([real, i < length[:, None]], 1)  # the others are never looked at
+            states = self.vlm.model.language_model(
+                inputs_embeds=x[row[:, None], at],
+                position_ids=batch["pos"][:, row[:, None], at],
+                attention_mask=real,
+                past_key_values=kept,
+                use_cache=True,
+            ).last_hidden_state  # (B, L, d)
+            on = row[goes_on]
+            x[on, (first + length)[on]] = states[on, length[on] - 1]
+        return x[is_latent]
 
     def most_latents(self, before):
         """The most latents of a row, over the micro-batches of all ranks: the same on each."""
