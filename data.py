@@ -26,7 +26,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 
 from answers import without_letters
@@ -640,6 +639,8 @@ def remembered(path, what, compute):
 
 def versions():
     """Of python, torch, transformers and this repository, for the record of a run."""
+    import transformers
+
     folder = Path(__file__).parent
     try:
         command = ["git", "rev-parse", "HEAD"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel
 
 from data import check_finite, read_json
 from model import read_weights, said_of
@@ -41,6 +40,8 @@ class FolderEncoder:
 
     def __init__(self, folder, dtype, device):
         """Raises SystemExit if the folder is not one of KINDS, or not a whole one."""
+        from transformers import AutoModel
+
         config = Path(folder) / "config.json"
         if not config.is_file():
             raise SystemExit(f"{config}: no such file; expected `own` or a folder of an encoder")

@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 
 import torch
 from safetensors.torch import save_file
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from data import LATENT_SPAN, read_safetensors, seed_of, write_then_rename
 from model import HEAD_FILE, embed, encode, encode_pixels, latent_ids, pixels_of
@@ -205,6 +204,8 @@ class Decoder:
 
     def attend(self, i, attention, y, rope, t, unwritten):
         """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
         # one position a row: S takes the place that the sequence has in the stock attention
         Q, S, _ = y.shape
         H, G, D = self.H, self.G, self.D

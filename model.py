@@ -20,12 +20,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
-from transformers.utils.logging import disable_progress_bar
 
 from data import (
     IMAGE_MARK,
@@ -39,7 +33,8 @@ from data import (
 )
 from images import image_size, open_image
 
-disable_progress_bar()  # of loading and writing weights: a stage has one bar, its own
+# Transformers is imported in the functions that need it: that takes longer than all else, and a
+# setting that is mistyped is said at once.
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
 # the same three in a Monet checkpoint
@@ -430,6 +425,8 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     Raises SystemExit if it is not such a folder, or not a whole one: a tensor that is missing,
     unknown, of another shape or not finite, a pointer or half a download in place of weights.
     """
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
     folder = Path(folder)
     config = folder / "config.json"
     check_there(config)
@@ -456,6 +453,9 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
 
 def read_weights(kind, folder, dtype):
     """(a model of a class of transformers, what its folder lacked or had too much)."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and writing weights: a stage has one bar, its own
     return kind.from_pretrained(
         folder,
         dtype=dtype,
@@ -517,6 +517,8 @@ def load_processor(folder, min_pixels, max_pixels):
 
     Without torchvision there is no AutoProcessor. Raises SystemExit for a file that is none.
     """
+    from transformers import Qwen2VLImageProcessorPil
+
     if min_pixels > max_pixels:
         raise SystemExit(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
     with said_of(folder, "no usable preprocessor_config.json"):
@@ -644,6 +646,8 @@ def prompt_ids(vlm, tokenizer, processor, row, grids):
 
 def image_grid(processor, source):
     """The (t, h, w) patch grid that the processor will make of an image, from its header alone."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
     patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
     limits = processor.size["shortest_edge"], processor.size["longest_edge"]
     width, height = image_size(source)
@@ -747,6 +751,9 @@ def spread(v):
 
 def quicken(tower):
     """Give a stock tower our attention and patch embedding, in this process: neither is saved."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(TOWER_ATTENTION, tower_attention)
     tower.config._attn_implementation = TOWER_ATTENTION
     tower.patch_embed.proj = PatchEmbedding(tower.patch_embed.proj)
 
@@ -818,6 +825,3 @@ def tower_attention(
             o = F.scaled_dot_product_attention(q_w, k_w, v_w, scale=scaling, dropout_p=dropout)
         out[at] = o.transpose(1, 2).flatten(0, 1)
     return out[None], None
-
-
-AttentionInterface.register(TOWER_ATTENTION, tower_attention)

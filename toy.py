@@ -29,12 +29,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import LATENT_SPAN, write_lines
 from launch import Progress, check_choices, start
@@ -463,6 +457,8 @@ CHAT_TEMPLATE = (  # the ChatML prompt of Qwen2.5-VL, for text and images
 
 def make_tokenizer():
     """A byte-level BPE with Qwen's special tokens and chat template, trained on the toy's texts."""
+    from transformers import PreTrainedTokenizerFast
+
     rng = random.Random(seed)
     texts = [f"{THINK} You are a helpful assistant. system user"] * 50
     kinds = PHASES[0][1]
@@ -494,6 +490,8 @@ def make_tokenizer():
 
 def make_vlm(tokenizer):
     """A Qwen2.5-VL of 1.0 M random weights, with spare embedding rows, as the real one has."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     at = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=576,
@@ -617,6 +615,8 @@ class Lessons:
 
 def train_base():
     """Rebuild toy/base, or go on with it at first_phase."""
+    from transformers import Qwen2VLImageProcessorPil
+
     began = time.time()
     torch.set_num_threads(threads)
     if first_phase:

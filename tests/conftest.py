@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 import huggingface_hub.constants
 from official_files import official
 from safetensors.torch import load_file
+from transformers import Qwen2VLImageProcessorPil
 
 import build_data
 import toy
@@ -51,7 +52,7 @@ def base(tmp_path_factory):
                 p.mul_(3)
     vlm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    toy.Qwen2VLImageProcessorPil(min_pixels=PIXELS[0], max_pixels=PIXELS[1]).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=PIXELS[0], max_pixels=PIXELS[1]).save_pretrained(folder)
     return folder
 
 
@@ -122,13 +123,14 @@ def warm(offline):
     )
 
 
-def run_warm(argv, environ):
+def run_warm(argv, environ, ranks):
     """(exit code, output) of a script in a process that has its imports already."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
         for path in files.values():
             Path(path).touch()
-        job = files | {"argv": argv, "environ": environ, "cwd": os.getcwd(), "limit": 300}
+        job = files | {"argv": argv, "environ": environ, "ranks": ranks, "limit": 300}
+        job["cwd"] = os.getcwd()
         process = warm(environ["HF_HUB_OFFLINE"])
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
@@ -145,8 +147,8 @@ def run(script, *args, ranks=1, ok=True, env=None):
         args = ("--curves=0", *args)
     argv = [str(ROOT / script), *map(str, args)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    if ranks == 1 and (env or {}).keys() <= {"HF_HUB_OFFLINE"}:  # others may be read by an import
-        code, text = run_warm(argv, environ)
+    if (env or {}).keys() <= {"HF_HUB_OFFLINE"}:  # others may be read by an import
+        code, text = run_warm(argv, environ, ranks)
     else:
         done = subprocess.run(
             [*launcher(ranks), *argv],

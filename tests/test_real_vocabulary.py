@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 from conftest import PIXELS, examples, random_pca
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 from transformers import Qwen2_5_VLForConditionalGeneration as VLM
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -43,7 +43,7 @@ def qwen(tmp_path_factory):
         token = {"image": "<|image_pad|>", "video": "<|video_pad|>"}.get(name, f"<|{name}|>")
         config[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(token)
     vlm = VLM(Qwen2_5_VLConfig(**config))
-    for part in (vlm, tokenizer, toy.Qwen2VLImageProcessorPil()):
+    for part in (vlm, tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(folder)
     return folder
 

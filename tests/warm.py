@@ -1,7 +1,8 @@
 """A process that has imported what the scripts import, and runs each one asked for in a fork of it.
 
 An import of torch and transformers takes some 4 s; a fork takes none. A line of standard input is a
-job, a line of standard output the exit code of its script.
+job, a line of standard output the exit code of its script. Several ranks are forks of torchrun's
+own agent, which sets and watches them as it does those that it starts by a command.
 """
 
 import json
@@ -26,23 +27,40 @@ def becomes(job):
     sys.path[0] = str(Path(sys.argv[0]).parent)
 
 
-def next_script():
-    """Wait for jobs. Returns in a fork for each, with its script; at their end None."""
+def next_job():
+    """Wait for jobs. Returns in a fork for each, with the job; at their end None."""
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if child == 0:
-            becomes(json.loads(line))
-            return sys.argv[0]
+            job = json.loads(line)
+            becomes(job)
+            return job
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     return None
 
 
+def run_script(path):
+    runpy.run_path(path, run_name="__main__")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
+    import transformers
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     import eval  # noqa: F401  all that is slow to import
     import train  # noqa: F401
 
-    script = next_script()
-    if script:
-        runpy.run_path(script, run_name="__main__")
+    for name in ("AutoTokenizer", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLImageProcessorPil"):
+        getattr(transformers, name)  # which is when the library imports it
+
+    job = next_job()
+    if job and job["ranks"] == 1:
+        run_script(job["argv"][0])
+    elif job:
+        here = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # as torchrun --standalone
+        config = LaunchConfig(
+            1, 1, job["ranks"], start_method="fork", max_restarts=0, run_id=str(os.getpid()), **here
+        )
+        elastic_launch(config, run_script)(job["argv"][0])
