@@ -51,7 +51,7 @@ val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
-edit_data = ""  # pairs for edits.py; "": edits.jsonl beside test_data, if there is one
+edit_data = "edits.jsonl"  # beside test_data: pairs for edits.py, asked where there are any
 examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
@@ -95,7 +95,7 @@ OTHERS = {
 # fmt: on
 
 
-AT_99 = NO_DA | {"retained": 0.99}
+AT_99 = {"retained": 0.99}
 
 # the latent methods first: they are what scarce data is about
 SCARCE = {name: MAIN[name] for name in ("GAP", "LH+DA", "LH+PCA", "LH", "text", "output")}
@@ -128,11 +128,12 @@ RUNS = {"main": [
         "LH+PCA n=750":   NO_DA | {"examples": 750},  # about as many with latents as GAP has
     },
     # where questions are many, does the PCA head lack what its subspace leaves out?
-    *at_sizes({"LH+PCA 99%": AT_99}, SIZES["main"]),
+    *at_sizes({"LH+PCA 99%": NO_DA | AT_99}, SIZES["main"]),
     *at_sizes(OTHERS, SIZES["main"]),
-    {"LH+PCA 99%": AT_99},
-    {"GAP 99%": {"retained": 0.99}},
-    *at_sizes({"GAP 99%": {"retained": 0.99}}, SIZES["main"]),
+    {"LH+PCA 99%": NO_DA | AT_99},
+    # and where few have latents?
+    {"GAP 99%": AT_99},
+    *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
@@ -278,18 +279,17 @@ def evals_of(name):
 
 
 def pairs_file():
-    """The pairs for edits.py; "" where there are none, as beside other questions than the toy's."""
-    beside = Path(test_data).with_name("edits.jsonl")
-    return edit_data or (str(beside) if beside.exists() else "")
+    """The pairs for edits.py."""
+    return Path(test_data).parent / edit_data
 
 
-def settings_for(name):
-    """What determines a run, its seed and files apart. Only lines with these are reported."""
+def settings_for(name, pairs=True):
+    """What determines a run, its seed and files apart; without pairs nothing is asked of them."""
     run = next(group[name] for group in RUNS[study] if name in group)
     return {
         "run": run,
         "examples": (run or {}).get("examples", examples),
-        "evals": evals_of(name),
+        "evals": [kind for kind in evals_of(name) if pairs or kind != "edits"],
         "sample_args": sample_args,
         "fit_args": fit_args,
         "train_args": train_args,
@@ -447,8 +447,6 @@ def one_run(folder, settings, seed, file, rows):
         model = folder / "model"
     line["evals"] = {}
     for kind in settings["evals"]:
-        if kind == "edits" and not pairs_file():
-            continue
         answered = evaluated(folder, kind, model)
         if kind == "one by one":
             line["ms_per_answer"] = median_ms(answered)
@@ -471,6 +469,7 @@ class Job(NamedTuple):
     name: str
     seed: int
     file: str  # its training data
+    settings: dict
     key: str  # a hash of its settings, its base's weights and its files
 
 
@@ -496,6 +495,9 @@ def wanted_runs():
 
 def jobs(names, numbers, weights):
     """Those of the named runs that have no line: by group and, in a group, seed by seed."""
+    pairs = pairs_file().is_file()
+    if not pairs:
+        print(f"no {pairs_file()}: no pairs of questions are asked")
     done, todo = finished(), []
     for group in RUNS[study]:
         for seed in numbers:
@@ -504,14 +506,14 @@ def jobs(names, numbers, weights):
                     continue
                 if group[name] is None and seed != numbers[0]:
                     continue  # not trained, so the same for every seed
-                settings = settings_for(name)
+                settings = settings_for(name, pairs)
                 file = first_lines(settings["examples"], laid_out(data, group[name]))
                 files = [file, test_data]
-                if "edits" in settings["evals"] and pairs_file():
+                if "edits" in settings["evals"]:
                     files.append(pairs_file())
                 key = key_of(settings | {"weights": weights}, *files)
                 if (name, seed, key) not in done:
-                    todo.append(Job(name, seed, file, key))
+                    todo.append(Job(name, seed, file, settings, key))
     return todo
 
 
@@ -542,11 +544,10 @@ def run_all():
             bar.set_postfix_str(f"{job.name}, seed {job.seed}")
             if (job.name, job.seed, job.key) in finished():  # by another process, meanwhile
                 continue
-            settings = settings_for(job.name)
             folder = work / f"{job.key}-{job.seed}"
-            line = {"name": job.name, "seed": job.seed, "key": job.key, "settings": settings}
+            line = {"name": job.name, "seed": job.seed, "key": job.key, "settings": job.settings}
             line["world"] = world
-            line |= one_run(folder, settings, job.seed, job.file, rows)
+            line |= one_run(folder, job.settings, job.seed, job.file, rows)
             append(f, four_digits(line))
             shutil.rmtree(folder)
             write_report()
@@ -562,7 +563,8 @@ def read_results():
     made = [
         line
         for line in read_lines(results + ".jsonl")
-        if line["name"] in names and line["settings"] == settings_for(line["name"])
+        if line["name"] in names
+        and line["settings"] in [settings_for(line["name"], pairs) for pairs in (True, False)]
     ]
     lines = {}
     for line in latest(made):

@@ -72,6 +72,15 @@ SUBSPACE = Table(
         ("99 % beats 95 %",                         "LH+PCA 99%", "LH+PCA"),
         ("at 99 % the PCA head beats the full one", "LH+PCA 99%", "LH"),
     ])
+SUBSPACE_DA = Table(
+    "The same with difficulty-aware data", column="variance retained", reference="GAP", rows={
+        "LH+DA":   "all",
+        "GAP":     "95 %",
+        "GAP 99%": "99 %",
+    }, claims=[
+        ("99 % beats 95 %",                         "GAP 99%", "GAP"),
+        ("at 99 % the PCA head beats the full one", "GAP 99%", "LH+DA"),
+    ])
 TABLES = {"main": [
     ALL_SYSTEMS,
     with_examples(ALL_SYSTEMS, 2500),
@@ -111,6 +120,7 @@ TABLES = {"main": [
         "LH+PCA n=750":   "all: as many with latents as GAP, easy and hard",
         "GAP":            "those that the base fails",
         "GAP n=2500":     "those that the base fails, of 2,500",
+        "tau=0.5":        "those that it solves in no more than half of its answers",
         "easy 10%":       "these, and a tenth of the others",
         "easy 25%":       "these, and a quarter of the others",
         "first 200":      "all in the first quarter of the steps, then as GAP",
@@ -119,6 +129,7 @@ TABLES = {"main": [
         ("latents on as many easy and hard questions teach more than on hard ones",
             "LH+PCA n=750", "GAP"),
         ("more questions mend it",                      "GAP n=2500",     "GAP"),
+        ("tau = 1/2 mends it",                          "tau=0.5",        "GAP"),
         ("a tenth of the easy questions mends it",      "easy 10%",       "GAP"),
         ("a quarter of the easy questions mends it",    "easy 25%",       "GAP"),
         ("a first phase with latents everywhere mends it", "first 200",   "GAP"),
@@ -128,6 +139,8 @@ TABLES = {"main": [
     ]),
     SUBSPACE,
     with_examples(SUBSPACE, 2500),
+    SUBSPACE_DA,
+    with_examples(SUBSPACE_DA, 2500),
 ], "gap": [
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", rows={
         "base":       "57.66, 52.62",

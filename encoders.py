@@ -40,8 +40,6 @@ class FolderEncoder:
 
     def __init__(self, folder, dtype, device):
         """Raises SystemExit if the folder is not one of KINDS, or not a whole one."""
-        from transformers import AutoModel
-
         config = Path(folder) / "config.json"
         if not config.is_file():
             raise SystemExit(f"{config}: no such file; expected `own` or a folder of an encoder")
@@ -49,6 +47,8 @@ class FolderEncoder:
         if kind not in KINDS:
             there = ", ".join(KINDS)
             raise SystemExit(f"{config}: model_type is {kind!r}, expected one of: {there}")
+        from transformers import AutoModel
+
         with said_of(folder, "not a usable encoder"):
             whole, found = read_weights(AutoModel, folder, dtype)
         lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))

@@ -92,7 +92,9 @@ class Decoder:
     """
 
     def __init__(self, vlm, prompts, pad_id, ahead=()):
-        self.lm = vlm.model.language_model
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
+        self.lm, self.rotate = vlm.model.language_model, apply_rotary_pos_emb
         if self.lm.has_sliding_layers:
             advice = "set use_sliding_window to false"
             raise SystemExit(f"generation has no sliding-window attention; {advice}")
@@ -204,15 +206,13 @@ class Decoder:
 
     def attend(self, i, attention, y, rope, t, unwritten):
         """Layer i's attention of a new position a row, y (Q, S, d), to its prompt and its past."""
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
-
         # one position a row: S takes the place that the sequence has in the stock attention
         Q, S, _ = y.shape
         H, G, D = self.H, self.G, self.D
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         # (Q, H, S, G, D) queries, (Q, H, S, 1, D) keys and values
         q, k, v = (proj(y).view(Q, S, H, -1, D).transpose(1, 2) for proj in projections)
-        q, k = apply_rotary_pos_emb(q, k, *rope)
+        q, k = self.rotate(q, k, *rope)
         k_prompt, v_prompt = self.prompt[i]  # (Q, H, T, D)
         k_new = self.keys[i].add(k, t)  # parts (Q, H, S, n, D) of t + 1 positions, or of all room
         v_new = self.values[i].add(v, t)

@@ -33,8 +33,8 @@ from data import (
 )
 from images import image_size, open_image
 
-# Transformers is imported in the functions that need it: that takes longer than all else, and a
-# setting that is mistyped is said at once.
+# Transformers is imported in the functions that use it: that takes seconds, and a mistyped setting
+# or a wrong folder is said before.
 
 LATENT_START, LATENT_PAD, LATENT_END = "<|latent_start|>", "<|latent_pad|>", "<|latent_end|>"
 # the same three in a Monet checkpoint
@@ -425,8 +425,6 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     Raises SystemExit if it is not such a folder, or not a whole one: a tensor that is missing,
     unknown, of another shape or not finite, a pointer or half a download in place of weights.
     """
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-
     folder = Path(folder)
     config = folder / "config.json"
     check_there(config)
@@ -439,6 +437,8 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
         with open(file, "rb") as f:
             if f.read(8) == b"version ":
                 raise SystemExit(f"{file}: a Git LFS pointer, not weights; run `git lfs pull`")
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
     with said_of(folder, "not a usable Qwen2.5-VL folder"):
         vlm, found = read_weights(Qwen2_5_VLForConditionalGeneration, folder, dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -517,10 +517,10 @@ def load_processor(folder, min_pixels, max_pixels):
 
     Without torchvision there is no AutoProcessor. Raises SystemExit for a file that is none.
     """
-    from transformers import Qwen2VLImageProcessorPil
-
     if min_pixels > max_pixels:
         raise SystemExit(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
+    from transformers import Qwen2VLImageProcessorPil
+
     with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)

@@ -394,7 +394,8 @@ BOTH_SIZES = {
 # fmt: off
 ROWS = {
     "systems": Rows(("base", *SYSTEMS), BOTH_SIZES, HARD),
-    "subspace": Rows(("LH", "LH+PCA", "LH+PCA 99%"), BOTH_SIZES, HARD),
+    "subspace": Rows(
+        ("LH", "LH+PCA", "LH+PCA 99%", "LH+DA", "GAP", "GAP 99%"), BOTH_SIZES, HARD),
     "critics": Rows(("markers", "dummy", *SYSTEMS), {
         "as trained":        ("clean",   "hard"),
         "real features":     ("oracle",  "hard"),
@@ -409,8 +410,8 @@ ROWS = {
         "nothing that matters": ("", "edits.elsewhere.followed"),
     }, "pairs whose answers change, or stay, as they should"),
     "sparse": Rows(
-        ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "easy 10%", "easy 25%", "first 200",
-         "parser dropped"), {HARD: ("clean", "hard")}, HARD),
+        ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
+         "first 200", "parser dropped"), {HARD: ("clean", "hard")}, HARD),
 }
 # fmt: on
 DRIFT = ("output", "LH", "LH+PCA")

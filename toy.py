@@ -616,7 +616,9 @@ class Lessons:
 def train_base():
     """Rebuild toy/base, or go on with it at first_phase."""
     from transformers import Qwen2VLImageProcessorPil
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of writing weights
     began = time.time()
     torch.set_num_threads(threads)
     if first_phase:

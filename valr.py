@@ -144,53 +144,61 @@ class VaLR(Method):
     def roll_out(self, batch, before):
         """What is fed at the latents (M, d): the decoder's own states, E_{t+1} = [E_t; h_t].
 
-        As `generate` does it, or by `rollout` Jacobi passes, each of which feeds all latents the
-        states of the pass before, one position on, and so makes one more latent of every row exact.
+        Latent after latent, as in generation; or by `rollout` Jacobi passes: each feeds all latents
+        the states of the pass before, one position on, and makes one more of every row exact.
         Gradients stop at what is fed [not stated], but for `fed_gradient`: then they go through the
         last pass, which is one more after an exact rollout.
         """
-        trained = self.settings["fed_gradient"] and torch.is_grad_enabled()
+        through = self.settings["fed_gradient"] and torch.is_grad_enabled()
         passes = self.settings["rollout"]
-        with torch.no_grad():
-            fed = None if passes else self.fed_exactly(batch, before)
-            for _ in range(passes - 1 if trained else passes):
-                # before the first pass it is the embedding of the pad itself
-                fed = self.states(batch, fed, self.latent_id)[before]
-        return self.states(batch, fed, self.latent_id)[before] if trained else fed
+        if passes == 0:
+            fed = self.fed_exactly(batch)
+        else:
+            fed = None  # at first the embedding of the pad itself
+            with torch.no_grad():
+                for _ in range(passes - 1 if through else passes):
+                    fed = self.states(batch, fed, self.latent_id)[before]
+        if through:
+            fed = self.states(batch, fed, self.latent_id)[before]
+        return fed
 
-    def fed_exactly(self, batch, before):
-        """The same (M, d), latent after latent, so that each position is computed once.
+    @torch.no_grad()  # only so: with activation checkpointing a cache gives wrong gradients
+    def fed_exactly(self, batch):
+        """What generation would feed at the latents (M, d), each position read once.
 
-        The n-th part of every row, from a latent to before the next, is read with the keys and
-        values of the parts before it, and its last state is fed at the next latent.
+        Part n of a row goes from its n-th latent, part 0 from its start, to before the next. The
+        n-th parts of all rows are read together, after the keys and values of those before.
         """
-        from transformers import DynamicCache
-
         is_latent = batch["ids"] == self.latent_id
+        part = is_latent.cumsum(1)  # (B, T)
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
-        part = is_latent.cumsum(1)  # (B, T): 0 before the first latent
-        row = torch.arange(len(x), device=x.device)
-        kept, real = DynamicCache(), is_latent[:, :0]
-        for n in range(self.most_latents(before)):
-            goes_on = part[:, -1] > n
-            first, length = (part == n).int().argmax(1), (part == n).sum(1) * goes_on
-            i = torch.arange(max(1, int(length.amax())), device=x.device)
-            at = (first[:, None] + i).clamp(max=x.shape[1] - 1)  # (B, L)
-            real = torch.cat([real, i < length[:, None]], 1)  # the others are never looked at
-            states = self.vlm.model.language_model(
-                inputs_embeds=x[row[:, None], at],
-                position_ids=batch["pos"][:, row[:, None], at],
+        row = torch.arange(len(x), device=x.device)[:, None]
+        cache, real = None, is_latent[:, :0]
+        for n in range(self.most_latents(is_latent)):
+            following = is_latent & (part == n + 1)  # the latent that part n leads to
+            has_next = following.any(1)
+            here = (part == n) & has_next[:, None]
+            length = here.sum(1)
+            # one position at least: every rank calls the decoder equally often
+            L = max(1, int(length.max()))
+            at = (
+                (~here).int().argsort(dim=1, stable=True)[:, :L]
+            )  # a row's part, then what is masked
+            real = torch.cat([real, here.gather(1, at)], 1)
+            out = self.vlm.model.language_model(
+                inputs_embeds=x[row, at],
+                position_ids=batch["pos"][:, row, at],
                 attention_mask=real,
-                past_key_values=kept,
+                past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state  # (B, L, d)
-            on = row[goes_on]
-            x[on, (first + length)[on]] = states[on, length[on] - 1]
+            )
+            cache = out.past_key_values
+            x[following] = out.last_hidden_state[has_next, length[has_next] - 1]
         return x[is_latent]
 
-    def most_latents(self, before):
+    def most_latents(self, is_latent):
         """The most latents of a row, over the micro-batches of all ranks: the same on each."""
-        most = before.sum(1).amax()
+        most = is_latent.sum(1).amax()
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return int(most)
 
@@ -228,7 +236,7 @@ class VaLR(Method):
     def report(self, means):
         if "align" not in means:
             return means
-        # of what was fed against what should have been: 0 after as many passes as latents
+        # of what was fed against what should have been: 0, but for rounding, if it was exact
         error = math.sqrt(means["fed_error"] / max(means["fed_energy"], 1e-12))
         return {"ce": means["ce"], "cosine": -means["align"], "rollout_error": error}
 

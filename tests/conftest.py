@@ -135,19 +135,23 @@ def run_warm(argv, environ, ranks):
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())
+        assert code >= 0, f"ended by signal {-code}"
         return code, "".join(Path(path).read_text(errors="replace") for path in files.values())
 
 
-def run(script, *args, ranks=1, ok=True, env=None):
-    """Run a script as a user starts it, under torchrun for several ranks.
+def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
+    """Run a script as a user starts it, with its imports done before; on several ranks, in forks.
 
-    Returns its output; asserts how it ended.
+    torchrun: start it by that, all anew, as each stage is once. Returns its output; asserts how it
+    ended.
     """
     if script == "train.py":  # a second for each of many small runs
         args = ("--curves=0", *args)
     argv = [str(ROOT / script), *map(str, args)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    if (env or {}).keys() <= {"HF_HUB_OFFLINE"}:  # others may be read by an import
+    # another variable may be read by an import; a GPU can not be used in a fork of who looked at it
+    forked = (env or {}).keys() <= {"HF_HUB_OFFLINE"} and not torchrun
+    if forked and (ranks == 1 or not torch.cuda.is_available()):
         code, text = run_warm(argv, environ, ranks)
     else:
         done = subprocess.run(

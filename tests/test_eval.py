@@ -52,7 +52,7 @@ def predictions_of(folder):
 def test_eval_ranks_kills_and_scores(tmp_path, stages):
     run("eval.py", *evaluation(stages, tmp_path / "one"))
     one = strip(read_lines(tmp_path / "one" / "predictions.rank0.jsonl"))
-    run("eval.py", *evaluation(stages, tmp_path / "two"), ranks=2)
+    run("eval.py", *evaluation(stages, tmp_path / "two"), ranks=2, torchrun=True)
     two = [p for r in (0, 1) for p in read_lines(tmp_path / "two" / f"predictions.rank{r}.jsonl")]
     assert len(two) == len(one) == 12 and strip(two) == one
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())["scores"]

@@ -88,7 +88,7 @@ def test_fit_pca_ranks_and_resume(tmp_path, base, world):
     """Two ranks, and a run that finds half of its shards, give the PCA of one process."""
     args = fitting(base, world, tmp_path / "one", "--shard=10")
     run("fit_pca.py", *args)
-    run("fit_pca.py", *fitting(base, world, tmp_path / "two", "--shard=10"), ranks=2)
+    run("fit_pca.py", *fitting(base, world, tmp_path / "two", "--shard=10"), ranks=2, torchrun=True)
     one = load_file(tmp_path / "one" / "pca.safetensors")
     two = load_file(tmp_path / "two" / "pca.safetensors")
     for name in ("mean", "eigenvalues"):

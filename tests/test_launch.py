@@ -43,6 +43,13 @@ def test_unknown_settings(monkeypatch, script, arg, words):
     assert words in str(e.value)
 
 
+def test_a_usage_error_waits_for_no_import_of_transformers():
+    """Of the scripts that a user starts: it takes longer than all else that they import."""
+    scripts = "toy, sample_difficulty, fit_pca, train, infer, eval, probe"
+    check = f"import sys; import {scripts}; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
 def test_unknown_folders(tmp_path, world):
     args = [f"--base={tmp_path}", f"--data={world}/train.jsonl", "--val_data="]
     args.append(f"--out={tmp_path}/o")

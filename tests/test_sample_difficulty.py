@@ -28,7 +28,7 @@ def test_early_stop_ranks_and_kills_change_no_assignment(tmp_path, world):
     assert any(r["lower_bound"] for r in early)
 
     args = sampling(TOY, world, tmp_path / "ranks", early_stop=0)
-    text = run("sample_difficulty.py", *args, ranks=2)
+    text = run("sample_difficulty.py", *args, ranks=2, torchrun=True)
     assert read_lines(tmp_path / "ranks") == full and not list(tmp_path.glob("ranks.rank*"))
     share = sum(needs_latents(r, 0.0, "paper") for r in full) / len(full)
     assert f"({share:.1%})" in text

@@ -100,7 +100,7 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
     batch = batch_of(model, rows)
     before = batch["ids"][:, 1:] == model.latent_id
     slow = torch.cat([step_by_step(model, batch, i) for i in range(3)])
-    assert len(slow) == 36 and model.most_latents(before) == 16
+    assert len(slow) == 36 and model.most_latents(batch["ids"] == model.latent_id) == 16
     close(model.roll_out(batch, before), slow, rtol=1e-3, atol=1e-3)
 
     errors = []
@@ -116,6 +116,19 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
         assert error == pytest.approx(off, abs=1e-4)
         errors.append(error)
     assert errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 1e-4
+
+
+@torch.no_grad()
+def test_an_exact_rollout_in_bfloat16(base, steps, alone):
+    """Read in parts or at once, rounding is all that differs."""
+    model = method(base)
+    model.vlm.bfloat16()
+    batch = batch_of(model, load_examples(steps / "train.jsonl")[1:4])
+    before = batch["ids"][:, 1:] == model.latent_id
+    fed = model.roll_out(batch, before)
+    exact = model.states(batch, fed, model.latent_id)[before]
+    assert fed.dtype == torch.bfloat16
+    assert (fed - exact).float().norm() < 0.03 * exact.float().norm()
 
 
 @torch.no_grad()
@@ -231,10 +244,11 @@ def dict_copy(row):
     return copy
 
 
+@pytest.mark.parametrize("rollout", [0, 2])
 @pytest.mark.parametrize("through", [False, True])
-def test_gradients_stop_at_what_is_fed(base, steps, alone, through):
+def test_gradients_stop_at_what_is_fed(base, steps, alone, through, rollout):
     """Of the alignment alone: blocks after the aligned one move only through what is fed."""
-    model = method(base, align_layer=2, rollout=2, fed_gradient=through)
+    model = method(base, align_layer=2, rollout=rollout, fed_gradient=through)
     batch = batch_of(model, load_examples(steps / "train.jsonl")[1:3])
     model.vlm.model.visual.requires_grad_(False)
     model(batch)["align"].backward()

@@ -1,8 +1,8 @@
 """A process that has imported what the scripts import, and runs each one asked for in a fork of it.
 
 An import of torch and transformers takes some 4 s; a fork takes none. A line of standard input is a
-job, a line of standard output the exit code of its script. Several ranks are forks of torchrun's
-own agent, which sets and watches them as it does those that it starts by a command.
+job, a line of standard output the exit code of its script. Several ranks are forks, too, which
+torchrun's own agent makes in place of new processes.
 """
 
 import json
@@ -59,8 +59,14 @@ if __name__ == "__main__":
     if job and job["ranks"] == 1:
         run_script(job["argv"][0])
     elif job:
-        here = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # as torchrun --standalone
         config = LaunchConfig(
-            1, 1, job["ranks"], start_method="fork", max_restarts=0, run_id=str(os.getpid()), **here
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=job["ranks"],
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",  # these two as torchrun --standalone
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="fork",
         )
         elastic_launch(config, run_script)(job["argv"][0])
