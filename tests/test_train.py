@@ -80,23 +80,36 @@ def start_and_kill(args, out, step, ranks=1):
     while not (out / "ckpt" / f"step-{step:07}").exists():
         assert process.poll() is None, "training ended before it could be killed"
         time.sleep(0.01)
+    started = running(f"--out={out}")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # its ranks, each a process group of its own, end with it: train.py sees to that
     deadline = time.monotonic() + 30
-    while still_running(f"--out={out}"):
+    while any(map(lives, started)):
         assert time.monotonic() < deadline, "a rank lives on without its launcher"
         time.sleep(0.01)
     assert not (out / "model.safetensors").exists(), "a rank trained on without its launcher"
 
 
-def still_running(argument):
-    """Whether a process with this argument lives (on Linux; else it is not known: False)."""
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
+def running(argument):
+    """The folders in /proc of processes with this argument (on Linux; else they are not known)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if argument.encode() in file.read_bytes().split(b"\0"):
-                return True
+            if argument.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(folder)
         except OSError:  # it ended as we looked
+            continue
+    return found
+
+
+def lives(folder):
+    """Whether a process may have files open still: until all of its threads are at most zombies."""
+    for thread in folder.glob("task/*/stat"):
+        try:
+            if thread.read_text().rpartition(")")[2].split()[0] not in "ZX":
+                return True
+        except OSError:
             continue
     return False
 
