@@ -150,7 +150,7 @@ def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
     argv = [str(ROOT / script), *map(str, args)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     # another variable may be read by an import; a GPU can not be used in a fork of who looked at it
-    forked = (env or {}).keys() <= {"HF_HUB_OFFLINE"} and not torchrun
+    forked = (env or {}).keys() <= {"HF_HUB_OFFLINE", "PYTHONPATH"} and not torchrun
     if forked and (ranks == 1 or not torch.cuda.is_available()):
         code, text = run_warm(argv, environ, ranks)
     else:

@@ -25,6 +25,7 @@ def becomes(job):
     signal.alarm(job["limit"])  # seconds
     sys.argv = job["argv"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(":"))
 
 
 def next_job():
