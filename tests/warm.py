@@ -5,6 +5,7 @@ job, a line of standard output the exit code of its script. Several ranks are fo
 torchrun's own agent makes in place of new processes.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -47,14 +48,16 @@ def run_script(path):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import transformers
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from transformers import Qwen2VLImageProcessorPil  # noqa: F401  all that is slow to import
 
-    import eval  # noqa: F401  all that is slow to import
+    import eval  # noqa: F401
     import train  # noqa: F401
+    from model import load_vlm
 
-    for name in ("AutoTokenizer", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLImageProcessorPil"):
-        getattr(transformers, name)  # which is when the library imports it
+    # at a first load transformers imports the model, and compiles a thousand patterns
+    load_vlm(Path(__file__).parent.parent / "toy" / "base")
+    gc.freeze()  # else a fork walks, and so copies, all that is loaded as it ends: 0.8 s each
 
     job = next_job()
     if job and job["ranks"] == 1:
