@@ -181,9 +181,8 @@ class VaLR(Method):
             length = here.sum(1)
             # one position at least: every rank calls the decoder equally often
             L = max(1, int(length.max()))
-            at = (
-                (~here).int().argsort(dim=1, stable=True)[:, :L]
-            )  # a row's part, then what is masked
+            # places of a row's part, and then of what is masked
+            at = (~here).int().argsort(dim=1, stable=True)[:, :L]
             real = torch.cat([real, here.gather(1, at)], 1)
             out = self.vlm.model.language_model(
                 inputs_embeds=x[row, at],
