@@ -51,7 +51,7 @@ val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
 results = "results/toy"  # .jsonl and .md
-edit_data = "edits.jsonl"  # beside test_data: pairs for edits.py, asked where there are any
+edit_data = ""  # pairs for edits.py; "": edits.jsonl beside test_data, if there is one
 examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
@@ -279,8 +279,11 @@ def evals_of(name):
 
 
 def pairs_file():
-    """The pairs for edits.py."""
-    return Path(test_data).parent / edit_data
+    """The pairs for edits.py; None where none are given and none lie beside test_data."""
+    if edit_data:
+        return Path(edit_data)
+    beside = Path(test_data).with_name("edits.jsonl")
+    return beside if beside.is_file() else None
 
 
 def settings_for(name, pairs=True):
@@ -495,9 +498,11 @@ def wanted_runs():
 
 def jobs(names, numbers, weights):
     """Those of the named runs that have no line: by group and, in a group, seed by seed."""
-    pairs = pairs_file().is_file()
-    if not pairs:
-        print(f"no {pairs_file()}: no pairs of questions are asked")
+    pairs = pairs_file()
+    if pairs:
+        check_there(pairs)
+    else:
+        print(f"no edits.jsonl beside {test_data}: no pairs of questions are asked")
     done, todo = finished(), []
     for group in RUNS[study]:
         for seed in numbers:
@@ -506,11 +511,11 @@ def jobs(names, numbers, weights):
                     continue
                 if group[name] is None and seed != numbers[0]:
                     continue  # not trained, so the same for every seed
-                settings = settings_for(name, pairs)
+                settings = settings_for(name, pairs=bool(pairs))
                 file = first_lines(settings["examples"], laid_out(data, group[name]))
                 files = [file, test_data]
                 if "edits" in settings["evals"]:
-                    files.append(pairs_file())
+                    files.append(pairs)
                 key = key_of(settings | {"weights": weights}, *files)
                 if (name, seed, key) not in done:
                     todo.append(Job(name, seed, file, settings, key))
@@ -531,13 +536,13 @@ def run_all():
     rows = load_examples(test_data, training=False)
     weights = key_of({}, *sorted(Path(base).glob("*.safetensors")))
     world = key_of({"weights": weights}, test_data)
+    todo = jobs(names, numbers, weights)
     work = Path(out) / weights  # another base has other targets and difficulties
     difficulty = work / "difficulty.jsonl"
     if study in WITH_PCA and not difficulty.exists():
         # whole counts, without early stop: they serve every tau
         files = {"base": base, "data": data, "out": difficulty}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
-    todo = jobs(names, numbers, weights)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:
@@ -564,7 +569,7 @@ def read_results():
         line
         for line in read_lines(results + ".jsonl")
         if line["name"] in names
-        and line["settings"] in [settings_for(line["name"], pairs) for pairs in (True, False)]
+        and line["settings"] in (settings_for(line["name"]), settings_for(line["name"], False))
     ]
     lines = {}
     for line in latest(made):

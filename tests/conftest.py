@@ -129,8 +129,13 @@ def run_warm(argv, environ, ranks):
         files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
         for path in files.values():
             Path(path).touch()
-        job = files | {"argv": argv, "environ": environ, "ranks": ranks, "limit": 300}
-        job["cwd"] = os.getcwd()
+        job = files | {
+            "argv": argv,
+            "environ": environ,
+            "cwd": os.getcwd(),
+            "ranks": ranks,
+            "limit": 300,
+        }
         process = warm(environ["HF_HUB_OFFLINE"])
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
@@ -140,10 +145,9 @@ def run_warm(argv, environ, ranks):
 
 
 def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
-    """Run a script as a user starts it, with its imports done before; on several ranks, in forks.
+    """Run a script as a user starts it, in forks of a process that has its imports already.
 
-    torchrun: start it by that, all anew, as each stage is once. Returns its output; asserts how it
-    ended.
+    torchrun: several ranks in processes of their own. Returns its output; asserts how it ended.
     """
     if script == "train.py":  # a second for each of many small runs
         args = ("--curves=0", *args)
@@ -163,7 +167,7 @@ def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
             check=False,
         )
         code, text = done.returncode, done.stdout + done.stderr
-    assert (code == 0) == ok, text[-4000:]
+    assert code == (0 if ok else 1), text[-4000:]
     if not ok:
         assert "Traceback" not in text, text[-4000:]
     return text

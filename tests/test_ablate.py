@@ -133,6 +133,8 @@ def test_table_grows_over_sittings(tmp_path, base, world, monkeypatch, capsys):
     run("ablate.py", "--report=1", *args, "--data=none", "--test_data=none")  # from the lines alone
     assert tables.read_text() == table
     assert "no such run 'gpa'" in run("ablate.py", *args, "--only=gpa", ok=False)
+    text = run("ablate.py", *args, f"--edit_data={tmp_path}/none.jsonl", ok=False)
+    assert "none.jsonl: no such file" in text
     assert "needs 99" in run("ablate.py", *args, "--only=GAP", "--examples=99", ok=False)
 
 

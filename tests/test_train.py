@@ -85,7 +85,7 @@ def start_and_kill(args, out, step, ranks=1):
     process.wait()
     # its ranks, each a process group of its own, end with it: train.py sees to that
     deadline = time.monotonic() + 30
-    while any(map(lives, started)):
+    while any(map(lives, started)) or running(f"--out={out}"):
         assert time.monotonic() < deadline, "a rank lives on without its launcher"
         time.sleep(0.01)
     assert not (out / "model.safetensors").exists(), "a rank trained on without its launcher"

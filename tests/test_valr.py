@@ -312,14 +312,17 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
     assert "aux_images" in text
 
 
-def test_a_rank_may_have_no_latents(tmp_path, base, steps):
-    """Rows mostly of text, gradients through what is fed: all ranks still read every part."""
+@pytest.mark.parametrize("rollout", [0, 2])
+def test_a_rank_may_have_no_latents(tmp_path, base, steps, rollout):
+    """Rows mostly of text, gradients through what is fed: all ranks still read every part, and
+    meet in every pass."""
     rows = list(load_examples(steps / "train.jsonl"))
     for i, row in enumerate(rows):
         if i % 4:
             row["response"], row["aux_images"] = strip_latents(row["response"]), []
     write_lines(tmp_path / "train.jsonl", rows)
-    more = [f"--data={tmp_path}/train.jsonl", "--fed_gradient=1", "--max_steps=2"]
+    more = [f"--data={tmp_path}/train.jsonl", "--fed_gradient=1", f"--rollout={rollout}"]
+    more += ["--max_steps=2"]
     run("train.py", *args_of(base, steps, tmp_path / "one", *more))
     more += ["--token_budget=1"]
     run("train.py", *args_of(base, steps, tmp_path / "two", *more), ranks=2)
