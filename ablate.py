@@ -11,6 +11,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     python toy.py edits $T --data_folder=out/ablate/toy
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
+    python ablate.py --study=fresh --results=results/fresh --seeds=6,7,8,9,10,11,12,13
     python ablate.py --report=1         # only rewrite the tables
     python ablate.py --study=valr --results=out/valr --base=out/cot --data=out/steps/train.jsonl
     python ablate.py --launch="torchrun --nproc-per-node 8" \
@@ -44,7 +45,7 @@ from launch import Progress, check_choices, end_with_parent, start, use_idle_cor
 from report import Study, latest, write_tables
 
 # --------------------------------------------------------------------------------------------------
-study = "main"  # main: all papers and the critics' tests; gap valr amvl: a paper's own tables
+study = "main"  # or fresh: what that left open; gap valr amvl: a paper's own tables
 base = "toy/base"  # what every run starts from
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
 val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
@@ -69,10 +70,10 @@ probe_args = ""  # of probe.py
 # What a run changes of the defaults of train.py and, for the names in FIT, of fit_pca.py (of
 # train.py where a method has no PCA).
 FIT = ("K", "mode", "retained", "basis", "centre")
-WITH_PCA = ("main", "gap")  # studies with runs that need targets and difficulties
+WITH_PCA = ("main", "fresh", "gap")  # studies with runs that need targets and difficulties
 NO_DA = {"difficulty": ""}  # every example with latents, as without difficulty-aware data
 # further numbers of examples, for each main run but the base
-SIZES = {"main": (2500,), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
+SIZES = {"main": (2500,), "fresh": (), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
 
 # fmt: off
 MAIN = {
@@ -134,6 +135,20 @@ RUNS = {"main": [
     # and where few have latents?
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
+], "fresh": [
+    # what the main study left open, for seeds that had no part in raising the question; one group,
+    # so that a seed is done before the next
+    {
+        "LH":         MAIN["LH"],
+        "LH+PCA":     NO_DA,
+        "LH+PCA 99%": NO_DA | AT_99,
+        "GAP":        {},
+        "first 200":  {"latents_first": 200},
+        "LH n=2500":         MAIN["LH"] | {"examples": 2500},
+        "LH+DA n=2500":      MAIN["LH+DA"] | {"examples": 2500},
+        "LH+PCA n=2500":     NO_DA | {"examples": 2500},
+        "LH+PCA 99% n=2500": NO_DA | AT_99 | {"examples": 2500},
+    },
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
@@ -245,7 +260,7 @@ MORE = {"main": {
     "GAP":    TESTS,
     "VaLR":   ("markers", "noise", "shuffle", "edits"),
     "AMVL":   ("zero", "noise", "shuffle", "edits"),
-}, "gap": {
+}, "fresh": {}, "gap": {
     "LH":     ("oracle",),
     "LH+DA":  ("oracle",),
     "LH+PCA": ("oracle",),

@@ -596,13 +596,16 @@ def where_it_pays(gaps):
 
 TITLES = {
     "main": "The toy's tables",
+    "fresh": "What fresh seeds say of the toy",
     "gap": "GAP's own tables on the toy",
     "valr": "VaLR on the toy",
     "amvl": "AMVL on the toy",
 }
+R2 = "R2 is that of the latents on validation data, teacher-forced."
 MEANINGS = {
-    "main": "R2 is that of the latents on validation data, teacher-forced.",
-    "gap": "R2 is that of the latents on validation data, teacher-forced.",
+    "main": R2,
+    "fresh": R2,
+    "gap": R2,
     "valr": "The cosine of latents and their pictures is that of validation data; the rollout's "
     "error is ||fed - h|| / ||h||.",
     "amvl": "KL terms are nats a question, of validation data; right are answers all of whose "
