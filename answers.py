@@ -678,8 +678,13 @@ def value_of(text):
 
 def bare_value(text):
     """A value without unit, degree, percent and currency: "x = 60°" is "60", "6 units" is "6"."""
-    text = re.sub("[°%]", "", value_of(text))
-    return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", text)
+    return without_unit(value_of(text))
+
+
+def without_unit(value):
+    """A value that is in one form already, without unit, degree and percent."""
+    value = re.sub("[°%]", "", value)
+    return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", value)
 
 
 def same_value(a, b):
@@ -687,7 +692,8 @@ def same_value(a, b):
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)
-    return any(equal_values(*pair) for pair in ((x, y), (bare_value(a), y), (x, bare_value(b))))
+    pairs = (x, y), (without_unit(x), y), (x, without_unit(y))
+    return any(equal_values(*pair) for pair in pairs)
 
 
 def equal_values(x, y):

@@ -260,7 +260,7 @@ def stops(tokenizer):
 def our_job(vlm, tokenizer, processor, rows):
     """Sample and check; a question that was right once is done, as in sample_difficulty.py."""
     for i in range(0, len(rows), BATCH):
-        part = rows[i : i + BATCH]
+        part = list(rows[i : i + BATCH])
         generate(
             vlm,
             None,
@@ -277,7 +277,7 @@ def our_job(vlm, tokenizer, processor, rows):
 
 def their_job(stock, tokenizer, processor, rows):
     for i in range(0, len(rows), BATCH):
-        part = rows[i : i + BATCH]
+        part = list(rows[i : i + BATCH])
         batch = hf_batch(stock, tokenizer, processor, part)
         out = stock.generate(**batch, max_new_tokens=24, **HF_SAMPLING)
         # (8 a question, new tokens): HF returns the prompts, too
