@@ -31,6 +31,7 @@ import tempfile
 import time
 from copy import deepcopy
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +49,15 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-import generate as generate_file
+import decoder
 import sample_difficulty
 import toy
 import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
+from decoder import Decoder
 from flops import amounts, flops_each, rates
-from generate import Decoder, generate, make_prompts, to_text
+from generate import generate, make_prompts, stream, to_text
 from images import open_image, png_of
 from launch import pick_device, start
 from method import cross_entropy
@@ -258,21 +260,28 @@ def stops(tokenizer):
 
 
 def our_job(vlm, tokenizer, processor, rows):
-    """Sample and check; a question that was right once is done, as in sample_difficulty.py."""
-    for i in range(0, len(rows), BATCH):
-        part = list(rows[i : i + BATCH])
-        generate(
-            vlm,
-            None,
-            tokenizer,
-            make_prompts(vlm, tokenizer, processor, part),
-            max_new_tokens=24,
-            n_samples=8,
-            waves=sample_difficulty.waves(),
-            temperature=1.0,
-            seeds=list(range(8 * len(part))),
-            on_finish=partial(is_right, tokenizer, part),
-        )
+    """Sample and check, BATCH questions at once; one that was right once makes room for another."""
+    questions, asked = iter(rows), []
+
+    def more(n):
+        part = list(islice(questions, n))
+        asked.extend(part)
+        prompts = make_prompts(vlm, tokenizer, processor, part)
+        return [prompt | {"seeds": range(8)} for prompt in prompts]
+
+    answered = stream(
+        vlm,
+        None,
+        tokenizer,
+        more,
+        BATCH,
+        max_new_tokens=24,
+        n_samples=8,
+        waves=sample_difficulty.waves(),
+        temperature=1.0,
+        on_finish=lambda q, s, ids: is_right(tokenizer, asked[q], ids),
+    )
+    assert len(list(answered)) == len(rows)
 
 
 def their_job(stock, tokenizer, processor, rows):
@@ -284,12 +293,12 @@ def their_job(stock, tokenizer, processor, rows):
         new = out[:, batch["input_ids"].shape[1] :]
         # the samples of a question are neighbours
         for j, ids in enumerate(new.tolist()):
-            is_right(tokenizer, part, j // 8, j % 8, ids)
+            is_right(tokenizer, part[j // 8], ids)
 
 
-def is_right(tokenizer, rows, question, sample, ids):
+def is_right(tokenizer, row, ids):
     answer, _ = extract_answer(to_text(tokenizer, ids))
-    return is_correct(answer, rows[question])
+    return is_correct(answer, row)
 
 
 def hf_batch(vlm, tokenizer, processor, rows):
@@ -714,7 +723,7 @@ def prefill_side():
 
     @torch.inference_mode()
     def ours():
-        vlm.lm_head(Decoder(vlm, prompts, pad_id=0).last)
+        vlm.lm_head(Decoder(vlm, pad_id=0).read(prompts).last)
 
     # as generate() calls it: all states, the logits of the last, a cache
     @torch.inference_mode()
@@ -813,7 +822,7 @@ def decoding(vlm, tokenizer):
     settings = {"max_new_tokens": LENGTH, "suppress": no_stop}
     for n_prompts, n_samples in ((1, 1), (4, 1), (4, 8), (4, 32)):
         for way in ("captured", "eager") if device.type == "cuda" else ("eager",):
-            generate_file.CAPTURE = "cuda" if way == "captured" else ""
+            decoder.CAPTURE = "cuda" if way == "captured" else ""
             prompts = [prompt] * n_prompts
             times = step_times(vlm, None, tokenizer, prompts, n_samples=n_samples, **settings)
             s = statistics.median(times[8:])  # the first steps warm up
@@ -821,7 +830,7 @@ def decoding(vlm, tokenizer):
             found, share = f"{ms(s)}, {rows / s:.0f} tokens/s", f"{size / bandwidth / s:.2f}"
             note(f"a decode step of {rows} rows, {way}; ratio: of that", found, ratio=share)
 
-    generate_file.CAPTURE = "cuda"
+    decoder.CAPTURE = "cuda"
     answer = f"{LENGTH} tokens to {PROMPT}"
     for n, n_samples, what in ((1, 1, f"an answer, {answer}"), (4, 8, f"8 answers to 4, {answer}")):
         ours = partial(generate, vlm, None, tokenizer, [prompt] * n, **settings)

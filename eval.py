@@ -18,6 +18,7 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 import bisect
 import hashlib
 import html
+import itertools
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -61,11 +62,11 @@ from endpoint import key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,
-    generate,
     latents_name,
     load_latents_file,
     save_latents_file,
     see,
+    stream,
     to_text,
 )
 from images import open_image, usable_rows
@@ -107,8 +108,8 @@ instruction = ""  # put after every question, e.g. "\nPut your final answer in <
 min_pixels = 0  # an image; 0: 56*56 for a JSONL set (the toy's), else what BENCHMARKS names
 max_pixels = 0  # an image; 0: 1280*28*28 for a JSONL set, else what BENCHMARKS names
 max_new_tokens = 0  # 0: 128 for a JSONL set, 2048 for a benchmark
-batch = 100  # questions a batch, at most
-prompt_tokens = 40_000  # padded prompt tokens a batch, at most: two 4K images
+batch = 100  # questions at once, at most
+prompt_tokens = 40_000  # of their prompts, padded, at most: two 4K images
 temperature = 0.0  # 0 is greedy
 top_p = 1.0
 seed = 12345
@@ -243,23 +244,6 @@ def read_predictions(test):
 # answering
 
 
-def batches(prepared):
-    """Lists of (row, encoded prompt), at most `batch` of them and `prompt_tokens` padded tokens."""
-    # padding costs as much as tokens: the longest prompt counts for all
-    part, longest = [], 0
-    for row, prompt in prepared:
-        length = len(prompt["ids"])
-        padded = max(longest, length) * (len(part) + 1)
-        # a prompt that is longer than all of the limit is still answered, alone
-        if part and (len(part) == batch or padded > prompt_tokens):
-            yield part
-            part, longest = [], 0
-        part.append((row, prompt))
-        longest = max(longest, length)
-    if part:
-        yield part
-
-
 def failure(e):
     """What the line of a question says that failed."""
     # cut, since some libraries quote all that they were given
@@ -290,8 +274,56 @@ def check_feed(test):
             )
 
 
+class Waiting:
+    """Questions (row, encoded prompt) that wait for room."""
+
+    def __init__(self, questions):
+        self.questions = iter(questions)
+        self.next = []  # the one that did not fit
+
+    def fitting(self, n, others):
+        """Up to n of them whose prompts, padded, are of prompt_tokens together with the others."""
+        # padding costs as much as tokens: the longest prompt counts for all
+        held, longest, part = sum(len(prompt["ids"]) for prompt in others), 0, []
+        while len(part) < n:
+            question = self.next.pop() if self.next else next(self.questions, None)
+            if question is None:
+                break
+            longest = max(longest, len(question[1]["ids"]))
+            # a prompt that is longer than all of the limit is still answered, alone
+            if (others or part) and held + longest * (len(part) + 1) > prompt_tokens:
+                self.next.append(question)
+                break
+            part.append(question)
+        return part
+
+
+class Shares:
+    """The seconds of each answer, from its pictures on, where several share the time evenly.
+
+    What one question takes alone is seen with --batch=1.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.now, self.each = clock(device), 0.0  # seconds of one that was there all the time
+        self.since = {}  # {number: `each` when it began}
+
+    def tick(self):
+        before, self.now = self.now, clock(self.device)
+        self.each += (self.now - before) / max(1, len(self.since))
+
+    def begin(self, number):
+        self.tick()
+        self.since[number] = self.each
+
+    def end(self, number):
+        self.tick()
+        return self.each - self.since.pop(number)
+
+
 class Answerer:
-    """The model here: turns questions into prompts, and batches of prompts into answers."""
+    """The model here: turns questions into prompts, and prompts into answers."""
 
     def __init__(self, test, vlm, tokenizer, processor, head, donors):
         self.test = test
@@ -304,60 +336,73 @@ class Answerer:
     def answers(self, rows):
         """Yield (row, what its line of the predictions says); one that failed has an error."""
         failed = []
-
-        def prepared():
-            for row in rows:
-                try:
-                    prompt = encode(self.vlm, self.tokenizer, self.processor, as_asked(row))
-                except (Exception, SystemExit) as e:  # one question must not stop the others
-                    failed.append((row, failure(e)))
-                    continue
-                yield row, prompt
-
-        for part in batches(prepared()):
-            yield from self.answer_or_find(part)
-            yield from failed
-            failed.clear()
-        yield from failed
-
-    def answer_or_find(self, part):
-        """As `answer`; where a batch fails, one by one, to find out whose failure it is."""
-        try:
-            yield from list(self.answer(part))
-            return
-        except (Exception, SystemExit):
-            pass  # what the failed batch held of the memory is free only after this block
-        # a batch too large for the memory also ends here
-        for row, prompt in part:
+        questions = Waiting(self.prepared(rows, failed))
+        while True:
+            under_way = {}  # {number: (row, prompt)}
             try:
-                yield from list(self.answer([(row, prompt)]))
+                for answered in self.answer(questions, under_way):
+                    yield answered
+                    yield from failed
+                    failed.clear()
+                yield from failed
+                return
             except (Exception, SystemExit) as e:
-                yield row, failure(e)
+                if not under_way:
+                    raise
+                n = len(under_way)
+                print(f"{failure(e)['error']}: the {n} questions under way are asked one by one")
+            # whose failure is it? Too many for the memory also end here, and what they held of it
+            # is free only after that block
+            for question in under_way.values():
+                try:
+                    yield from list(self.answer(Waiting([question]), {}))
+                except (Exception, SystemExit) as e:
+                    yield question[0], failure(e)
 
-    def answer(self, part):
-        """Answer a batch of (row, prompt); yields (row, what its line of the predictions says)."""
-        rows = [row for row, _ in part]
-        # of the answer with its pictures, without the disk
-        began = clock(self.vlm.device)
-        seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
-        answers = generate(
+    def prepared(self, rows, failed):
+        """Yield (row, encoded prompt); what can not be encoded joins the failed."""
+        for row in rows:
+            try:
+                prompt = encode(self.vlm, self.tokenizer, self.processor, as_asked(row))
+            except (Exception, SystemExit) as e:  # one question must not stop the others
+                failed.append((row, failure(e)))
+                continue
+            yield row, prompt
+
+    def answer(self, questions, under_way):
+        """Answer questions, as many at once as fit. Yields (row, its line) as they end."""
+        numbers, shares = itertools.count(), Shares(self.vlm.device)
+
+        def more(n):
+            part = questions.fitting(n, [prompt for _, prompt in under_way.values()])
+            if not part:
+                return []
+            for question, number in zip(part, numbers):
+                under_way[number] = question
+                shares.begin(number)
+            rows = [row for row, _ in part]
+            seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
+            # draws are of the question, not of those beside it or the rank that it falls to
+            return [
+                prompt | {"seeds": [seed_of(seed, row["id"])], "fed": fed}
+                for row, prompt, fed in zip(rows, seen, self.fed_latents(rows))
+            ]
+
+        answered = stream(
             self.vlm,
             self.head,
             self.tokenizer,
-            seen,
+            more,
+            batch,
             max_new_tokens=self.test.settings["max_new_tokens"],
             temperature=temperature,
             top_p=top_p,
-            # of the question, not of the batch or the rank that it falls to
-            seeds=[seed_of(seed, row["id"]) for row in rows],
             intervention=intervention,
-            fed=self.fed_latents(rows),
             ema_beta=ema_beta,
             after=after_latents,
         )
-        # shared evenly: what one question takes alone is seen with --batch=1
-        seconds = (clock(self.vlm.device) - began) / len(part)
-        for row, (answer,) in zip(rows, answers):  # one sample a question
+        for number, (answer,) in answered:  # one sample a question
+            row, _ = under_way.pop(number)
             if save_latents:  # before the line that says it is done
                 path = self.test.out / "latents" / latents_name(row["id"])
                 save_latents_file(path, answer["latents"], self.head)
@@ -368,19 +413,19 @@ class Answerer:
                     "truncated": not answer["finished"],
                     "tokens": len(answer["ids"]),
                     "latents": len(answer["latents"]),
-                    "seconds": seconds,
+                    "seconds": shares.end(number),
                 },
             )
 
     def fed_latents(self, rows):
-        """What shuffle and oracle feed, (m, K, d) a row; None for the other interventions.
+        """What shuffle and oracle feed, (m, K, d) a row; None each for the other interventions.
 
         Another example's latents, or the features of the m real auxiliary images.
         """
         if intervention == "shuffle":
             return [self.donated(row) for row in rows]
         if not intervention.startswith("oracle"):
-            return None
+            return [None] * len(rows)
         # as fit_pca.py made the targets that the head was trained on: pool or resize
         mode = mode_of_targets(model)
         images = [open_image(path) for row in rows for path in row["aux_images"]]

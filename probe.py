@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from data import check_there, load_examples, write_json, write_then_rename
-from generate import followed_by, generate, make_prompts
+from decoder import followed_by
+from generate import generate, make_prompts
 from images import open_image
 from launch import Progress, check_choices, claim, pick_device, settings_of, show_files, start
 from model import (

@@ -53,17 +53,20 @@ def each(work, items, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def in_order(work, items, workers):
-    """Yield work(item) in the order of the items; `workers` are at work while one is used."""
+def in_order(work, items, workers, ahead=0):
+    """Yield work(item) in the order of the items, by `workers` at a time.
+
+    So many items are `ahead` of the one that is used; at least as many as there are workers.
+    """
     pool = ThreadPoolExecutor(workers)
-    ahead = deque()
+    begun = deque()
     try:
         for item in items:
-            ahead.append(pool.submit(work, item))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            begun.append(pool.submit(work, item))
+            if len(begun) > max(workers, ahead):
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
     finally:  # also where the caller stops early
         pool.shutdown(cancel_futures=True)
 

@@ -18,6 +18,7 @@ finished, rank 0 merges them.
 
 from collections import Counter
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from data import (
 )
 from endpoint import key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
-from generate import generate, read_ahead, see, to_text
+from generate import read_ahead, see, stream, to_text
 from images import usable_rows
 from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
 from model import encode, load_processor, load_vlm
@@ -55,7 +56,7 @@ top_p = 1.0  # 1: draw from the whole distribution [ours]
 tau = 0.0  # solved if accuracy > tau [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 early_stop = True  # stop at a question once it is solved: the same assignment, a lower-bound count
-batch = 64  # questions a batch; 7B on 80 GB: 16
+batch = 64  # questions at once; 7B on 80 GB: 16
 max_new_tokens = 24  # 7B: 2048
 min_pixels = 56 * 56  # smaller images are scaled up
 max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
@@ -72,38 +73,35 @@ give_up = 20  # questions in a row without an answer: the server is down
 
 
 class Tally:
-    """The answers to a batch of questions as they come in, and how many are right."""
+    """The answers to a question as they come in, and how many are right."""
 
-    def __init__(self, rows):
-        self.rows = rows
-        self.answers = [{} for _ in rows]  # by number of the sample: they end in any order
-        # of the answers that have come in
-        self.correct = [0 for _ in rows]
+    def __init__(self, row):
+        self.row = row
+        self.answers = {}  # by number of the sample: they end in any order
+        self.correct = 0
 
-    def add(self, q, s, text):
-        """Take sample s of question q. True where the question's other samples can be dropped."""
-        row = self.rows[q]
-        answer = extract_answer(text, row.get("options"))[0]
-        self.answers[q][s] = answer
-        self.correct[q] += is_correct(answer, row)
+    def add(self, s, text):
+        """Take sample s. True where the other samples can be dropped."""
+        answer = extract_answer(text, self.row.get("options"))[0]
+        self.answers[s] = answer
+        self.correct += is_correct(answer, self.row)
         # further samples only raise the count, and so change no assignment
-        return early_stop and is_solved(self.correct[q], n_samples, n_options(row), tau, rule)
+        return early_stop and is_solved(self.correct, n_samples, n_options(self.row), tau, rule)
 
-    def line(self, q, key):
-        """The line of difficulty.jsonl for question q."""
-        answers = self.answers[q]
+    def line(self, key):
+        """The question's line of difficulty.jsonl."""
         return {
-            "id": self.rows[q]["id"],
+            "id": self.row["id"],
             "key": key,
             "base": weights_digest(base),
-            "row": question_key(self.rows[q]),
+            "row": question_key(self.row),
             # N, not how many were drawn: where sampling stopped, the accuracy is a lower bound
             "n": n_samples,
-            "correct": self.correct[q],
-            "accuracy": self.correct[q] / n_samples,
-            "lower_bound": len(answers) < n_samples,
-            "n_options": n_options(self.rows[q]),
-            "answers": [answers[s] for s in sorted(answers)],
+            "correct": self.correct,
+            "accuracy": self.correct / n_samples,
+            "lower_bound": len(self.answers) < n_samples,
+            "n_options": n_options(self.row),
+            "answers": [self.answers[s] for s in sorted(self.answers)],
         }
 
 
@@ -170,41 +168,47 @@ def finished(rows, key):
 
 
 def sample(rows):
-    """Draw the answers to batches of questions with the base itself. Yields a Tally a batch.
+    """Draw the answers with the base itself. Yields a Tally a question, as they end.
 
     The prompt and its image are run once a question; its samples share the cache.
     """
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
     processor = load_processor(base, min_pixels, max_pixels)
 
-    def prepared(tally):
-        asked = [row | {"instruction": instruction} for row in tally.rows]
-        prompts = [encode(vlm, tokenizer, processor, row) for row in asked]
-        return tally, [read_ahead(processor, prompt) for prompt in prompts]
-
-    tallies = (Tally(list(rows[i : i + batch])) for i in range(0, len(rows), batch))
-    # a batch's images are read while the batch before it is answered
-    for tally, prompts in in_order(prepared, tallies, 1):
+    def prepared(row):
+        prompt = encode(vlm, tokenizer, processor, row | {"instruction": instruction})
         # one a sample: its draws depend on no batch, no rank and no kill
-        seeds = [seed_of(seed, row["id"], s) for row in tally.rows for s in range(n_samples)]
-        generate(
-            vlm,
-            None,  # no latent head: the base writes text only
-            tokenizer,
-            see(vlm, processor, prompts),
-            n_samples=n_samples,
-            waves=waves(),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            on_finish=lambda q, s, ids, tally=tally: tally.add(q, s, to_text(tokenizer, ids)),
-            seeds=seeds,
-        )
-        yield tally
+        seeds = [seed_of(seed, row["id"], s) for s in range(n_samples)]
+        return row, read_ahead(processor, prompt) | {"seeds": seeds}
+
+    # images are read while questions before them are answered
+    questions = enumerate(in_order(prepared, rows, 1, batch))
+    tallies = {}
+
+    def more(n):
+        part = list(islice(questions, n))
+        tallies.update((q, Tally(row)) for q, (row, _) in part)
+        return see(vlm, processor, [prompt for _, (_, prompt) in part])
+
+    answered = stream(
+        vlm,
+        None,  # no latent head: the base writes text only
+        tokenizer,
+        more,
+        batch,
+        n_samples=n_samples,
+        waves=waves(),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        on_finish=lambda q, s, ids: tallies[q].add(s, to_text(tokenizer, ids)),
+    )
+    for q, _ in answered:
+        yield tallies.pop(q)
 
 
 def sample_served(rows):
-    """The same by a server, several questions at once. Yields a Tally a question, as they end.
+    """The same by a server, several questions at once.
 
     Raises SystemExit in the end where some have no answer: the next run asks for those alone.
     """
@@ -231,12 +235,12 @@ def sample_served(rows):
 
 def ask_server(server, processor, row):
     """The Tally of one question."""
-    tally = Tally([row])
+    tally = Tally(row)
     messages = served_messages(row | {"instruction": instruction}, processor)
     for wave in waves():
-        first = len(tally.answers[0])
+        first = len(tally.answers)
         replies = draw(server, messages, wave, seed_of(seed, row["id"], first))
-        ended = [tally.add(0, s, reply.text) for s, reply in enumerate(replies, first)]
+        ended = [tally.add(s, reply.text) for s, reply in enumerate(replies, first)]
         if any(ended):
             break
     return tally
@@ -257,10 +261,8 @@ def sample_all(rows):
     # a file a rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
         for tally in sample_served(mine) if url else sample(mine):
-            # once the whole batch has ended: a kill costs one batch
-            for q in range(len(tally.rows)):
-                append(f, tally.line(q, key))
-            bar.update(len(tally.rows))
+            append(f, tally.line(key))
+            bar.update()
     bar.close()
 
 

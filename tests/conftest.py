@@ -33,7 +33,8 @@ from transformers import Qwen2VLImageProcessorPil
 import build_data
 import toy
 from data import load_examples, question_key, read_lines, weights_digest, write_lines
-from generate import Decoder
+from decoder import Decoder
+from generate import generate
 from images import open_image
 from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
@@ -215,11 +216,24 @@ def hf_inputs(vlm, processor, ids, paths):
 def make_open(vlm, tokenizer, prompts, opens):
     """Turn the LM head so that prompts[opens] begin with a latent span, and the others do not."""
     with torch.no_grad():
-        h = torch.cat([Decoder(vlm, [p], 0).last[:, 0] for p in prompts])
+        h = torch.cat([Decoder(vlm, 0).read([p]).last for p in prompts])
         want = torch.tensor([60.0 if i in opens else -60.0 for i in range(len(prompts))])
         vlm.lm_head.weight[latent_ids(tokenizer)[0]] = torch.linalg.lstsq(
             h, want[:, None]
         ).solution[:, 0]
+
+
+def answers_that_end(vlm, head, tokenizer, prompts):
+    """Eight samples a prompt, in two waves, which open spans and end at various lengths."""
+    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
+    found = generate(vlm, head, tokenizer, prompts, seeds=list(range(8 * len(prompts))), **kwargs)
+    return [a for answers in found for a in answers]
+
+
+def assert_same(ours, theirs):
+    assert [a["ids"] for a in ours] == [a["ids"] for a in theirs]
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a["latents"], b["latents"], rtol=1e-3, atol=1e-3)
 
 
 def record(calls):

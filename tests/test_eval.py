@@ -8,17 +8,19 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, kill_when, run
+from conftest import PIXELS, ROOT, kill_when, run
 from official_files import args_of, b64, picture, plant
 from safetensors.torch import load_file
 from scipy.stats import binomtest
 
 import eval as evaluate
 from benchmarks import BENCHMARKS, PUBLISHED
-from data import read_lines, write_lines
+from data import load_examples, read_lines, write_lines
+from model import load_processor, load_vlm
 
 # --- a JSONL test set
 
@@ -214,6 +216,70 @@ def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
     run("eval.py", *args_of(base, broken, out, benchmarks="VisualPuzzles"))
     lines = read_lines(out / "VisualPuzzles/predictions.rank0.jsonl")
     assert Counter("error" in line for line in lines) == {False: 1, True: 2}
+
+
+def test_a_failure_is_one_questions_alone(tmp_path, base, world, monkeypatch, capsys):
+    """One fails whoever is beside it, and so do all where three begin at once, as if memory were
+    too small: every other one has the answer that it has otherwise."""
+    monkeypatch.setattr(evaluate, "batch", 4)
+    test = SimpleNamespace(settings={"max_new_tokens": 12}, out=tmp_path)
+    rows = list(load_examples(world / "test.jsonl", training=False))
+    model = evaluate.Answerer(test, *load_vlm(base), load_processor(base, *PIXELS), None, [])
+    usual = {row["id"]: line["raw"] for row, line in model.answers(rows)}
+    assert set(usual) == {row["id"] for row in rows} and len(set(usual.values())) > 6
+    assert not capsys.readouterr().out
+
+    see, sizes = evaluate.see, []
+
+    def failing(vlm, processor, prompts):
+        sizes.append(len(prompts))
+        if len(prompts) == 3 or any(p["images"] == rows[5]["images"] for p in prompts):
+            raise RuntimeError("out of memory")
+        return see(vlm, processor, prompts)
+
+    monkeypatch.setattr(evaluate, "see", failing)
+    monkeypatch.setattr(evaluate, "batch", 3)
+    found = dict((row["id"], line) for row, line in model.answers(rows))
+    assert found.pop(rows[5]["id"]) == {"error": "RuntimeError: out of memory"}
+    assert {id: line["raw"] for id, line in found.items()} == {
+        id: raw for id, raw in usual.items() if id != rows[5]["id"]
+    }
+    assert 3 in sizes and 1 in sizes
+    said = "RuntimeError: out of memory: the 3 questions under way are asked one by one"
+    assert said in capsys.readouterr().out
+
+
+def test_prompts_fit_beside_those_under_way(monkeypatch):
+    """Each once and in order; padded, and with the others, within the limit or quite alone."""
+    monkeypatch.setattr(evaluate, "prompt_tokens", 100)
+    rng = random.Random(0)
+    lengths = [rng.choice([5, 20, 60, 150]) for _ in range(60)]
+    waiting = evaluate.Waiting((i, {"ids": range(n)}) for i, n in enumerate(lengths))
+    seen, under_way = [], []
+    while len(seen) < 60:
+        part = waiting.fitting(rng.randint(1, 4), [prompt for _, prompt in under_way])
+        assert part or under_way
+        held = sum(len(prompt["ids"]) for _, prompt in under_way)
+        if part:
+            padded = len(part) * max(len(prompt["ids"]) for _, prompt in part)
+            assert held + padded <= 100 or not under_way and len(part) == 1
+        seen += [i for i, _ in part]
+        under_way = (under_way + part)[rng.randint(0, 2) :]
+    assert seen == list(range(60))
+    assert waiting.fitting(3, []) == []
+
+
+def test_seconds_add_up(monkeypatch):
+    """What each has of the time that some share is, together, the time that any is there."""
+    now = iter([0.0, 1.0, 1.0, 5.0, 6.0, 10.0, 13.0])
+    monkeypatch.setattr(evaluate, "clock", lambda device: next(now))
+    shares = evaluate.Shares(None)
+    shares.begin("a")  # at 1
+    shares.begin("b")  # at 1
+    assert shares.end("a") == 2.0  # at 5
+    shares.begin("c")  # at 6
+    assert shares.end("b") == 2.0 + 1.0 + 2.0  # at 10
+    assert shares.end("c") == 2.0 + 3.0  # at 13
 
 
 # --- statistics

@@ -1,13 +1,23 @@
 """How text and latents are written: each against an independent computation."""
 
 import json
-from contextlib import contextmanager
+from itertools import islice, pairwise
 
 import pytest
 import torch
-from conftest import PIXELS, examples, hf_inputs, make_open, record, run
+from conftest import (
+    PIXELS,
+    answers_that_end,
+    assert_same,
+    examples,
+    hf_inputs,
+    make_open,
+    record,
+    run,
+)
 from safetensors.torch import load_file
 
+import decoder
 import generate as generate_file
 from data import LATENT_SPAN, load_examples, read_lines
 from generate import (
@@ -19,6 +29,7 @@ from generate import (
     latents_name,
     make_prompts,
     pick,
+    stream,
     to_text,
 )
 from images import open_image
@@ -186,94 +197,65 @@ def test_sampling_follows_the_distribution():
     assert pick(logits[:2], 1.0, 1.0, torch.tensor([0.0, 1 - 1e-7])).tolist() == [0, 3]
 
 
-def test_new_positions_stay_where_they_are_written(monkeypatch):
-    """No part is copied for room; `keep` picks rows of all parts, in any order."""
-    monkeypatch.setattr(generate_file, "FIRST_POSITIONS", 3)
-    x = torch.randn(3, 2, 4, 14, 5)  # (Q, H, S, t, D)
-    kept, places = generate_file.NewPositions(), set()
-    for t in range(13):
-        if t == kept.room:
-            kept.add_room(torch.empty(3, 4, 1), 2, 5)
-        parts = kept.add(x[:, :, :, t : t + 1], t)
-        assert torch.equal(torch.cat(parts, 3), x[:, :, :, : t + 1])
-        places.add(parts[0].data_ptr())
-    assert len(places) == 1 and [part.shape[3] for part in parts] == [3, 3, 6, 1]
-    q, s = torch.tensor([2, 0]), torch.tensor([[1, 0, 3], [3, 2, 2]])
-    rows = x[q[:, None], :, s].transpose(1, 2)
-    kept.keep(q, s)
-    assert torch.equal(torch.cat(kept.add(rows[:, :, :, 13:], 13), 3), rows)
-
-
-def answers_that_end(vlm, head, tokenizer, prompts):
-    """Eight samples a prompt, in two waves, which open spans and end at various lengths."""
-    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
-    found = generate(vlm, head, tokenizer, prompts, seeds=list(range(8 * len(prompts))), **kwargs)
-    return [a for answers in found for a in answers]
-
-
-def assert_same(ours, theirs):
-    assert [a["ids"] for a in ours] == [a["ids"] for a in theirs]
-    for a, b in zip(ours, theirs):
-        close(a["latents"], b["latents"], rtol=1e-3, atol=1e-3)
-
-
-@pytest.fixture
-def ending(loaded, world, monkeypatch):
-    """(vlm, tokenizer, prompts) of answers that end early; new positions are in parts of 4."""
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_a_question_that_ends_makes_room(loaded, head, world, monkeypatch, at_once):
+    """Whoever is answered beside it, and whenever it begins, a question has the same answers."""
     vlm, tokenizer, processor = loaded
-    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 4))
-    make_open(vlm, tokenizer, prompts, {1})
-    vlm.lm_head.weight.data[tokenizer.eos_token_id] *= 4
-    monkeypatch.setattr(generate_file, "FIRST_POSITIONS", 4)
-    return vlm, tokenizer, prompts
-
-
-def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
-    """Steps of fixed shapes, replayed from buffers, write what those do that grow.
-
-    A graph of the test's own stands in for CUDA's: a replay runs what was captured, on the places
-    in memory that it had.
-    """
-    vlm, tokenizer, prompts = ending
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 6))
+    make_open(vlm, tokenizer, prompts, {1, 4})
+    # rows end at various lengths, at any of so many tokens
+    vlm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+    monkeypatch.setattr(decoder, "FIRST_POSITIONS", 4)
     usual = answers_that_end(vlm, head, tokenizer, prompts)
     assert len({len(a["ids"]) for a in usual}) > 3 and any(len(a["latents"]) for a in usual)
 
-    forward, calls, replays = generate_file.Decoder.forward, [], []
+    seeded = [p | {"seeds": list(range(8 * q, 8 * q + 8))} for q, p in enumerate(prompts)]
+    rest, ended, steps = iter(seeded), [], []
 
-    def noted(self, x, t):
-        calls.append((self, x, t))
-        return forward(self, x, t)
+    def more(n):
+        assert 0 < n <= at_once
+        return list(islice(rest, n))
 
-    class Graph:
-        def replay(self):
-            decoder, x, t = self.captured
-            decoder.h.copy_(forward(decoder, x, t))
-            replays.append(int(t))
+    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
+    for q, answers in stream(
+        vlm,
+        head,
+        tokenizer,
+        more,
+        at_once,
+        on_step=lambda rows, *_: steps.append({row // 8 for row in rows.tolist()}),
+        **kwargs,
+    ):
+        ended.append(q)
+        assert_same(answers, usual[8 * q : 8 * q + 8])
+    assert sorted(ended) == list(range(6)) and max(map(len, steps)) == at_once
+    # some begin beside others that are not done: nobody waits for the last of a batch
+    beside = [b - a for a, b in pairwise(steps) if a & b and b - a]
+    assert bool(beside) == (at_once > 1)
 
-    @contextmanager
-    def capture(graph):
-        yield
-        graph.captured = calls[-1]
 
-    monkeypatch.setattr(generate_file.Decoder, "forward", noted)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(generate_file, "CAPTURE", "cpu")
-    assert_same(answers_that_end(vlm, head, tokenizer, prompts), usual)
-    assert len(replays) > 10 and len(set(replays)) > 5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_captured_step_is_the_step(ending, head, monkeypatch):
-    vlm, tokenizer, prompts = ending
-    vlm, head = vlm.cuda(), head.cuda()
-    for p in prompts:
-        p["vision"] = p["vision"].cuda()
-    captured = answers_that_end(vlm, head, tokenizer, prompts)
-    assert len({len(a["ids"]) for a in captured}) > 3
-    assert any(len(a["latents"]) for a in captured)
-    monkeypatch.setattr(generate_file, "CAPTURE", "")
-    assert_same(answers_that_end(vlm, head, tokenizer, prompts), captured)
+def test_a_dropped_question_makes_room(loaded, world):
+    """A question that is dropped in its first wave has no second, and its place is taken."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 6))
+    rest, rows = iter([p | {"seeds": [1, 2, 3]} for p in prompts]), set()
+    found = stream(
+        vlm,
+        None,
+        tokenizer,
+        lambda n: list(islice(rest, n)),
+        2,
+        max_new_tokens=4,
+        n_samples=3,
+        waves=[1, 2],
+        temperature=1.0,
+        on_step=lambda numbers, *_: rows.update(numbers.tolist()),
+        on_finish=lambda q, s, ids: q % 2 == 0,
+    )
+    answers = dict(found)
+    assert sorted(answers) == list(range(6))
+    assert rows == {3 * q + s for q in range(6) for s in range(3) if q % 2 or s == 0}
+    assert [len(a["ids"]) for a in answers[0]] == [4, 0, 0]
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 1024])

@@ -8,21 +8,28 @@ import pytest
 from resume import in_order
 
 
-def test_in_order_is_a_map_that_runs_ahead():
-    """Whatever order the work ends in; never more than the workers and one in use are begun."""
-    begun, lock, used = [], threading.Lock(), 0
+@pytest.mark.parametrize("ahead", [0, 10])
+def test_in_order_is_a_map_that_runs_ahead(ahead):
+    """Whatever order the work ends in; so many are begun beyond the one in use, or one a worker,
+    and no more than three at a time."""
+    begun, lock, used, at_work, most = [], threading.Lock(), 0, 0, 0
 
     def work(i):
+        nonlocal at_work, most
         with lock:
             begun.append(i)
-            assert len(begun) <= used + 3 + 1
+            at_work += 1
+            assert at_work <= 3 and len(begun) <= used + max(3, ahead) + 1
+            most = max(most, len(begun) - used)
         time.sleep(0.02 if i % 3 == 0 else 0.0)
+        with lock:
+            at_work -= 1
         return i * i
 
-    for i, found in enumerate(in_order(work, range(40), 3)):
+    for i, found in enumerate(in_order(work, range(40), 3, ahead)):
         assert found == i * i
         used = i + 1
-    assert sorted(begun) == list(range(40)) and used == 40
+    assert sorted(begun) == list(range(40)) and used == 40 and most > ahead
     assert list(in_order(work, [], 3)) == []
 
 
