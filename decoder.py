@@ -2,9 +2,9 @@
 
 Prompts are read whole, once each; from then on a step is one new position of every row.
 
-Shape letters beside model.py's: Q prompts, S rows of each, R rows in all, T prompt positions, t new
-positions, H key-value heads of D, G query heads that share one. A *cohort* is Q x S rows that began
-together.
+Shape letters beside model.py's: Q prompts, S rows of each, R rows in all (in a Cohort, its own), T
+prompt positions, t new positions, H key-value heads of D, G query heads that share one. A *cohort*
+is Q x S rows that began together.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 from model import embed
 
-LEAVE_AT = 0.75  # finished rows leave the batch when no more than this share of rows is needed
+LEAVE_AT = 0.75  # finished rows leave when no more than this share of their cohort is needed
 FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
 CAPTURE = "cuda"  # where a step becomes one graph, as its launches take most of the time ...
 CAPTURE_AFTER = 3  # ... once it has been the same so often: a capture costs as much as three steps
@@ -166,8 +166,9 @@ class Decoder:
 
         Returns h_bar (Q * n_samples, d), from which its first tokens are drawn.
         """
-        self.forget_graph()
-        self.cohorts.append(Cohort(prompts, n_samples))
+        self.cohorts.append(
+            Cohort(prompts, n_samples)
+        )  # its first step makes room, and a new graph
         return prompts.last.repeat_interleave(n_samples, 0)
 
     def step(self, x):
@@ -242,27 +243,28 @@ class Decoder:
         return self.lm.norm(x)
 
     def leave(self, alive):
-        """Let rows go that are not alive (R), where that makes the batch smaller by much.
+        """Let rows go that are not alive (R), where that makes their cohort smaller by much.
 
         Returns the places (R') of those that stay; None where all do.
         """
-        if alive.sum() > LEAVE_AT * len(alive):
-            return None
-        needed, before = [], 0
+        places, cohorts, before = [], [], 0
         for cohort, living in zip(self.cohorts, alive.split([len(c) for c in self.cohorts])):
-            q, s = still_needed(living.view(-1, cohort.S))
-            needed.append((q, s, before + q[:, None] * cohort.S + s))
+            at = torch.arange(before, before + len(cohort)).view(-1, cohort.S)
             before += len(cohort)
-        places = torch.cat([at.flatten() for _, _, at in needed])
-        # a cohort stays a rectangle: a few that ended may have to stay, too
-        if len(places) > LEAVE_AT * len(alive):
+            # a cohort stays a rectangle: some that have ended may have to stay, too
+            q, s = still_needed(living.view(-1, cohort.S))
+            if s.numel() <= LEAVE_AT * len(cohort):
+                at = at[q[:, None], s]
+                if len(q):
+                    cohort.keep(q, s)
+            places.append(at.flatten())
+            if len(q):
+                cohorts.append(cohort)
+        if before == sum(len(at) for at in places):
             return None
         self.forget_graph()
-        for cohort, (q, s, _) in zip(self.cohorts, needed):
-            if len(q):
-                cohort.keep(q, s)
-        self.cohorts = [cohort for cohort, (q, _, _) in zip(self.cohorts, needed) if len(q)]
-        return places
+        self.cohorts = cohorts
+        return torch.cat(places)
 
 
 def still_needed(alive):

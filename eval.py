@@ -18,9 +18,8 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 import bisect
 import hashlib
 import html
-import itertools
 import time
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -281,28 +280,28 @@ class Waiting:
         self.questions = iter(questions)
         self.next = []  # the one that did not fit
 
-    def fitting(self, n, others):
-        """Up to n of them whose prompts, padded, are of prompt_tokens together with the others."""
+    def fitting(self, n, held):
+        """Up to n of them that fit into prompt_tokens, where so many are held; and each one's
+        padded tokens."""
         # padding costs as much as tokens: the longest prompt counts for all
-        held, longest, part = sum(len(prompt["ids"]) for prompt in others), 0, []
+        longest, part = 0, []
         while len(part) < n:
             question = self.next.pop() if self.next else next(self.questions, None)
             if question is None:
                 break
-            longest = max(longest, len(question[1]["ids"]))
+            length = max(longest, len(question[1]["ids"]))
             # a prompt that is longer than all of the limit is still answered, alone
-            if (others or part) and held + longest * (len(part) + 1) > prompt_tokens:
+            if (held or part) and held + length * (len(part) + 1) > prompt_tokens:
                 self.next.append(question)
                 break
+            longest = length
             part.append(question)
-        return part
+        return part, longest
 
 
 class Shares:
-    """The seconds of each answer, from its pictures on, where several share the time evenly.
-
-    What one question takes alone is seen with --batch=1.
-    """
+    """The seconds of each answer, where several share the time evenly; those of one answer alone
+    are seen with --batch=1."""
 
     def __init__(self, device):
         self.device = device
@@ -310,15 +309,18 @@ class Shares:
         self.since = {}  # {number: `each` when it began}
 
     def tick(self):
+        """The time since the last tick is of those that are there."""
         before, self.now = self.now, clock(self.device)
         self.each += (self.now - before) / max(1, len(self.since))
 
+    def skip(self):
+        """The time since the last tick is nobody's: it went to the disk."""
+        self.now = clock(self.device)
+
     def begin(self, number):
-        self.tick()
         self.since[number] = self.each
 
     def end(self, number):
-        self.tick()
         return self.each - self.since.pop(number)
 
 
@@ -338,7 +340,7 @@ class Answerer:
         failed = []
         questions = Waiting(self.prepared(rows, failed))
         while True:
-            under_way = {}  # {number: (row, prompt)}
+            under_way = {}  # {number: (row, prompt, padded tokens)}
             try:
                 for answered in self.answer(questions, under_way):
                     yield answered
@@ -353,11 +355,11 @@ class Answerer:
                 print(f"{failure(e)['error']}: the {n} questions under way are asked one by one")
             # whose failure is it? Too many for the memory also end here, and what they held of it
             # is free only after that block
-            for question in under_way.values():
+            for row, prompt, _ in under_way.values():
                 try:
-                    yield from list(self.answer(Waiting([question]), {}))
+                    yield from list(self.answer(Waiting([(row, prompt)]), {}))
                 except (Exception, SystemExit) as e:
-                    yield question[0], failure(e)
+                    yield row, failure(e)
 
     def prepared(self, rows, failed):
         """Yield (row, encoded prompt); what can not be encoded joins the failed."""
@@ -371,14 +373,17 @@ class Answerer:
 
     def answer(self, questions, under_way):
         """Answer questions, as many at once as fit. Yields (row, its line) as they end."""
-        numbers, shares = itertools.count(), Shares(self.vlm.device)
+        numbers, shares = count(), Shares(self.vlm.device)
 
         def more(n):
-            part = questions.fitting(n, [prompt for _, prompt in under_way.values()])
+            shares.tick()
+            held = sum(tokens for *_, tokens in under_way.values())
+            part, padded = questions.fitting(n, held)
+            shares.skip()  # pictures were opened
             if not part:
                 return []
-            for question, number in zip(part, numbers):
-                under_way[number] = question
+            for (row, prompt), number in zip(part, numbers):
+                under_way[number] = row, prompt, padded
                 shares.begin(number)
             rows = [row for row, _ in part]
             seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
@@ -402,20 +407,21 @@ class Answerer:
             after=after_latents,
         )
         for number, (answer,) in answered:  # one sample a question
-            row, _ = under_way.pop(number)
+            shares.tick()
+            row, *_ = under_way[number]
             if save_latents:  # before the line that says it is done
                 path = self.test.out / "latents" / latents_name(row["id"])
                 save_latents_file(path, answer["latents"], self.head)
-            yield (
-                row,
-                {
-                    "raw": to_text(self.tokenizer, answer["ids"]),
-                    "truncated": not answer["finished"],
-                    "tokens": len(answer["ids"]),
-                    "latents": len(answer["latents"]),
-                    "seconds": shares.end(number),
-                },
-            )
+            line = {
+                "raw": to_text(self.tokenizer, answer["ids"]),
+                "truncated": not answer["finished"],
+                "tokens": len(answer["ids"]),
+                "latents": len(answer["latents"]),
+                "seconds": shares.end(number),
+            }
+            del under_way[number]
+            yield row, line
+            shares.skip()
 
     def fed_latents(self, rows):
         """What shuffle and oracle feed, (m, K, d) a row; None each for the other interventions.

@@ -18,7 +18,7 @@ from decoder import Decoder
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-REFILL_AT = 0.5  # others begin when no more than this share of the questions is being answered
+REFILL_AT = 0.5  # others begin when no more than this share of what was last begun is left
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
@@ -197,9 +197,10 @@ class Tokens:
 class Question:
     """A question that is being answered: its draws, what it is fed, what was written so far."""
 
-    def __init__(self, q, prompt, read, place, n_samples, max_new_tokens, temperature, ema_beta):
+    def __init__(self, q, prompt, prompts, place, n_samples, max_new_tokens, temperature, ema_beta):
         self.q = q
-        self.prompts, self.place = read, place  # the Prompts that it was read with; which it is
+        self.prompts = prompts  # read together; kept until its last wave has begun
+        self.place = place  # which of these it is
         self.begun = 0  # samples
         self.dropped = False  # True: what is still to come is not wanted
         # a generator a sample: its draws do not depend on who else is in the batch
@@ -298,18 +299,22 @@ def generate(vlm, head, tokenizer, prompts, *, seeds=None, fed=None, n_samples=1
 
 
 class Desk:
-    """Which questions are being answered, which wait for their next wave, and which come next."""
+    """Which questions are being answered, which wait for their next wave, and which come next.
+
+    The scheduler of what servers call continuous batching.
+    """
 
     def __init__(self, more, at_once, read):
         self.more, self.at_once, self.read = more, at_once, read
         self.asked = {}  # {q: Question} of those that have not ended
         self.waiting = {}  # lists of them, each of one prefill and one wave
         self.n_read = 0
-        self.n_busy = 0  # questions with a living row
+        self.n_busy = 0  # questions with a living row ...
+        self.full = at_once  # ... and how many these were when the last ones began
 
     def due(self):
         """Lists of questions, each of one prefill, whose next wave begins now."""
-        if self.n_busy > REFILL_AT * self.at_once:
+        if self.n_busy > REFILL_AT * self.full:
             return []
         groups = list(self.waiting.values())
         self.waiting.clear()
@@ -321,10 +326,11 @@ class Desk:
             self.asked |= {question.q: question for question in group}
             groups.append(group)
         self.n_busy += sum(len(group) for group in groups)
+        self.full = self.n_busy
         return groups
 
-    def idle(self, question):
-        """Of its rows none is alive: it waits for its next wave, or has ended; True for that."""
+    def rest(self, question):
+        """Take note that none of its rows is alive. Returns whether it has ended, or only waits."""
         self.n_busy -= 1
         if question.dropped or question.begun == len(question.ids):
             del self.asked[question.q]
@@ -418,6 +424,8 @@ def stream(
 
     decoder = Decoder(vlm, tokenizer.pad_token_id)
     waves = list(accumulate(waves or [n_samples]))  # how many samples have begun after each
+    if waves[-1] != n_samples:
+        raise ValueError(f"waves of {waves[-1]} samples; expected n_samples={n_samples}")
 
     def read(prompts, q):
         """Questions from the q-th on, their prompts read together."""
@@ -434,8 +442,8 @@ def stream(
 
     while True:
         # 0. where there is room, questions begin their next wave, and others their first
-        for group in desk.due():
-            begun, states = begin(decoder, group, waves, len(span) if before_answer else 0)
+        forced = len(span) if before_answer else 0
+        for begun, states in [begin(decoder, group, waves, forced) for group in desk.due()]:
             rows, h = rows.and_then(begun), torch.cat([h, states])
         if not len(h):
             return
@@ -491,7 +499,10 @@ def stream(
             question, mine = desk.asked[q], number // n_samples == q
             if question.dropped:
                 alive = alive & ~mine
-            if not (alive & mine).any() and desk.idle(question):
+            if (alive & mine).any():
+                continue
+            has_ended = desk.rest(question)
+            if has_ended:
                 yield q, question.answers(stops.tolist())
 
         # 5. finished rows leave once they are many; the others read what they wrote
@@ -531,7 +542,7 @@ def begin(decoder, group, waves, forced):
 
 
 def is_latent(left, K, n_after):
-    """Is a slot's next position a latent? `left`: how many of its span, start to end, are left."""
+    """Is a row's next position a latent? `left`: how many of its span, start to end, are left."""
     return (left > n_after) & (left <= n_after + K)
 
 

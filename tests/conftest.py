@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import build_data
 import toy
 from data import load_examples, question_key, read_lines, weights_digest, write_lines
 from decoder import Decoder
-from generate import generate
+from generate import stream
 from images import open_image
 from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm
 
@@ -223,17 +224,30 @@ def make_open(vlm, tokenizer, prompts, opens):
         ).solution[:, 0]
 
 
-def answers_that_end(vlm, head, tokenizer, prompts):
-    """Eight samples a prompt, in two waves, which open spans and end at various lengths."""
-    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
-    found = generate(vlm, head, tokenizer, prompts, seeds=list(range(8 * len(prompts))), **kwargs)
-    return [a for answers in found for a in answers]
+def answers_that_end(vlm, head, tokenizer, prompts, at_once, on_step=None):
+    """{q: eight answers}, in two waves, with spans, which end at various lengths: at any of many
+    tokens."""
+    vlm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
+    rest = iter(p | {"seeds": range(8 * q, 8 * q + 8)} for q, p in enumerate(prompts))
+
+    def more(n):
+        assert 0 < n <= at_once
+        return list(islice(rest, n))
+
+    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0, on_step=on_step)
+    found = dict(stream(vlm, head, tokenizer, more, at_once, **kwargs))
+    assert sorted(found) == list(range(len(prompts)))
+    answers = [a for q in found for a in found[q]]
+    assert len({len(a["ids"]) for a in answers}) > 3 and any(len(a["latents"]) for a in answers)
+    return found
 
 
 def assert_same(ours, theirs):
-    assert [a["ids"] for a in ours] == [a["ids"] for a in theirs]
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a["latents"], b["latents"], rtol=1e-3, atol=1e-3)
+    """Are {q: answers} the same?"""
+    for q in ours.keys() | theirs.keys():
+        for a, b in zip(ours[q], theirs[q], strict=True):
+            assert a["ids"] == b["ids"]
+            torch.testing.assert_close(a["latents"], b["latents"], rtol=1e-3, atol=1e-3)
 
 
 def record(calls):

@@ -3,6 +3,7 @@
 import math
 import shutil
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 import train
 from amvl import AMVL, grown, kl
 from data import strip_latents
-from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts
+from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts, stream
 from launch import settings_of
 from model import (
     IGNORE,
@@ -242,6 +243,11 @@ def test_generation_is_the_slow_reference(base, world):
         ((alone,),) = generate(model.vlm, model.head, model.tokenizer, [prompt], **options)
         assert alone["ids"] == answer["ids"]
         close(alone["latents"], answer["latents"], rtol=1e-3, atol=1e-3)
+    # two at a time, the third read after them
+    rest, parts = iter(prompts), (model.vlm, model.head, model.tokenizer)
+    for q, (answer,) in stream(*parts, lambda n: list(islice(rest, n)), 2, **options):
+        assert answer["ids"] == together[q][0]["ids"]
+        close(answer["latents"], together[q][0]["latents"], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -30,13 +30,20 @@ def test_new_positions_stay_where_they_are_written(monkeypatch):
 
 @pytest.fixture
 def ending(loaded, world, monkeypatch):
-    """(vlm, tokenizer, prompts) of answers that end early; new positions are in parts of 4."""
+    """(vlm, tokenizer, prompts), some of which open spans; new positions are in parts of 8."""
     vlm, tokenizer, processor = loaded
-    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 4))
-    make_open(vlm, tokenizer, prompts, {1})
-    vlm.lm_head.weight.data[tokenizer.eos_token_id] *= 4
-    monkeypatch.setattr(decoder, "FIRST_POSITIONS", 4)
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 8))
+    make_open(vlm, tokenizer, prompts, {1, 6})
+    monkeypatch.setattr(decoder, "FIRST_POSITIONS", 8)
     return vlm, tokenizer, prompts
+
+
+def places(cohorts):
+    """Where in memory the caches of cohorts are."""
+    found = [tensor for cohort in cohorts for pair in cohort.prompts.layers for tensor in pair]
+    for cohort in cohorts:
+        found += [part for new in cohort.keys + cohort.values for part in new.parts]
+    return [tensor.data_ptr() for tensor in found]
 
 
 def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
@@ -46,9 +53,7 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
     in memory that it had.
     """
     vlm, tokenizer, prompts = ending
-    usual = answers_that_end(vlm, head, tokenizer, prompts)
-    assert len({len(a["ids"]) for a in usual}) > 3 and any(len(a["latents"]) for a in usual)
-
+    usual = answers_that_end(vlm, head, tokenizer, prompts, 4)
     forward, calls, replays = decoder.Decoder.forward, [], []
 
     def noted(self, x, ts):
@@ -58,6 +63,7 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
     class Graph:
         def replay(self):
             captured, x, ts = self.captured
+            assert places(captured.cohorts) == self.places
             captured.h.copy_(forward(captured, x, ts))
             replays.append(tuple(map(int, ts)))
 
@@ -65,13 +71,15 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch):
     def capture(graph):
         yield
         graph.captured = calls[-1]
+        graph.places = places(graph.captured[0].cohorts)
 
     monkeypatch.setattr(decoder.Decoder, "forward", noted)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(decoder, "CAPTURE", "cpu")
-    assert_same(answers_that_end(vlm, head, tokenizer, prompts), usual)
-    assert len(replays) > 10 and len(set(replays)) > 5
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4), usual)
+    # of several cohorts, too, which are not as far as each other
+    assert len(replays) > 10 and any(len(set(ts)) > 1 for ts in replays)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -80,8 +88,25 @@ def test_a_captured_step_is_the_step(ending, head, monkeypatch):
     vlm, head = vlm.cuda(), head.cuda()
     for p in prompts:
         p["vision"] = p["vision"].cuda()
-    captured = answers_that_end(vlm, head, tokenizer, prompts)
-    assert len({len(a["ids"]) for a in captured}) > 3
-    assert any(len(a["latents"]) for a in captured)
+    captured = answers_that_end(vlm, head, tokenizer, prompts, 4)
     monkeypatch.setattr(decoder, "CAPTURE", "")
-    assert_same(answers_that_end(vlm, head, tokenizer, prompts), captured)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4), captured)
+
+
+@torch.no_grad()
+def test_a_cohort_that_has_ended_leaves(loaded, world):
+    """At once, however many others go on; of one that has not, rows leave once they are many."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 5))
+    rows = decoder.Decoder(vlm, tokenizer.pad_token_id)
+    rows.begin(rows.read(prompts[:4]), 2)
+    rows.begin(rows.read(prompts[4:]), 1)
+    alive = torch.ones(9, dtype=torch.bool)
+    alive[2] = False
+    assert rows.leave(alive) is None
+    alive[8] = False
+    assert rows.leave(alive).tolist() == list(range(8)) and len(rows.cohorts) == 1
+    alive = alive[:8]
+    alive[3] = alive[6] = False  # of four questions one has ended, and half of another
+    assert rows.leave(alive).tolist() == [0, 1, 4, 5, 7, 6]
+    assert rows.leave(torch.zeros(6, dtype=torch.bool)).tolist() == [] and not rows.cohorts

@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 import eval as evaluate
 from benchmarks import BENCHMARKS, PUBLISHED
 from data import load_examples, read_lines, write_lines
+from generate import latents_name
 from model import load_processor, load_vlm
 
 # --- a JSONL test set
@@ -218,18 +219,31 @@ def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
     assert Counter("error" in line for line in lines) == {False: 1, True: 2}
 
 
-def test_a_failure_is_one_questions_alone(tmp_path, base, world, monkeypatch, capsys):
-    """One fails whoever is beside it, and so do all where three begin at once, as if memory were
-    too small: every other one has the answer that it has otherwise."""
-    monkeypatch.setattr(evaluate, "batch", 4)
+@pytest.fixture
+def answering(tmp_path, base, world, monkeypatch):
+    """(Answerer of the toy's base, its test rows), at most three questions at once."""
+    monkeypatch.setattr(evaluate, "batch", 3)
     test = SimpleNamespace(settings={"max_new_tokens": 12}, out=tmp_path)
-    rows = list(load_examples(world / "test.jsonl", training=False))
     model = evaluate.Answerer(test, *load_vlm(base), load_processor(base, *PIXELS), None, [])
-    usual = {row["id"]: line["raw"] for row, line in model.answers(rows)}
-    assert set(usual) == {row["id"] for row in rows} and len(set(usual.values())) > 6
-    assert not capsys.readouterr().out
+    return model, list(load_examples(world / "test.jsonl", training=False))
 
-    see, sizes = evaluate.see, []
+
+def answers_of(answering):
+    """{id: line}, each of which comes once."""
+    model, rows = answering
+    lines = [(row["id"], line) for row, line in model.answers(rows)]
+    found = dict(lines)
+    assert len(lines) == len(found) == len(rows)
+    return found
+
+
+def test_a_failure_is_one_questions_alone(answering, monkeypatch, capsys):
+    """One fails whoever is beside it, another has an answer that can not be saved, and all fail
+    where three begin at once, as if memory were too small: the others have their usual answers."""
+    usual = {id: line["raw"] for id, line in answers_of(answering).items()}
+    assert len(set(usual.values())) > 6 and not capsys.readouterr().out
+    rows = answering[1]
+    see, save, sizes = evaluate.see, evaluate.save_latents_file, []
 
     def failing(vlm, processor, prompts):
         sizes.append(len(prompts))
@@ -237,49 +251,89 @@ def test_a_failure_is_one_questions_alone(tmp_path, base, world, monkeypatch, ca
             raise RuntimeError("out of memory")
         return see(vlm, processor, prompts)
 
+    def unsaved(path, latents, head):
+        if path.name == latents_name(rows[7]["id"]):
+            raise OSError("disk full")
+        return save(path, latents, head)
+
     monkeypatch.setattr(evaluate, "see", failing)
-    monkeypatch.setattr(evaluate, "batch", 3)
-    found = dict((row["id"], line) for row, line in model.answers(rows))
+    monkeypatch.setattr(evaluate, "save_latents", True)
+    monkeypatch.setattr(evaluate, "save_latents_file", unsaved)
+    found = answers_of(answering)
     assert found.pop(rows[5]["id"]) == {"error": "RuntimeError: out of memory"}
-    assert {id: line["raw"] for id, line in found.items()} == {
-        id: raw for id, raw in usual.items() if id != rows[5]["id"]
-    }
+    assert found.pop(rows[7]["id"]) == {"error": "OSError: disk full"}
+    assert all(line["raw"] == usual[id] for id, line in found.items())
     assert 3 in sizes and 1 in sizes
     said = "RuntimeError: out of memory: the 3 questions under way are asked one by one"
     assert said in capsys.readouterr().out
 
 
-def test_prompts_fit_beside_those_under_way(monkeypatch):
-    """Each once and in order; padded, and with the others, within the limit or quite alone."""
+def test_what_no_question_is_to_blame_for_ends_the_run(answering, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise SystemExit("no sliding windows")
+
+    monkeypatch.setattr(evaluate, "stream", refusing)
+    with pytest.raises(SystemExit, match="no sliding windows"):
+        answers_of(answering)
+
+
+def test_prompts_of_those_under_way_are_within_the_limit(answering, monkeypatch):
+    """Of two at once, padded, though three would be allowed."""
+    model, rows = answering
+    usual = {id: line["raw"] for id, line in answers_of(answering).items()}
+    prompts = [evaluate.encode(*(model.vlm, model.tokenizer, model.processor), row) for row in rows]
+    lengths = {row["id"]: len(p["ids"]) for row, p in zip(rows, prompts)}
+    monkeypatch.setattr(evaluate, "prompt_tokens", 2 * max(lengths.values()))
+    see, begun, answered = evaluate.see, [], []
+
+    def seen(vlm, processor, prompts):
+        begun.append(len(prompts))
+        assert sum(begun) - len(answered) <= 2
+        return see(vlm, processor, prompts)
+
+    monkeypatch.setattr(evaluate, "see", seen)
+    for row, line in model.answers(rows):
+        answered.append(row["id"])
+        assert line["raw"] == usual[row["id"]]
+    assert 2 in begun and sum(begun) == len(rows)
+
+
+def test_questions_wait_for_room(monkeypatch):
+    """Each once and in order; padded, beside what is held, within the limit, or quite alone."""
     monkeypatch.setattr(evaluate, "prompt_tokens", 100)
     rng = random.Random(0)
     lengths = [rng.choice([5, 20, 60, 150]) for _ in range(60)]
     waiting = evaluate.Waiting((i, {"ids": range(n)}) for i, n in enumerate(lengths))
-    seen, under_way = [], []
+    seen, held = [], []
     while len(seen) < 60:
-        part = waiting.fitting(rng.randint(1, 4), [prompt for _, prompt in under_way])
-        assert part or under_way
-        held = sum(len(prompt["ids"]) for _, prompt in under_way)
+        part, padded = waiting.fitting(rng.randint(1, 4), sum(held))
+        assert part or held
+        assert padded == max((len(prompt["ids"]) for _, prompt in part), default=0)
         if part:
-            padded = len(part) * max(len(prompt["ids"]) for _, prompt in part)
-            assert held + padded <= 100 or not under_way and len(part) == 1
+            assert sum(held) + len(part) * padded <= 100 or not held and len(part) == 1
         seen += [i for i, _ in part]
-        under_way = (under_way + part)[rng.randint(0, 2) :]
+        held = (held + [padded] * len(part))[rng.randint(0, 2) :]
     assert seen == list(range(60))
-    assert waiting.fitting(3, []) == []
+    assert waiting.fitting(3, 0) == ([], 0)
 
 
 def test_seconds_add_up(monkeypatch):
-    """What each has of the time that some share is, together, the time that any is there."""
-    now = iter([0.0, 1.0, 1.0, 5.0, 6.0, 10.0, 13.0])
+    """Each has its share of the time that some are there; of what went to the disk nobody has."""
+    now = iter([0.0, 1.0, 5.0, 6.0, 10.0, 17.0, 20.0])
     monkeypatch.setattr(evaluate, "clock", lambda device: next(now))
     shares = evaluate.Shares(None)
-    shares.begin("a")  # at 1
-    shares.begin("b")  # at 1
-    assert shares.end("a") == 2.0  # at 5
-    shares.begin("c")  # at 6
-    assert shares.end("b") == 2.0 + 1.0 + 2.0  # at 10
-    assert shares.end("c") == 2.0 + 3.0  # at 13
+    shares.tick()  # at 1: nobody is there
+    shares.begin("a")
+    shares.begin("b")
+    shares.tick()  # at 5
+    assert shares.end("a") == 2.0
+    shares.tick()  # at 6
+    shares.begin("c")
+    shares.tick()  # at 10
+    assert shares.end("b") == 2.0 + 1.0 + 2.0
+    shares.skip()  # at 17
+    shares.tick()  # at 20
+    assert shares.end("c") == 2.0 + 3.0
 
 
 # --- statistics

@@ -203,35 +203,25 @@ def test_a_question_that_ends_makes_room(loaded, head, world, monkeypatch, at_on
     vlm, tokenizer, processor = loaded
     prompts = make_prompts(vlm, tokenizer, processor, examples(world, 6))
     make_open(vlm, tokenizer, prompts, {1, 4})
-    # rows end at various lengths, at any of so many tokens
-    vlm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
     monkeypatch.setattr(decoder, "FIRST_POSITIONS", 4)
-    usual = answers_that_end(vlm, head, tokenizer, prompts)
-    assert len({len(a["ids"]) for a in usual}) > 3 and any(len(a["latents"]) for a in usual)
+    steps = []  # {q with a living row} a step
 
-    seeded = [p | {"seeds": list(range(8 * q, 8 * q + 8))} for q, p in enumerate(prompts)]
-    rest, ended, steps = iter(seeded), [], []
+    def on_step(rows, *_):
+        steps.append({row // 8 for row in rows.tolist()})
 
-    def more(n):
-        assert 0 < n <= at_once
-        return list(islice(rest, n))
-
-    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0)
-    for q, answers in stream(
-        vlm,
-        head,
-        tokenizer,
-        more,
-        at_once,
-        on_step=lambda rows, *_: steps.append({row // 8 for row in rows.tolist()}),
-        **kwargs,
-    ):
-        ended.append(q)
-        assert_same(answers, usual[8 * q : 8 * q + 8])
-    assert sorted(ended) == list(range(6)) and max(map(len, steps)) == at_once
+    all_at_once = answers_that_end(vlm, head, tokenizer, prompts, 6)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts, at_once, on_step), all_at_once)
+    assert max(map(len, steps)) == at_once
     # some begin beside others that are not done: nobody waits for the last of a batch
-    beside = [b - a for a, b in pairwise(steps) if a & b and b - a]
-    assert bool(beside) == (at_once > 1)
+    beside = [after - before for before, after in pairwise(steps) if before & after]
+    assert any(beside) == (at_once > 1)
+
+
+def test_waves_are_all_samples(loaded):
+    vlm, tokenizer, _ = loaded
+    answers = stream(vlm, None, tokenizer, None, 1, max_new_tokens=1, n_samples=4, waves=[1, 2])
+    with pytest.raises(ValueError, match="waves of 3 samples; expected n_samples=4"):
+        next(answers)
 
 
 def test_a_dropped_question_makes_room(loaded, world):
