@@ -144,11 +144,12 @@ RUNS = {"main": [
         "LH+PCA 99%": NO_DA | AT_99,
         "GAP":        {},
         "first 200":  {"latents_first": 200},
-        "LH n=2500":         MAIN["LH"] | {"examples": 2500},
-        "LH+DA n=2500":      MAIN["LH+DA"] | {"examples": 2500},
-        "LH+PCA n=2500":     NO_DA | {"examples": 2500},
-        "LH+PCA 99% n=2500": NO_DA | AT_99 | {"examples": 2500},
-    },
+    } | at_sizes({
+        "LH":         MAIN["LH"],
+        "LH+DA":      MAIN["LH+DA"],
+        "LH+PCA":     NO_DA,
+        "LH+PCA 99%": NO_DA | AT_99,
+    }, SIZES["main"])[0],
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least

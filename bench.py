@@ -55,7 +55,6 @@ import toy
 import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
-from decoder import Decoder
 from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, stream, to_text
 from images import open_image, png_of
@@ -723,7 +722,7 @@ def prefill_side():
 
     @torch.inference_mode()
     def ours():
-        vlm.lm_head(Decoder(vlm, pad_id=0).read(prompts).last)
+        vlm.lm_head(decoder.Decoder(vlm, pad_id=0).read(prompts).last)
 
     # as generate() calls it: all states, the logits of the last, a cache
     @torch.inference_mode()

@@ -247,8 +247,12 @@ class Decoder:
 
         Returns the places (R') of those that stay; None where all do.
         """
+        parts = list(zip(self.cohorts, alive.split([len(cohort) for cohort in self.cohorts])))
+        # as at most steps: no cohort becomes smaller than its living rows
+        if all(living.sum() > LEAVE_AT * len(cohort) for cohort, living in parts):
+            return None
         places, cohorts, before = [], [], 0
-        for cohort, living in zip(self.cohorts, alive.split([len(c) for c in self.cohorts])):
+        for cohort, living in parts:
             at = torch.arange(before, before + len(cohort)).view(-1, cohort.S)
             before += len(cohort)
             # a cohort stays a rectangle: some that have ended may have to stay, too
