@@ -16,6 +16,7 @@ Shape letters beside method.py's: M latents, N spans, K latents a span, P patche
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from images import open_image, usable_rows
 from launch import pick_device
 from method import Method, idle
 from model import (
+    IGNORE,
     LATENT_PAD,
     StateHead,
     add_latent_tokens,
@@ -121,8 +123,12 @@ class VaLR(Method):
         """Sums of cross-entropy, of 1/P sum_p -cos(psi(up(F))[p], F_phi[p]) over the N spans, and
         of ||fed - h||^2 and ||h||^2 over the M latents, which say how exact the rollout was."""
         before = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
-        fed = self.roll_out(batch, before)  # (M, d)
-        h, early = self.states_and_block(batch, fed)
+        if self.settings["fed_gradient"] and self.settings["rollout"] == 0:
+            h, early = self.read_in_parts(batch)
+            fed = h[before]  # (M, d)
+        else:
+            fed = self.roll_out(batch, before)
+            h, early = self.states_and_block(batch, fed)
         ce = self.cross_entropy(h, batch)
         if not batch["picture_of"]:
             zero = ce.new_zeros(())
@@ -146,54 +152,58 @@ class VaLR(Method):
 
         Latent after latent, as in generation; or by `rollout` Jacobi passes: each feeds all latents
         the states of the pass before, one position on, and makes one more of every row exact.
-        Gradients stop at what is fed [not stated], but for `fed_gradient`: then they go through the
-        last pass, which is one more after an exact rollout.
+        Gradients stop at what is fed [not stated]. With `fed_gradient` they go through the last
+        pass, or through all of an exact rollout, for which `read_in_parts` is enough.
         """
-        through = self.settings["fed_gradient"] and torch.is_grad_enabled()
         passes = self.settings["rollout"]
         if passes == 0:
-            fed = self.fed_exactly(batch)
-        else:
-            fed = None  # at first the embedding of the pad itself
             with torch.no_grad():
-                for _ in range(passes - 1 if through else passes):
-                    fed = self.states(batch, fed, self.latent_id)[before]
-        if through:
-            fed = self.states(batch, fed, self.latent_id)[before]
+                return self.read_in_parts(batch, whole=False)[0][before]
+        through = self.settings["fed_gradient"] and torch.is_grad_enabled()
+        fed = None  # at first the embedding of the pad itself
+        for i in range(passes):
+            with torch.set_grad_enabled(through and i == passes - 1):
+                fed = self.states(batch, fed, self.latent_id)[before]
         return fed
 
-    @torch.no_grad()  # only so: with activation checkpointing a cache gives wrong gradients
-    def fed_exactly(self, batch):
-        """What generation would feed at the latents (M, d), each position read once.
+    def read_in_parts(self, batch, whole=True):
+        """As `states_and_block`, but each position is read once, fed what generation would feed.
 
         Part n of a row goes from its n-th latent, part 0 from its start, to before the next. The
-        n-th parts of all rows are read together, after the keys and values of those before.
+        n-th parts of all rows are read together, after the keys and values of those before; then,
+        if the `whole` is asked for, what follows the last latent of each. Gradients go through all
+        that is fed. States that no label follows are 0.
         """
         is_latent = batch["ids"] == self.latent_id
+        most = self.most_latents(is_latent)
         part = is_latent.cumsum(1)  # (B, T)
+        part = part.masked_fill(part == part[:, -1:], most)  # a row's last, or its only one
+        labels_left = (batch["labels"] != IGNORE).flip(1).cumsum(1).flip(1)
+        part = part.masked_fill(labels_left == 0, -1)  # of none
+        order = reading_order(part, most + 1 if whole else max(1, most))
+
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
-        row = torch.arange(len(x), device=x.device)[:, None]
-        cache, real = None, is_latent[:, :0]
-        for n in range(self.most_latents(is_latent)):
-            following = is_latent & (part == n + 1)  # the latent that part n leads to
-            has_next = following.any(1)
-            here = (part == n) & has_next[:, None]
-            length = here.sum(1)
-            # one position at least: every rank calls the decoder equally often
-            L = max(1, int(length.max()))
-            # places of a row's part, and then of what is masked
-            at = (~here).int().argsort(dim=1, stable=True)[:, :L]
-            real = torch.cat([real, here.gather(1, at)], 1)
-            out = self.vlm.model.language_model(
-                inputs_embeds=x[row, at],
-                position_ids=batch["pos"][:, row, at],
-                attention_mask=real,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            x[following] = out.last_hidden_state[has_next, length[has_next] - 1]
-        return x[is_latent]
+        row = torch.arange(len(x), device=x.device)
+        fed = x[:, 0]  # (B, d): at each row's next latent, once there is one
+        past, read, states, early = Past(), [], [], []
+        with self.after_block(early):
+            for at, real in order:
+                read.append(real)
+                comes_fed = is_latent[row[:, None], at][..., None]
+                out = self.vlm.model.language_model(
+                    inputs_embeds=torch.where(comes_fed, fed[:, None], x[row[:, None], at]),
+                    position_ids=batch["pos"][:, row[:, None], at],
+                    attention_mask=torch.cat(read, 1),
+                    past_key_values=past,
+                    use_cache=True,
+                )
+                past = past.following()
+                states.append(out.last_hidden_state)
+                length = real.sum(1)
+                last = states[-1][row, (length - 1).clamp(min=0)]
+                fed = torch.where(length[:, None] > 0, last, fed)
+        T = part.shape[1]
+        return in_places(states, order, T)[:, :-1], in_places(early, order, T)
 
     def most_latents(self, is_latent):
         """The most latents of a row, over the micro-batches of all ranks: the same on each."""
@@ -204,12 +214,20 @@ class VaLR(Method):
     def states_and_block(self, batch, fed):
         """h_bar (B, T - 1, d) as of `states`, and the states (B, T, d) after block align_layer."""
         kept = []
+        with self.after_block(kept):
+            h = self.states(batch, fed, self.latent_id)
+        return h, kept[0]
+
+    @contextmanager
+    def after_block(self, kept):
+        """What block align_layer gives is appended to `kept`."""
         # by a hook: it runs outside the block, where FSDP and activation checkpointing are done
         block = self.vlm.model.language_model.layers[self.settings["align_layer"] - 1]
         hook = block.register_forward_hook(lambda module, args, state: kept.append(state))
-        h = self.states(batch, fed, self.latent_id)
-        hook.remove()
-        return h, kept[0]
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def alignment(self, f, batch):
         """-1/P sum_p cos(psi(up(f))[p], F_phi[p]) of each span (N), for its states f (N, K, d).
@@ -245,6 +263,58 @@ class VaLR(Method):
         """latent_head.safetensors, which holds no weights: psi has done its work."""
         meta = {"tower": tower_fingerprint(self.vlm), "layer": self.settings["align_layer"]}
         save_head(folder, self.head, {}, meta)
+
+
+class Past:
+    """Keys and values of the parts read before one part, in the form of transformers' caches.
+
+    Reading changes nothing that it has read from: activation checkpointing reads a part twice, and
+    a cache that grows in place would then have it twice, and wrong gradients.
+    """
+
+    def __init__(self, before=()):
+        self.before = before  # parts
+        self.own = {}  # {layer: (keys, values)}, each (B, H, L, D)
+
+    def following(self):
+        """That of the next part."""
+        return Past((*self.before, self))
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """A layer's keys and values up to this part's end."""
+        self.own[layer] = keys, values
+        parts = [part.own[layer] for part in (*self.before, self)]
+        return tuple(torch.cat(kind, 2) for kind in zip(*parts))
+
+    def get_seq_length(self, layer=0):
+        return sum(part.own[layer][0].shape[2] for part in self.before)
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, length, layer):
+        return self.get_seq_length(layer) + length, 0
+
+
+def reading_order(part, n_parts):
+    """Of each part its places (B, L) in the rows of `part` (B, T), and which are its own (B, L)."""
+    order = []
+    for n in range(n_parts):
+        here = part == n
+        # one position at least: every rank calls the decoder equally often
+        L = max(1, int(here.sum(1).max()))
+        at = (~here).int().argsort(dim=1, stable=True)[:, :L]  # its own, and then any
+        order.append((at, here.gather(1, at)))
+    return order
+
+
+def in_places(states, order, T):
+    """States (B, L, d) of each part at their places in the rows, (B, T, d); 0 where none is."""
+    at, real = (torch.cat(parts, 1) for parts in zip(*order))
+    states = torch.cat(states, 1)
+    B, _, d = states.shape
+    # what is no part's own goes to a place after the row's end, which is left out
+    at = at.masked_fill(~real, T)[..., None].expand(-1, -1, d)
+    return states.new_zeros(B, T + 1, d).scatter(1, at, states)[:, :T]
 
 
 def encoder_names(settings):

@@ -21,6 +21,7 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_encoders import saved_encoder
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import toy
 import train
@@ -260,6 +261,41 @@ def test_gradients_stop_at_what_is_fed(base, steps, alone, through, rollout):
         assert (g is not None and float(g.norm()) > 0) == through
     assert all(p.grad.norm() > 0 for p in model.psi.parameters())
     assert all(p.grad is None for p in model.vlm.model.visual.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_go_through_a_whole_exact_rollout(base, steps, alone, checkpointing):
+    """Read in parts, once, they are those of as many whole passes as a row has latents, each with
+    its gradients; rows of 2 and 3 moves, and one of text, which is the longest."""
+    model = method(base, fed_gradient=True, lambda_align=2.0)
+    model.vlm.model.visual.requires_grad_(False)
+    model.double()  # through a chain of random layers rounding grows
+    rows = list(load_examples(steps / "train.jsonl")[1:4])
+    rows[2] |= {"aux_images": [], "response": "look at it again. " * 20 + "<answer> a </answer>"}
+    batch = batch_of(model, rows)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def loss_and_gradients(sums):
+        loss = sums["ce"] + 2 * sums["align"]
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    before, fed = batch["ids"][:, 1:] == model.latent_id, None
+    for _ in range(model.most_latents(before)):
+        fed = model.states(batch, fed, model.latent_id)[before]
+    h, early = model.states_and_block(batch, fed)
+    early = early[batch["ids"] == model.latent_id].unflatten(0, (-1, model.head.K))
+    naive = {"ce": model.cross_entropy(h, batch), "align": model.alignment(early, batch).sum()}
+    loss, gradients = loss_and_gradients(naive)
+
+    layers = model.vlm.model.language_model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer) if checkpointing else layer
+    sums = model(batch)
+    assert float(sums["fed_error"]) == 0
+    ours, again = loss_and_gradients(sums)
+    close(ours, loss, rtol=1e-5, atol=0)
+    for g, wanted in zip(again, gradients):
+        assert (g - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_an_image_in_the_question_can_be_the_target(base, world, alone):
