@@ -8,6 +8,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     T="--longest=8 --n_train=4200"
     python toy.py data $T --data_folder=out/ablate/toy
     python toy.py data $T --data_folder=out/ablate/toy-steps --form=steps
+    python toy.py data $T --data_folder=out/ablate/toy-named --form=named
     python toy.py edits $T --data_folder=out/ablate/toy
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
@@ -93,6 +94,9 @@ OTHERS = {
     "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
     "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
 }
+# where it learns: each move is named before its picture, the rollout is exact, gradients go through
+# all of it, and psi learns more slowly
+LONG_VALR = OTHERS["VaLR"] | {"layout": "named", "rollout": 0, "lr_head": 3e-4, "max_steps": 1600}
 # fmt: on
 
 
@@ -135,6 +139,8 @@ RUNS = {"main": [
     # and where few have latents?
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
+    # what does VaLR need to learn a chain?
+    *at_sizes({"long VaLR": LONG_VALR}, (4200,)),
 ], "fresh": [
     # what the main study left open, for seeds that had no part in raising the question; one group,
     # so that a seed is done before the next
@@ -260,6 +266,7 @@ MORE = {"main": {
     "LH+PCA": TESTS,
     "GAP":    TESTS,
     "VaLR":   ("markers", "noise", "shuffle", "edits"),
+    "long VaLR n=4200": ("markers", "noise", "shuffle", "edits"),
     "AMVL":   ("zero", "noise", "shuffle", "edits"),
 }, "fresh": {}, "gap": {
     "LH":     ("oracle",),

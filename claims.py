@@ -141,6 +141,20 @@ TABLES = {"main": [
     with_examples(SUBSPACE, 2500),
     SUBSPACE_DA,
     with_examples(SUBSPACE_DA, 2500),
+    Table("What VaLR needs", column="examples, steps, gradients, a move's name",
+          logged=ALIGNED, reference="long VaLR n=4200", rows={
+        "text n=2500":              "2,500, 800",
+        "VaLR":                     "1,250, 800, through the last of two passes, after its span",
+        "VaLR n=2500":              "2,500, the same",
+        "long VaLR n=4200":         "4,200, 1,600, through all of an exact rollout, before it",
+        "long VaLR n=4200/markers": "the span ends at once",
+        "long VaLR n=4200/noise":   "noise of the same length",
+        "long VaLR n=4200/shuffle": "another example's latents",
+    }, claims=[
+        ("all of it helps",                        "long VaLR n=4200", "VaLR n=2500"),
+        ("its own latents beat another example's", "long VaLR n=4200", "long VaLR n=4200/shuffle"),
+        ("its own latents beat noise",             "long VaLR n=4200", "long VaLR n=4200/noise"),
+    ]),
 ], "fresh": [
     Table("What the main study left open", column="latents on which questions",
           reference="LH+PCA", rows={

@@ -9,6 +9,7 @@ names two of nine pieces, so a guess is right once in 72.
     python toy.py data     write out/toy/{train,val,test}.jsonl and their images
     python toy.py data --form=steps --data_folder=out/steps     as a chain of thought: a span and a
                            panel a move, whose texts name the move and not where the dot is
+    python toy.py data --form=named --data_folder=out/named     the same, each span after its move
     python toy.py data --form=place --data_folder=out/place     "Where is the dot?": one word
     python toy.py data --longest=8 --data_folder=out/long       up to 8 moves, a storyboard for each
                            four of them
@@ -37,7 +38,7 @@ from model import IGNORE, embed, load_vlm, positions
 # --------------------------------------------------------------------------------------------------
 seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
-form = "storyboard"  # one picture of all moves; steps: a picture a move; place: another question
+form = "storyboard"  # one picture of all moves; steps, named: one a move; place: another question
 n_train = 6000  # examples
 longest = 4  # moves; of more than four, a storyboard for each four of them
 n_val = 200
@@ -129,8 +130,9 @@ def question_of(names, path, asked="Which two pieces does the dot reach last?"):
 
 
 def steps_of(names):
-    """The think text of the form `steps`: if it said where the dot is, text alone would do."""
-    return " ".join(f"{LATENT_SPAN} {name}." for name in names)
+    """The think text of a picture a move: if it said where the dot is, text alone would do."""
+    step = "{name}. {span}" if form == "named" else "{span} {name}."
+    return " ".join(step.format(name=name, span=LATENT_SPAN) for name in names)
 
 
 def answer_of(board, path):
@@ -221,14 +223,15 @@ def example(folder, name, board, names, path):
     question, answer = question_of(names, path), answer_of(board, path)
     if form == "place":
         question, answer = question_of(names, path, "Where is the dot?"), PLACES[path[-1]]
-    if form == "steps":
+    picture_a_move = form in ("steps", "named")
+    if picture_a_move:
         pictures, think = [draw_panel(place) for place in path[1:]], steps_of(names)
     else:
         pictures = [draw_storyboard(part) for part in chapters(path)]
         think = " ".join([FOLLOW] + [SPAN] * len(pictures))
     aux = []
     for k, picture in enumerate(pictures):
-        several = form == "steps" or longest > 4
+        several = picture_a_move or longest > 4
         aux.append(f"{name}-aux-{k}.png" if several else f"{name}-aux.png")
         picture.save(folder / aux[-1])
     return {
@@ -256,7 +259,7 @@ def write_split(folder, split, n):
 
 def write_data():
     """Write the three splits."""
-    check_choices(globals(), form=("storyboard", "steps", "place"))
+    check_choices(globals(), form=("storyboard", "steps", "named", "place"))
     for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
         write_split(Path(data_folder), split, n)
 
