@@ -103,6 +103,12 @@ def test_toy_data_is_a_function_of_the_seed(tmp_path):
         assert all(word not in before_the_answer for word in words)
 
 
+def start_and_moves(question):
+    """The place and the names of moves that a question says."""
+    start, moves = re.fullmatch(r"Start at (\w+)\. Moves: ([^.]*)\..*", question).groups()
+    return toy.PLACES.index(start), moves.split(", ")
+
+
 def test_long_paths_have_a_storyboard_for_each_four_moves(tmp_path, monkeypatch):
     """The dots of all storyboards, followed through the question's moves one by one."""
     monkeypatch.setattr(toy, "longest", 8)
@@ -110,11 +116,9 @@ def test_long_paths_have_a_storyboard_for_each_four_moves(tmp_path, monkeypatch)
     panels = [toy.draw_panel(place).tobytes() for place in range(9)]
     seen = set()
     for row in load_examples(tmp_path / "train.jsonl"):
-        start, moves = re.fullmatch(
-            r"Start at (\w+)\. Moves: ([^.]*)\..*", row["question"]
-        ).groups()
-        place, wanted = toy.PLACES.index(start), []
-        for i, name in enumerate(moves.split(", ")):
+        place, moves = start_and_moves(row["question"])
+        wanted = []
+        for i, name in enumerate(moves):
             if i % 4 == 0:
                 wanted.append([place] * 4)
             place = toy.move(place, name)
@@ -125,9 +129,24 @@ def test_long_paths_have_a_storyboard_for_each_four_moves(tmp_path, monkeypatch)
             with Image.open(path) as image:
                 found.append([panels.index(image.crop(part).tobytes()) for part in parts])
         assert found == wanted
-        assert row["category"] == f"{len(moves.split(', '))} moves"
-        seen.add(len(moves.split(", ")))
+        assert row["category"] == f"{len(moves)} moves"
+        seen.add(len(moves))
     assert seen == set(range(1, 9))
+
+
+@pytest.mark.parametrize("form, step", [("steps", "S {}."), ("named", "{}. S")])
+def test_a_picture_a_move_stands_before_or_after_its_name(tmp_path, monkeypatch, form, step):
+    monkeypatch.setattr(toy, "form", form)
+    toy.write_split(tmp_path, "train", 10)
+    for row in load_examples(tmp_path / "train.jsonl"):
+        place, moves = start_and_moves(row["question"])
+        wanted = []
+        for name in moves:
+            place = toy.move(place, name)
+            wanted.append(toy.draw_panel(place).tobytes())
+        assert [Image.open(path).tobytes() for path in row["aux_images"]] == wanted
+        think = row["response"].replace(LATENT_SPAN, "S").split("<think> ")[1]
+        assert think.startswith(" ".join(step.format(name) for name in moves) + " </think>")
 
 
 def test_pairs_differ_in_one_thing(tmp_path, monkeypatch):
