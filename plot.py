@@ -9,6 +9,7 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
     python plot.py --results=results/toy --figure=critics       # with other latents than its own
     python plot.py --results=results/toy --figure=edits         # of edited questions
     python plot.py --results=results/toy --figure=sparse        # latents on fewer questions
+    python plot.py --results=results/toy --figure=valr          # what VaLR needs to learn a chain
     python plot.py --results=results/toy --figure=subspace      # more of the variance
     python plot.py --results=results/toy --figure=drift         # R2 along the chain
 """
@@ -26,7 +27,7 @@ from report import SYSTEMS, latest, mean_interval, value
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png, <results>-systems.png
 results = ""  # what ablate.py wrote: a figure of it instead of curves
-figure = "examples"  # accuracy against examples; or drift systems critics edits sparse subspace
+figure = "examples"  # accuracy against examples; drift systems critics edits sparse subspace valr
 methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
 easy = "1 moves"  # the category that needs no latents and is left out of it
 # --------------------------------------------------------------------------------------------------
@@ -412,6 +413,11 @@ ROWS = {
     "sparse": Rows(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
          "first 200", "parser dropped"), {HARD: ("clean", "hard")}, HARD),
+    "valr": Rows(("text n=2500", "VaLR", "VaLR n=2500", "long VaLR n=4200"), {
+        "as trained":        ("clean",   "hard"),
+        "another example's": ("shuffle", "hard"),
+        "noise":             ("noise",   "hard"),
+    }, HARD),
 }
 # fmt: on
 DRIFT = ("output", "LH", "LH+PCA")
