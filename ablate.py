@@ -96,7 +96,8 @@ OTHERS = {
 }
 # where it learns: each move is named before its picture, the rollout is exact, gradients go through
 # all of it, and psi learns more slowly
-LONG_VALR = OTHERS["VaLR"] | {"layout": "named", "rollout": 0, "lr_head": 3e-4, "max_steps": 1600}
+LONG_TEXT = {"method": "text", "layout": "named", "min_pixels": 784, "max_steps": 1600}
+LONG_VALR = OTHERS["VaLR"] | LONG_TEXT | {"method": "valr", "rollout": 0, "lr_head": 3e-4}
 # fmt: on
 
 
@@ -139,8 +140,8 @@ RUNS = {"main": [
     # and where few have latents?
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
-    # what does VaLR need to learn a chain?
-    *at_sizes({"long VaLR": LONG_VALR}, (4200,)),
+    # what does VaLR need to learn a chain, and is that more than text?
+    *at_sizes({"long VaLR": LONG_VALR, "long text": LONG_TEXT}, (4200,)),
 ], "fresh": [
     # what the main study left open, for seeds that had no part in raising the question; one group,
     # so that a seed is done before the next
@@ -355,7 +356,7 @@ def call(script, extra, **settings):
 
 
 def laid_out(file, run):
-    """A data file in a run's layout: the same questions, in the folder beside with "-steps"."""
+    """A data file in a run's layout: the same questions, in the folder beside with "-<layout>"."""
     layout, path = (run or {}).get("layout", ""), Path(file)
     folder = path.parent.with_name(f"{path.parent.name}-{layout}") if layout else path.parent
     return folder / path.name

@@ -128,7 +128,8 @@ class Method(nn.Module):
         # images at their pads; a subclass puts latents at theirs
         x = embed(self.vlm, batch["ids"], batch["vision"], latents, latent_id)
         decoder = self.vlm.model.language_model
-        # no cache: with activation checkpointing it gives wrong gradients, in silence
+        # no cache: those of transformers grow in place, and activation checkpointing, which reads
+        # twice, then gives wrong gradients, in silence (valr.py has one that does not)
         out = decoder(inputs_embeds=x, position_ids=batch["pos"], use_cache=False)
         return out.last_hidden_state[:, :-1]
 

@@ -413,7 +413,7 @@ ROWS = {
     "sparse": Rows(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
          "first 200", "parser dropped"), {HARD: ("clean", "hard")}, HARD),
-    "valr": Rows(("text n=2500", "VaLR", "VaLR n=2500", "long VaLR n=4200"), {
+    "valr": Rows(("VaLR", "VaLR n=2500", "long text n=4200", "long VaLR n=4200"), {
         "as trained":        ("clean",   "hard"),
         "another example's": ("shuffle", "hard"),
         "noise":             ("noise",   "hard"),

@@ -12,7 +12,8 @@ starts from a chain-of-thought model (`method=text` on the same rows). Its value
 settings of train.py: K = 16, align_layer = 12 of 28, lambda_align = 0.5, lr = 2e-6,
 lr_head = 1e-5 (of psi), one epoch.
 
-Shape letters beside method.py's: M latents, N spans, K latents a span, P patches.
+Shape letters beside method.py's: M latents, N spans, K latents a span, P patches, L places of a
+part.
 """
 
 import math
@@ -74,6 +75,9 @@ class VaLR(Method):
                 self.encoders.append(FolderEncoder(name, dtype, pick_device()))
         self.psi = nn.ModuleList(projector(d, encoder.width) for encoder in self.encoders)
         self.pictures = []  # a digest a row
+        # `read_in_parts` has masks, for which cuDNN's attention gives NaN gradients on an H100
+        # (github.com/pytorch/pytorch/issues/196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def inputs(self):
         folders = [name for name in encoder_names(self.settings) if name != "own"]
@@ -125,7 +129,7 @@ class VaLR(Method):
         before = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
         if self.settings["fed_gradient"] and self.settings["rollout"] == 0:
             h, early = self.read_in_parts(batch)
-            fed = h[before]  # (M, d)
+            fed = h[before]  # (M, d), themselves: the error is 0
         else:
             fed = self.roll_out(batch, before)
             h, early = self.states_and_block(batch, fed)
@@ -172,14 +176,16 @@ class VaLR(Method):
         Part n of a row goes from its n-th latent, part 0 from its start, to before the next. The
         n-th parts of all rows are read together, after the keys and values of those before; then,
         if the `whole` is asked for, what follows the last latent of each. Gradients go through all
-        that is fed. States that no label follows are 0.
+        that is fed. What is not read, as padding is not, has states of 0.
         """
         is_latent = batch["ids"] == self.latent_id
         most = self.most_latents(is_latent)
         part = is_latent.cumsum(1)  # (B, T)
-        part = part.masked_fill(part == part[:, -1:], most)  # a row's last, or its only one
-        labels_left = (batch["labels"] != IGNORE).flip(1).cumsum(1).flip(1)
-        part = part.masked_fill(labels_left == 0, -1)  # of none
+        # the last part of each row, the only one where there is no latent
+        part = part.masked_fill(part == part[:, -1:], most if whole else -1)
+        labelled = batch["labels"] != IGNORE
+        padding = labelled.flip(1).cumsum(1).flip(1) == 0  # after the last label
+        part = part.masked_fill(padding, -1)
         order = reading_order(part, most + 1 if whole else max(1, most))
 
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
@@ -195,7 +201,6 @@ class VaLR(Method):
                     position_ids=batch["pos"][:, row[:, None], at],
                     attention_mask=torch.cat(read, 1),
                     past_key_values=past,
-                    use_cache=True,
                 )
                 past = past.following()
                 states.append(out.last_hidden_state)
@@ -266,10 +271,10 @@ class VaLR(Method):
 
 
 class Past:
-    """Keys and values of the parts read before one part, in the form of transformers' caches.
+    """Keys and values of the parts before one part and its own, asked as transformers' caches are.
 
-    Reading changes nothing that it has read from: activation checkpointing reads a part twice, and
-    a cache that grows in place would then have it twice, and wrong gradients.
+    Activation checkpointing reads a part twice. A cache that grows in place then holds it twice,
+    which gives wrong gradients; in this one the second reading finds the first.
     """
 
     def __init__(self, before=()):
@@ -280,19 +285,17 @@ class Past:
         """That of the next part."""
         return Past((*self.before, self))
 
-    def update(self, keys, values, layer, *args, **kwargs):
+    def update(self, keys, values, layer):
         """A layer's keys and values up to this part's end."""
-        self.own[layer] = keys, values
+        self.own.setdefault(layer, (keys, values))
         parts = [part.own[layer] for part in (*self.before, self)]
         return tuple(torch.cat(kind, 2) for kind in zip(*parts))
 
-    def get_seq_length(self, layer=0):
+    def get_query_offset(self, layer):
         return sum(part.own[layer][0].shape[2] for part in self.before)
 
-    get_query_offset = get_seq_length
-
     def get_mask_sizes(self, length, layer):
-        return self.get_seq_length(layer) + length, 0
+        return self.get_query_offset(layer) + length, 0
 
 
 def reading_order(part, n_parts):

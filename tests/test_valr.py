@@ -120,6 +120,29 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
 
 
 @torch.no_grad()
+def test_a_rollout_reads_no_more_than_it_needs(base, steps, alone):
+    """Each position before a row's last latent once; of rows without latents one place, as ranks
+    read together."""
+    model, lengths = method(base), []
+    decoder = model.vlm.model.language_model
+    decoder.register_forward_pre_hook(
+        lambda module, args, inputs: lengths.append(inputs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    rows = list(load_examples(steps / "train.jsonl")[1:3])
+    batch = batch_of(model, rows[:1])
+    before = batch["ids"][:, 1:] == model.latent_id
+    fed = model.roll_out(batch, before)
+    assert len(fed) == len(lengths) == 8 and sum(lengths) == int(before[0].nonzero().max()) + 1
+    lengths.clear()
+    for row in rows:
+        row |= {"aux_images": [], "response": strip_latents(row["response"])}
+    batch = batch_of(model, rows)
+    fed = model.roll_out(batch, batch["ids"][:, 1:] == model.latent_id)
+    assert fed.shape[0] == 0 and lengths == [1]
+
+
+@torch.no_grad()
 def test_an_exact_rollout_in_bfloat16(base, steps, alone):
     """Read in parts or at once, rounding is all that differs."""
     model = method(base)
@@ -247,7 +270,7 @@ def dict_copy(row):
 
 @pytest.mark.parametrize("rollout", [0, 2])
 @pytest.mark.parametrize("through", [False, True])
-def test_gradients_stop_at_what_is_fed(base, steps, alone, through, rollout):
+def test_gradients_stop_at_what_is_fed_or_go_on(base, steps, alone, through, rollout):
     """Of the alignment alone: blocks after the aligned one move only through what is fed."""
     model = method(base, align_layer=2, rollout=rollout, fed_gradient=through)
     batch = batch_of(model, load_examples(steps / "train.jsonl")[1:3])
