@@ -97,7 +97,7 @@ OTHERS = {
 # where it learns: each move is named before its picture, the rollout is exact, gradients go through
 # all of it, and psi learns more slowly
 LONG_TEXT = {"method": "text", "layout": "named", "min_pixels": 784, "max_steps": 1600}
-LONG_VALR = OTHERS["VaLR"] | LONG_TEXT | {"method": "valr", "rollout": 0, "lr_head": 3e-4}
+LONG_VALR = VALR | LONG_TEXT | {"K": 1, "method": "valr", "whole_gradient": True, "lr_head": 3e-4}
 # fmt: on
 
 

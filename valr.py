@@ -54,6 +54,9 @@ class VaLR(Method):
             raise SystemExit(f"K={K}: latents are upsampled as a square; expected 1, 4, 9, 16, ...")
         if not encoder_names(settings):
             raise SystemExit("encoders is empty: expected `own` or folders, with commas between")
+        if settings["whole_gradient"] and settings["rollout"]:
+            found = f"found rollout={settings['rollout']}"
+            raise SystemExit(f"whole_gradient=1 wants an exact rollout, rollout=0; {found}")
 
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)
@@ -127,7 +130,7 @@ class VaLR(Method):
         """Sums of cross-entropy, of 1/P sum_p -cos(psi(up(F))[p], F_phi[p]) over the N spans, and
         of ||fed - h||^2 and ||h||^2 over the M latents, which say how exact the rollout was."""
         before = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
-        if self.settings["fed_gradient"] and self.settings["rollout"] == 0:
+        if self.settings["whole_gradient"]:
             h, early = self.read_in_parts(batch)
             fed = h[before]  # (M, d), themselves: the error is 0
         else:
@@ -156,18 +159,20 @@ class VaLR(Method):
 
         Latent after latent, as in generation; or by `rollout` Jacobi passes: each feeds all latents
         the states of the pass before, one position on, and makes one more of every row exact.
-        Gradients stop at what is fed [not stated]. With `fed_gradient` they go through the last
-        pass, or through all of an exact rollout, for which `read_in_parts` is enough.
+        Gradients stop at what is fed [not stated], but for `fed_gradient`: then they go through the
+        last pass, which is one more after an exact rollout.
         """
-        passes = self.settings["rollout"]
-        if passes == 0:
-            with torch.no_grad():
-                return self.read_in_parts(batch, whole=False)[0][before]
         through = self.settings["fed_gradient"] and torch.is_grad_enabled()
-        fed = None  # at first the embedding of the pad itself
-        for i in range(passes):
-            with torch.set_grad_enabled(through and i == passes - 1):
-                fed = self.states(batch, fed, self.latent_id)[before]
+        passes = self.settings["rollout"]
+        with torch.no_grad():
+            if passes == 0:
+                fed = self.read_in_parts(batch, whole=False)[0][before]
+            else:
+                fed = None  # at first the embedding of the pad itself
+                for _ in range(passes - 1 if through else passes):
+                    fed = self.states(batch, fed, self.latent_id)[before]
+        if through:
+            fed = self.states(batch, fed, self.latent_id)[before]
         return fed
 
     def read_in_parts(self, batch, whole=True):

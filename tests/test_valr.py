@@ -270,7 +270,7 @@ def dict_copy(row):
 
 @pytest.mark.parametrize("rollout", [0, 2])
 @pytest.mark.parametrize("through", [False, True])
-def test_gradients_stop_at_what_is_fed_or_go_on(base, steps, alone, through, rollout):
+def test_gradients_stop_at_what_is_fed(base, steps, alone, through, rollout):
     """Of the alignment alone: blocks after the aligned one move only through what is fed."""
     model = method(base, align_layer=2, rollout=rollout, fed_gradient=through)
     batch = batch_of(model, load_examples(steps / "train.jsonl")[1:3])
@@ -290,7 +290,7 @@ def test_gradients_stop_at_what_is_fed_or_go_on(base, steps, alone, through, rol
 def test_gradients_go_through_a_whole_exact_rollout(base, steps, alone, checkpointing):
     """Read in parts, once, they are those of as many whole passes as a row has latents, each with
     its gradients; rows of 2 and 3 moves, and one of text, which is the longest."""
-    model = method(base, fed_gradient=True, lambda_align=2.0)
+    model = method(base, whole_gradient=True)
     model.vlm.model.visual.requires_grad_(False)
     model.double()  # through a chain of random layers rounding grows
     rows = list(load_examples(steps / "train.jsonl")[1:4])
@@ -371,8 +371,8 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
     assert "aux_images" in text
 
 
-@pytest.mark.parametrize("rollout", [0, 2])
-def test_a_rank_may_have_no_latents(tmp_path, base, steps, rollout):
+@pytest.mark.parametrize("gradient", ["--whole_gradient=1", "--fed_gradient=1 --rollout=2"])
+def test_a_rank_may_have_no_latents(tmp_path, base, steps, gradient):
     """Rows mostly of text, gradients through what is fed: all ranks still read every part, and
     meet in every pass."""
     rows = list(load_examples(steps / "train.jsonl"))
@@ -380,8 +380,7 @@ def test_a_rank_may_have_no_latents(tmp_path, base, steps, rollout):
         if i % 4:
             row["response"], row["aux_images"] = strip_latents(row["response"]), []
     write_lines(tmp_path / "train.jsonl", rows)
-    more = [f"--data={tmp_path}/train.jsonl", "--fed_gradient=1", f"--rollout={rollout}"]
-    more += ["--max_steps=2"]
+    more = [f"--data={tmp_path}/train.jsonl", *gradient.split(), "--max_steps=2"]
     run("train.py", *args_of(base, steps, tmp_path / "one", *more))
     more += ["--token_budget=1", "--activation_checkpointing=1"]
     run("train.py", *args_of(base, steps, tmp_path / "two", *more), ranks=2)
@@ -428,6 +427,7 @@ REFUSED = {  # the setting, and what the sentence names
     "a block that is not there": ({"align_layer": 5}, "align_layer=5"),
     "no encoder": ({"encoders": " , "}, "encoders"),
     "an encoder that is not there": ({"encoders": "own,nowhere"}, "nowhere"),
+    "a whole gradient of passes": ({"whole_gradient": True, "rollout": 2}, "rollout=2"),
 }
 
 
