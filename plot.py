@@ -451,7 +451,9 @@ def draw_rows(rows, path_of_lines, path):
     check_found(there, path_of_lines, names)
     height = 0.6 + 0.3 * len(there)
     fig = plt.figure(figsize=(6.4, height))
-    ax = fig.add_axes([0.2, 0.5 / height, 0.78, 1 - 0.75 / height])
+    left = max(0.2, 0.0155 * max(map(len, there)))  # room for the names
+    width = 0.98 - left
+    ax = fig.add_axes([left, 0.5 / height, width, 1 - 0.75 / height])
     heading = 0.0  # where the next one begins
     for i, (what, column, colour) in enumerate(zip(numbers, columns, COLOURS)):
         for name, seeds in column.items():
@@ -463,7 +465,7 @@ def draw_rows(rows, path_of_lines, path):
             ax.plot(seeds, [y] * len(seeds), "o", ms=3, mew=0, alpha=0.7, color=colour)
         if len(columns) > 1:
             ax.text(heading, 1.02, what, transform=ax.transAxes, color=colour)
-            heading += 0.04 + 0.0125 * len(what)
+            heading += (0.03 + 0.01 * len(what)) / width
     ax.set_yticks(range(len(there)), there)
     ax.invert_yaxis()
     ax.set(xlim=(-0.02, 1.02), xlabel=f"{unit}: seeds, mean, 95 % t-interval")
