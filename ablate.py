@@ -96,8 +96,11 @@ OTHERS = {
 }
 # where it learns: each move is named before its picture, the rollout is exact, gradients go through
 # all of it, and psi learns more slowly
-LONG_TEXT = {"method": "text", "layout": "named", "min_pixels": 784, "max_steps": 1600}
-LONG_VALR = VALR | LONG_TEXT | {"K": 1, "method": "valr", "whole_gradient": True, "lr_head": 3e-4}
+LONG = {"layout": "named", "min_pixels": 784, "max_steps": 1600}
+LONG_RUNS = {
+    "long VaLR": VALR | LONG | {"K": 1, "whole_gradient": True, "lr_head": 3e-4},
+    "long text": LONG | {"method": "text"},
+}
 # fmt: on
 
 
@@ -141,7 +144,7 @@ RUNS = {"main": [
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
     # what does VaLR need to learn a chain, and is that more than text?
-    *at_sizes({"long VaLR": LONG_VALR, "long text": LONG_TEXT}, (4200,)),
+    *at_sizes(LONG_RUNS, (4200,)),
 ], "fresh": [
     # what the main study left open, for seeds that had no part in raising the question; one group,
     # so that a seed is done before the next
@@ -259,6 +262,7 @@ EVALS = {
 # Evaluations beside "clean" and "one by one". Those of study gap are also those of a run's other
 # sizes; GAP*: at interventions_at. edits: of pairs that differ in one thing, by edits.py.
 TESTS = ("markers", "mean", "noise", "shuffle", "oracle", "edits")
+VALR_TESTS = ("markers", "noise", "shuffle", "edits")
 MORE = {"main": {
     "text":   ("edits",),
     "output": TESTS,
@@ -266,8 +270,8 @@ MORE = {"main": {
     "LH+DA":  TESTS,
     "LH+PCA": TESTS,
     "GAP":    TESTS,
-    "VaLR":   ("markers", "noise", "shuffle", "edits"),
-    "long VaLR n=4200": ("markers", "noise", "shuffle", "edits"),
+    "VaLR":   VALR_TESTS,
+    "long VaLR n=4200": VALR_TESTS,
     "AMVL":   ("zero", "noise", "shuffle", "edits"),
 }, "fresh": {}, "gap": {
     "LH":     ("oracle",),

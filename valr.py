@@ -78,9 +78,10 @@ class VaLR(Method):
                 self.encoders.append(FolderEncoder(name, dtype, pick_device()))
         self.psi = nn.ModuleList(projector(d, encoder.width) for encoder in self.encoders)
         self.pictures = []  # a digest a row
-        # `read_in_parts` has masks, for which cuDNN's attention gives NaN gradients on an H100
-        # (github.com/pytorch/pytorch/issues/196678)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        if settings["whole_gradient"]:
+            # `read_in_parts` has masks, for which cuDNN's attention gives NaN gradients on an H100
+            # (github.com/pytorch/pytorch/issues/196678)
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def inputs(self):
         folders = [name for name in encoder_names(self.settings) if name != "own"]
@@ -194,23 +195,24 @@ class VaLR(Method):
         order = reading_order(part, most + 1 if whole else max(1, most))
 
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
-        row = torch.arange(len(x), device=x.device)
+        rows = torch.arange(len(x), device=x.device)
+        row = rows[:, None]
         fed = x[:, 0]  # (B, d): at each row's next latent, once there is one
         past, read, states, early = Past(), [], [], []
         with self.after_block(early):
             for at, real in order:
                 read.append(real)
-                comes_fed = is_latent[row[:, None], at][..., None]
+                comes_fed = is_latent[row, at][..., None]
                 out = self.vlm.model.language_model(
-                    inputs_embeds=torch.where(comes_fed, fed[:, None], x[row[:, None], at]),
-                    position_ids=batch["pos"][:, row[:, None], at],
+                    inputs_embeds=torch.where(comes_fed, fed[:, None], x[row, at]),
+                    position_ids=batch["pos"][:, row, at],
                     attention_mask=torch.cat(read, 1),
                     past_key_values=past,
                 )
                 past = past.following()
                 states.append(out.last_hidden_state)
                 length = real.sum(1)
-                last = states[-1][row, (length - 1).clamp(min=0)]
+                last = states[-1][rows, (length - 1).clamp(min=0)]
                 fed = torch.where(length[:, None] > 0, last, fed)
         T = part.shape[1]
         return in_places(states, order, T)[:, :-1], in_places(early, order, T)

@@ -371,7 +371,9 @@ def test_ranks_and_micro_batches_agree_and_a_run_resumes(tmp_path, base, steps, 
     assert "aux_images" in text
 
 
-@pytest.mark.parametrize("gradient", ["--whole_gradient=1", "--fed_gradient=1 --rollout=2"])
+@pytest.mark.parametrize(
+    "gradient", ["--whole_gradient=1", "--fed_gradient=1", "--fed_gradient=1 --rollout=2"]
+)
 def test_a_rank_may_have_no_latents(tmp_path, base, steps, gradient):
     """Rows mostly of text, gradients through what is fed: all ranks still read every part, and
     meet in every pass."""
