@@ -6,29 +6,38 @@ cd "$(dirname "$0")"
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 run() { echo; echo "\$ python $*"; .venv/bin/python "$@"; }
 
-baselines() {
+untrained() {
+    run fit_pca.py                                     # latent targets and their PCA
+    run eval.py --model=toy/base
+}
+text() {
     run train.py --method=text --out=out/text          # dense-caption SFT on the same data
     run eval.py --model=out/text
-    run eval.py --model=toy/base
 }
 
 # two chains of one thread each are 1.4 times as fast as one after the other with two
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+beside() {
+    set -m                                             # a process group of its own, to end with us
+    "$1" > "out/$1.log" 2>&1 &
+    set +m
+    trap "kill -- -$! 2> /dev/null || true" EXIT
+}
+after() {
+    wait $! || { cat "out/$1.log"; exit 1; }
+    cat "out/$1.log"
+}
 
 run toy.py data                                        # images and JSONL from a seed
-set -m                                                 # a process group of its own, to end with us
-baselines > out/baselines.log 2>&1 &
-set +m
-trap "kill -- -$! 2>/dev/null || true" EXIT
+beside untrained
 run sample_difficulty.py                               # 8 answers a question from the base
-run fit_pca.py                                         # latent targets and their PCA
+after untrained
+beside text
 run train.py                                           # GAP
 run eval.py --model=out/gap
 run eval.py --model=out/gap --out=out/eval/gap-noise --intervention=noise
 run infer.py --show=out/latents.png --aux=out/toy/test/3-aux.png
-
-wait $! || { cat out/baselines.log; exit 1; }
-cat out/baselines.log
+after text
 
 echo
 .venv/bin/python - <<'PY'

@@ -39,7 +39,7 @@ from model import IGNORE, embed, load_vlm, positions
 seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
 form = "storyboard"  # one picture of all moves; steps, named: one a move; place: another question
-n_train = 6000  # examples
+n_train = 4000  # examples
 longest = 4  # moves; of more than four, a storyboard for each four of them
 n_val = 200
 n_test = 1000
