@@ -45,55 +45,33 @@ def paired_difference(a, b):
 
 
 def difference_interval(differences):
-    """The 95 % interval of the mean of paired differences of grades, as (low, high).
+    """The 95 % interval of the mean of paired differences of grades, as (low, high)."""
+    d, error = mean_and_error(differences)
+    return max(-1.0, d - 1.96 * error), min(1.0, d + 1.96 * error)
 
-    Of right and wrong it is exact, and excludes 0 just where McNemar's p is below .05: that of the
-    wins' share among the pairs that differ, whose number is taken as it is.
+
+def difference_p(differences):
+    """Two-sided p-value of the mean of paired differences of grades being 0."""
+    d, error = mean_and_error(differences)
+    return math.erfc(abs(d) / error / math.sqrt(2))
+
+
+def mean_and_error(differences):
+    """The mean of paired differences of grades, and its standard error.
+
+    Bonett and Price's (2012): after two more questions, one that A alone has right and one that B
+    has. Intervals then cover 95 % where few pairs differ, too, and where all that do go one way.
     """
-    n = len(differences)
-    if not set(differences) <= {-1.0, 0.0, 1.0}:  # VSI-Bench's grades may lie between
-        d = mean(differences)
-        # rounding can leave a little less than nothing
-        variance = max(0.0, mean(x * x for x in differences) - d * d)
-        half = 1.96 * math.sqrt(variance / n)
-        return d - half, d + half
-    wins, differ = sum(x > 0 for x in differences), sum(x != 0 for x in differences)
-    low, high = clopper_pearson(wins, differ)
-    return (2 * low - 1) * differ / n, (2 * high - 1) * differ / n
-
-
-def clopper_pearson(k, n, tail=0.025):
-    """The exact 95 % interval of a share of which k of n were seen, as (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-
-    def at_least(k, p):
-        """The probability of k or more of n."""
-        logs = [
-            math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-            + i * math.log(p) + (n - i) * math.log1p(-p)
-            for i in range(k, n + 1)
-        ]  # fmt: skip
-        return math.fsum(map(math.exp, logs))
-
-    def solve(k, probability):
-        """The p at which k or more have this probability, by bisection: it grows with p."""
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            p = (low + high) / 2
-            low, high = (p, high) if at_least(k, p) < probability else (low, p)
-        return (low + high) / 2
-
-    # the share below which k or more is improbable, and that above which k or fewer is
-    low = solve(k, tail) if k > 0 else 0.0
-    high = solve(k + 1, 1 - tail) if k < n else 1.0
-    return low, high
+    n = len(differences) + 2
+    d = math.fsum(differences) / n
+    square = (math.fsum(x * x for x in differences) + 2) / n
+    return d, math.sqrt((square - d * d) / n)
 
 
 def t_test(x):
     """Exact two-sided p-value of the mean of numbers x being 0, one a seed.
 
-    1 for a single one, and for two that are equal, which may be chance.
+    1 for a single one, and for equal ones: nothing is known of their spread.
 
     By the closed form of Student's t for a whole number of degrees of freedom: with theta =
     atan(t / sqrt(n)), P(|T| < t) is a finite sum of powers of cos(theta).
@@ -103,7 +81,7 @@ def t_test(x):
     n, m = len(x) - 1, mean(x)
     error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
     if error < 1e-12:  # equal but for the rounding of shares such as 25 / 600 - 24 / 600
-        return 0.0 if abs(m) > 1e-12 and len(x) > 2 else 1.0
+        return 1.0
     theta = math.atan(abs(m) / error / math.sqrt(n))
     sine, square = math.sin(theta), math.cos(theta) ** 2
     odd = n % 2

@@ -5,7 +5,7 @@ from these lines alone. Nothing is run here, and nothing is random.
 
 Two runs a and b are compared in two ways, which stand beside each other in every table:
 - the difference of their accuracies, paired by seed, with a t-interval: would other seeds agree?
-- McNemar's test on their answers to the same questions: would other questions agree?
+- the same over the questions, of which each is one pair: would other questions agree?
 
 `what` names a run ("GAP") or one of its evaluations ("GAP/noise"). A star in it stands for the size
 that the study looks at closely: "GAP*" is the run "GAP n=1000".
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from claims import PREDICTING, TABLES
 from data import write_then_rename
-from intervals import holm, mcnemar, t_test
+from intervals import difference_p, holm, t_test
 
 # --------------------------------------------------------------------------------------------------
 # what a table reads of the lines
@@ -69,11 +69,11 @@ def right(line, kind, measure, easy):
 def latest(lines):
     """Those of ablate.py's lines that go together.
 
-    With their run's latest settings, and of the last line's base and test set.
+    Of the last line's base and test set, and with their run's latest settings and training data.
     """
     lines = [line for line in lines if line.get("world") == lines[-1].get("world")]
-    settings = {line["name"]: line["settings"] for line in lines}
-    return [line for line in lines if line["settings"] == settings[line["name"]]]
+    keys = {line["name"]: line["key"] for line in lines}
+    return [line for line in lines if line["key"] == keys[line["name"]]]
 
 
 def value(line, kind, measure, easy):
@@ -154,15 +154,18 @@ def over_seeds(gaps):
 
 
 def paired_p(study, a, b):
-    """McNemar's p of the answers to the hard questions, those of all common seeds together."""
-    (name_a, kind_a), (name_b, kind_b) = run_and_evaluation(a), run_and_evaluation(b)
-    lines_a, lines_b = study.lines[name_a], study.lines[name_b]
-    # a question counts once a seed: each seed's model has answered it anew
-    answers_a, answers_b = [], []
-    for seed in sorted(lines_a.keys() & lines_b.keys()):
-        answers_a += right(lines_a[seed], kind_a, "hard", study.easy)
-        answers_b += right(lines_b[seed], kind_b, "hard", study.easy)
-    return mcnemar(answers_a, answers_b)
+    """p of the hard questions' mean difference, each question's over all common seeds."""
+    seeds = study.lines[run_and_evaluation(a)[0]].keys() & study.lines[run_and_evaluation(b)[0]]
+
+    def shares_right(what):
+        """Of each question, in which share of the seeds it is answered."""
+        name, kind = run_and_evaluation(what)
+        answers = [right(study.lines[name][seed], kind, "hard", study.easy) for seed in seeds]
+        return [sum(one) / len(seeds) for one in zip(*answers)]
+
+    # a question is one pair, not one a seed: seeds find the same questions hard
+    pairs = zip(shares_right(a), shares_right(b))
+    return difference_p([x - y for x, y in pairs])
 
 
 def verdicts(differences):
@@ -182,19 +185,22 @@ def verdicts(differences):
 
 # a difference of accuracies that a study should tell: p < .05, uncorrected, in four of five tries
 TELLS = 0.05
+# means of accuracy between which runs say how far seeds differ: at the floor they can not
+OFF_FLOOR_AND_CEILING = 0.1, 0.9
 
 
 def power(study):
     """In words: how many seeds tell a difference of TELLS, by the spread of the seeds there are."""
     spread, freedom = 0.0, 0
+    low, high = OFF_FLOOR_AND_CEILING
     for name, by_seed in study.lines.items():
         x = list(values(study, name).values())
         trained = next(iter(by_seed.values()))["settings"].get("run") is not None
-        if trained and len(x) > 1:
+        if trained and len(x) > 1 and low <= statistics.mean(x) <= high:
             spread += statistics.variance(x) * (len(x) - 1)
             freedom += len(x) - 1
     if not freedom:
-        return "One seed each: how far seeds differ is not known."
+        return "How far seeds differ is not known: no run between floor and ceiling has two."
     sd = math.sqrt(spread / freedom)
 
     def told(seeds):
@@ -206,9 +212,9 @@ def power(study):
     enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
     now = f"one of {told(here):.2f}" if told(here) < 1 else "none at all"
     return (
-        f"Seeds of a run differ by a standard deviation of {sd:.3f} (over {freedom} degrees of "
-        f"freedom), so that a single test, uncorrected, tells a difference of {TELLS} in four of "
-        f"five tries by {enough} seeds a run, and {now} by {here}."
+        f"Seeds of a run between {low} and {high} differ by a standard deviation of {sd:.3f} (over "
+        f"{freedom} degrees of freedom), so that a single test, uncorrected, tells a difference of "
+        f"{TELLS} in four of five tries by {enough} seeds a run, and {now} by {here}."
     )
 
 
@@ -321,7 +327,7 @@ def scores(study, table):
         f"## {table.title}",
         *markdown(head, cells),
         *not_run(absent),
-        *sentences(study, claims, table.column.startswith("7B")),
+        *sentences(study, claims, table.of_paper),
     ]
 
 
@@ -359,7 +365,7 @@ def diagnosis(study):
         "logarithms of L2 norms; the share of the latents' energy in the PCA subspace; rank and "
         "cosine of an example's latents about mu (in brackets: of the real features).",
         *markdown(DIAGNOSIS_HEAD, [*rows, DIAGNOSIS_OF_PAPER]),
-        *sentences(study, DIAGNOSIS_CLAIMS, paper=True),
+        *sentences(study, DIAGNOSIS_CLAIMS, paper=False),
         "",
     ]
 
@@ -586,7 +592,7 @@ def where_it_pays(gaps):
         return "has not been run"
     parts, found = [], dict(zip(gaps, verdicts(gaps.values())))
     for words, wanted in (("pays", "yes"), ("costs", "no"), ("is undecided", "undecided")):
-        sizes = [f"{n:,}" for n, verdict in found.items() if verdict == wanted]
+        sizes = [f"{n:,}" if n else "all" for n, verdict in found.items() if verdict == wanted]
         parts.append(f"{words} at {', '.join(sizes) or 'no size'}")
     return "; ".join(parts)
 
@@ -625,8 +631,8 @@ def preamble(study, lines):
         "deviation over seeds. "
         f"{MEANINGS[study.name]} "
         "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
-        "p is McNemar's, exact, over the questions of all seeds, "
-        "not corrected for the number of tests. "
+        "p is over the questions, each its mean over the seeds, not corrected for the number of "
+        "tests. "
         '"Yes" and "no" are at 5 % by the paired t-test over seeds, with Holm\'s correction for '
         'the claims of a list; "undecided" is the rest. '
         f"{power(study)} "

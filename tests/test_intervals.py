@@ -1,11 +1,13 @@
 """Intervals and the paired test against scipy."""
 
+import math
 import random
+import statistics
 
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
-from intervals import difference_interval, holm, mcnemar, t_test, wilson
+from intervals import difference_interval, difference_p, holm, mcnemar, t_test, wilson
 
 
 def test_wilson_against_scipy():
@@ -26,23 +28,44 @@ def test_paired_test_against_scipy():
     assert mcnemar([1, 0, 1], [1, 0, 1]) == 1.0
 
 
-def test_an_interval_excludes_zero_where_the_exact_test_does():
-    """Of every outcome of up to 24 pairs, ties among them, and some larger; scipy's bounds."""
-    outcomes = [(w, n - w, t) for n in range(25) for w in range(n + 1) for t in (0, 5) if n + t]
-    for wins, losses, ties in [*outcomes, (30, 60, 400), (480, 520, 0), (440, 560, 7)]:
-        n = wins + losses
-        low, high = difference_interval([1.0] * wins + [-1.0] * losses + [0.0] * ties)
-        ours = [1] * wins + [0] * (losses + ties)
-        p = mcnemar(ours, [0] * wins + [1] * losses + [0] * ties)
-        assert (low > 0 or high < 0) == (p < 0.05), (wins, losses)
-        if n:
-            share = binomtest(wins, n).proportion_ci(method="exact")
-            want = [(2 * x - 1) * n / (n + ties) for x in share]
-            assert [low, high] == pytest.approx(want, abs=1e-6)
-    # grades between right and wrong have no counts
+def outcomes(n, p_win, p_loss):
+    """Each number of wins and losses of n pairs, with its probability."""
+    for wins in range(n + 1):
+        for losses in range(n + 1 - wins):
+            ways = math.comb(n, wins) * math.comb(n - wins, losses)
+            ties = n - wins - losses
+            yield wins, losses, ways * p_win**wins * p_loss**losses * (1 - p_win - p_loss) ** ties
+
+
+@pytest.mark.parametrize("n", [20, 100])
+@pytest.mark.parametrize(
+    "chances", [(0.5, 0), (0.5, 0.01), (0.3, 0.02), (0.1, 0.08), (0.02, 0), (0.9, 0.05)]
+)
+def test_an_interval_covers_the_true_difference(n, chances):
+    """By the probability of every outcome, also where all pairs that differ go one way."""
+    p_win, p_loss = chances
+    covered = 0.0
+    for wins, losses, probability in outcomes(n, p_win, p_loss):
+        if probability > 1e-9:
+            differences = [1.0] * wins + [-1.0] * losses + [0.0] * (n - wins - losses)
+            low, high = difference_interval(differences)
+            covered += probability * (low <= p_win - p_loss <= high)
+    assert covered > 0.93
+
+
+def test_an_interval_of_partial_grades():
     grades = [0.5, -0.25, 0.0, 1.0]
     low, high = difference_interval(grades)
-    assert (low + high) / 2 == pytest.approx(0.3125) and low < 0.3125 < high
+    assert low < 0.3125 < high
+    # of many it is the plain one, and so is the test
+    low, high = difference_interval(grades * 1000)
+    half = 1.96 * statistics.pstdev(grades) / math.sqrt(4000)
+    assert [low, high] == pytest.approx([0.3125 - half, 0.3125 + half], abs=2e-4)
+    rng = random.Random(0)
+    x = [rng.choice([1.0, -1.0, 0.0, 0.5]) - 0.02 for _ in range(4000)]
+    assert difference_p(x) == pytest.approx(ttest_1samp(x, 0).pvalue, rel=0.02)
+    # all that differ go one way: no error of 0
+    assert difference_p([1.0] * 600) < 1e-99 and difference_p([0.0] * 600) == 1.0
 
 
 def test_t_test_against_scipy():
@@ -52,7 +75,7 @@ def test_t_test_against_scipy():
             x = [rng.gauss(mean, 1) for _ in range(n)]
             assert t_test(x) == pytest.approx(ttest_1samp(x, 0).pvalue, abs=1e-9)
     assert t_test([0.3]) == 1.0 and t_test([0.0, 0.0]) == 1.0 and t_test([0.5, 0.5]) == 1.0
-    assert t_test([0.5] * 3) == 0.0
+    assert t_test([0.5] * 3) == 1.0
     x = [25 / 600 - 24 / 600, 21 / 600 - 20 / 600]  # equal but for their rounding
     assert x[0] != x[1] and t_test(x) == 1.0
 

@@ -158,6 +158,7 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
         right = {"1 moves": [2, "1"], "2 moves": [4, f"{int(bits, 2):x}"]}
         along = {"own": [0.9, 0.1 * seed], "forced": [0.9, 0.8]}
         line = {"name": name, "seed": seed, "settings": {"examples": examples}}
+        line["key"] = f"{name}, {examples}"
         line |= {"evals": {"clean": {"right": right}}}
         line["world"] = "old" if seed == 3 else "new"
         lines.append(line | {"probe": {"along": along} if name == "output" else {}})

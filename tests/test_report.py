@@ -4,6 +4,7 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -40,7 +41,7 @@ def line(name, seed, right):
     return {
         "name": name,
         "seed": seed,
-        "key": f"{name}{seed}",
+        "key": name,
         "settings": ablate.settings_for(name),
         "git": "0123456",
         "steps_per_s": 2.0,
@@ -84,14 +85,33 @@ def test_differences_and_verdicts(study):
     interval = stats.t.interval(0.95, 1, loc=0.5, scale=0.125)
     assert (low, high) == pytest.approx(interval, abs=1e-3)
     assert p == pytest.approx(stats.ttest_1samp([5 / 8, 3 / 8], 0).pvalue)
+    # of eight questions three differ in both seeds and two in one; two more, one each way
+    x = [1, 1, 1, 0.5, 0.5, 0, 0, 0, 1, -1]
+    z = np.mean(x) / (np.std(x) / math.sqrt(10))
     p = report.paired_p(study, "GAP", "LH+DA")
-    assert p == pytest.approx(stats.binomtest(8, 8).pvalue)  # eight pairs differ, one way
+    assert p == pytest.approx(2 * stats.norm.sf(z))
     up, down = Difference(0.2, 0.1, 0.3, 3, 0.02), Difference(-0.2, -0.3, -0.1, 3, 0.02)
     one = Difference(0.2, -math.inf, math.inf, 1, 1.0)
     assert report.verdicts([up]) == ["yes"] and report.verdicts([down]) == ["no"]
     # what holds alone may not hold among others that are read with it
     assert report.verdicts([up, None, one]) == ["yes", "not run yet", "undecided"]
     assert report.verdicts([up, up, up]) == ["undecided"] * 3
+
+
+def test_runs_on_other_data_do_not_go_together():
+    """Of equal settings, but of another key: those of the last line stay."""
+    old, new, last = (line("GAP", seed, {"2 moves": "01"}) for seed in (1, 2, 3))
+    assert report.latest([old | {"key": "of another data file"}, new, last]) == [new, last]
+
+
+def test_seeds_that_find_the_same_questions_hard_are_not_more_questions(study):
+    """The same answers again and again: no seed adds to what one says."""
+    for name, by_seed in study.lines.items():
+        study.lines[name] = {1: by_seed[1]}
+    alone = report.paired_p(study, "GAP", "LH+DA")
+    for name, by_seed in study.lines.items():
+        study.lines[name] = dict.fromkeys(range(10), by_seed[1])
+    assert report.paired_p(study, "GAP", "LH+DA") == pytest.approx(alone)
 
 
 def test_every_seed_is_shown():
