@@ -62,7 +62,7 @@ from data import (
     write_then_rename,
 )
 from duplicates import fingerprints, groups_of
-from endpoint import key_in
+from endpoint import check_url, key_in
 from images import decode_image, open_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
@@ -533,11 +533,7 @@ def synthesise():
     """An auxiliary image for each row without one, then a response of the teacher for each row."""
     began = time.monotonic()
     for url in (teacher_url, image_url):
-        # the client would take anything else for the name of a model on the hub
-        if not url.startswith(("http://", "https://")):
-            raise SystemExit(
-                f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1"
-            )
+        check_url(url)
     costs = cost_file()
     open_append(costs).close()  # a line that a kill cut in two is gone before the next is written
     drawn = work_through("drawn", load_data(), draw_image, DRAWN_USES, "rejects.drawn.jsonl")

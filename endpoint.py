@@ -15,6 +15,15 @@ LONGEST_PAUSE = 60  # seconds
 NO_KEY = "none"  # never empty: the client would send the user's own hub token instead
 
 
+def check_url(url):
+    """Raise SystemExit for an address that is none."""
+    # the client would take anything else for the name of a model on the hub
+    if not url.startswith(("http://", "https://")):
+        raise SystemExit(
+            f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1"
+        )
+
+
 def key_in(name):
     """The key that the environment variable `name` holds; NO_KEY for none."""
     return os.environ.get(name) or NO_KEY

@@ -57,7 +57,7 @@ from data import (
     write_json,
     write_lines,
 )
-from endpoint import key_in
+from endpoint import check_url, key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -849,6 +849,7 @@ def card(row, imaginer):
 
 def check_served():
     """Raise SystemExit for a setting that a server, which writes text only, can not follow."""
+    check_url(url)
     for name, plain in LATENT_SETTINGS.items():
         if globals()[name] != plain:
             raise SystemExit(f"{name}={globals()[name]!r}: a server writes no latents; drop `url`")
@@ -882,6 +883,8 @@ def main():
         if not save_latents:
             raise SystemExit("--sheet draws the latents that a run keeps: give --save_latents=1")
         memory = bank_of(model, bank)
+    if judge_url:
+        check_url(judge_url)
     names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
     claim(out)
     # all of them first: a missing file is told now, and not after hours of the first benchmark

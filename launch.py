@@ -376,18 +376,18 @@ def clock(device):
 HELD = []  # open lock files: held until this process ends, however it ends
 
 
-def claim(folder, name=".lock"):
+def claim(folder, file=""):
     """Make an output folder, and keep other launches of the stage out of it until this one ends.
 
-    Raises SystemExit if another launch has it. What a killed run left half-written is removed.
-    Rank 0 claims for all ranks of a launch.
+    With a `file` in it only that is claimed. Raises SystemExit if another launch has it. What a
+    killed run left half-written is removed. Rank 0 claims for all ranks of a launch.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] > 0:
         return
     # the kernel lets go of the lock when the process ends, however it ends
-    lock = open(folder / name, "w")
+    lock = open(folder / (f".{file}.lock" if file else ".lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -398,7 +398,7 @@ def claim(folder, name=".lock"):
         print(f"{folder}: no lock can be held here ({e.strerror}); start no second process on it")
     HELD.append(lock)
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
-    for tmp in folder.rglob(".*.tmp"):
+    for tmp in folder.glob(f".{file}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
         if tmp.is_file() and writer.isdigit() and not Path(f"/proc/{writer}").exists():
             tmp.unlink()

@@ -36,7 +36,7 @@ from data import (
     weights_digest,
     write_lines,
 )
-from endpoint import key_in
+from endpoint import check_url, key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import read_ahead, see, stream, to_text
 from images import usable_rows
@@ -229,7 +229,7 @@ def sample_served(rows):
         id, said = next(iter(unanswered.items()))
         raise SystemExit(
             f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: {said}; run "
-            "again to ask for what is missing"
+            "again to ask for what is missing; what the server refuses has to leave the data"
         )
 
 
@@ -267,11 +267,18 @@ def sample_all(rows):
 
 
 def merge(rows):
-    """Merge the ranks' files into `out`, in the order of the data, and remove them."""
+    """Merge the ranks' files into `out`, in the order of the data, and remove them.
+
+    Questions that the data no longer has keep their lines, behind. Returns the others.
+    """
     # of all ranks, this launch's and earlier ones'
     found = finished(rows, run_key())
-    merged = [found[row["id"]] for row in rows]
-    write_lines(out, merged)
+    merged = [found.pop(row["id"]) for row in rows]
+    asked = {line["id"] for line in merged}
+    # work that is done: another data file may ask for it again
+    files = [out, *part_files()]
+    others = {line["id"]: line for path in files for line in read_count_lines(path)}
+    write_lines(out, [*merged, *(line for id, line in others.items() if id not in asked)])
     # a kill before this costs nothing: a line that stands in two files is one line, by its id
     for path in part_files():
         path.unlink()
@@ -291,17 +298,22 @@ def report(merged):
 
     # both, whichever is used: who guesses among four is right once in eight tries with p = .90
     for name, title in (("paper", "paper rule"), ("guess", "guess-aware rule")):
-        n = sum(needs_latents(line, tau, name) for line in merged)
-        used = "  <- used" if name == rule else ""
-        print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){used}")
+        unsolved = [line for line in merged if needs_latents(line, tau, name)]
+        n, open_still = len(unsolved), sum(line["lower_bound"] for line in unsolved)
+        note = "  <- used" if name == rule else ""
+        if open_still:  # solved by the rule that was used, and sampled no further
+            note = f"  at most: {open_still} were stopped too early to tell (early_stop=0 does)"
+        print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){note}")
 
 
 def main():
     check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
     show_files(reads=[base, data], writes=[out])
     check_there(Path(base) / "config.json")
+    if url:
+        check_url(url)
     rank, world = rank_and_world()
-    claim(Path(out).parent, f".{Path(out).name}.lock")
+    claim(Path(out).parent, Path(out).name)
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
     rows = usable_rows(load_examples(data, training=False), skip_unusable)

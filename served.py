@@ -19,6 +19,10 @@ from resume import each
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
 
 
+class NoAnswer(Exception):
+    """Why no try of a request gave an answer."""
+
+
 class Reply(NamedTuple):
     text: str
     finished: bool  # False: cut off by max_tokens
@@ -60,13 +64,17 @@ def seen_size(source, processor):
 def draw(served, messages, n, seed):
     """n Replies to a chat, in as few requests as the server allows: some ignore `n`.
 
-    Raises one of endpoint.FAILURES where no try gives an answer, SystemExit where none can.
+    Raises NoAnswer where no try gives one, SystemExit where none can.
     """
     replies = []
     while len(replies) < n:
         # another seed a request: the same one would draw the same answers again
         call = partial(ask, served, messages, n - len(replies), seed + len(replies))
-        replies += answered(call, served.url, served.tries, key=served.key)
+        try:
+            replies += answered(call, served.url, served.tries, key=served.key)
+        except FAILURES as e:
+            said = hidden(f"{type(e).__name__}: {e}", served.key)
+            raise NoAnswer(" ".join(said.split())[:300]) from None
     return replies[:n]
 
 
@@ -102,9 +110,8 @@ def ask_all(work, rows, workers, give_up, served):
         try:
             return row, work(row), ""
         # returned and not raised: one question must not end the others
-        except FAILURES as e:
-            said = hidden(f"{type(e).__name__}: {e}", served.key)
-            return row, None, " ".join(said.split())[:300]
+        except NoAnswer as e:
+            return row, None, str(e)
 
     in_a_row = 0
     for row, found, said in each(outcome, rows, workers):

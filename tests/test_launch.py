@@ -385,7 +385,12 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
     assert sorted(p.name for p in deep.iterdir()) == sorted([*kept, f".folder.{ended.pid}.tmp"])
     with pytest.raises(SystemExit, match="another process"):
         claim(tmp_path)
-    claim(tmp_path, ".another.lock")  # a stage of its own in the same folder
+    # a stage of its own for one file in the same folder
+    for name in (f".counts.jsonl.{ended.pid}.tmp", f".a.json.{ended.pid}.tmp"):
+        (tmp_path / name).touch()
+    claim(tmp_path, "counts.jsonl")
+    assert not (tmp_path / f".counts.jsonl.{ended.pid}.tmp").exists()
+    assert (tmp_path / f".a.json.{ended.pid}.tmp").exists()  # of a process on another machine?
     monkeypatch.setenv("RANK", "1")
     claim(tmp_path)
 

@@ -1,6 +1,7 @@
 """What can the base solve already? The rules, and counts that no kill or early stop changes."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -105,6 +106,27 @@ def test_counts_of_all_files_are_found(sampled):
     assert found[rows[1]["id"]]["correct"] == 3
     # rows that are gone are forgotten
     assert list(sample_difficulty.finished(rows[1:2], "k")) == [rows[1]["id"]]
+
+
+def test_counts_of_other_questions_are_kept(sampled, monkeypatch, capsys):
+    """A subset of the data takes no finished work away, from either file."""
+    rows, write = sampled
+    monkeypatch.setattr(sample_difficulty, "run_key", lambda: "k")
+    write("d.jsonl", (rows[0], {}), (rows[1], {"correct": 3}))
+    write("d.jsonl.rank000", (rows[2], {}), (rows[3], {"correct": 8}))
+    assert [line["id"] for line in sample_difficulty.merge(rows[2:3])] == [rows[2]["id"]]
+    assert not sample_difficulty.part_files()
+    assert [line["correct"] for line in sample_difficulty.merge(rows)] == [0, 3, 0, 8]
+
+
+def test_a_rule_is_told_only_what_decides_it(monkeypatch, capsys):
+    """Stopped at one right answer of eight: guessing among four options may have given it."""
+    line = {"correct": 1, "n": 8, "n_options": 4, "lower_bound": True}
+    monkeypatch.setattr(sample_difficulty, "rule", "paper")
+    sample_difficulty.report([line] * 3 + [line | {"correct": 0, "lower_bound": False}])
+    said = capsys.readouterr().out
+    assert re.search(r"paper rule +1 \(25.0%\)  <- used\n", said)
+    assert re.search(r"guess-aware rule +4 \(100.0%\)  at most: 3 were stopped too early", said)
 
 
 @pytest.mark.parametrize("field", ["question", "answer", "options", "system", "images"])

@@ -12,9 +12,10 @@ from conftest import TOY, run, sampling, send_completion
 from PIL import Image
 
 from data import load_examples, read_lines, write_lines
+from endpoint import check_url
 from model import image_grid, load_processor
 from sample_difficulty import needs_latents
-from served import served_messages
+from served import NoAnswer, Served, ask_all, served_messages
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -157,6 +158,29 @@ def test_a_test_set_is_answered_by_the_server(server):
     Server.faults = [400] * 10_000
     down = [*args, "--served_model=down", "--give_up=3"]
     assert "3 questions in a row" in run("eval.py", *down, env=ONLINE, ok=False)
+
+
+def test_a_fault_of_ours_is_no_missing_answer():
+    """What the server did not do ends the run, whatever it is called."""
+    server = Served("http://localhost:1/v1", "m", "none", 1, 9, 1.0, 1.0)
+
+    def work(row):
+        if row == "unanswered":
+            raise NoAnswer("HTTPError: 500")
+        return {}[row]
+
+    assert list(ask_all(work, ["unanswered"], 1, 9, server)) == [
+        ("unanswered", None, "HTTPError: 500")
+    ]
+    with pytest.raises(KeyError):
+        list(ask_all(work, ["ours"], 1, 9, server))
+
+
+def test_an_address_is_one():
+    check_url("http://localhost:8000/v1")
+    for url in ("localhost:8000/v1", "Qwen/Qwen2.5-VL-7B-Instruct", ""):
+        with pytest.raises(SystemExit, match="is no endpoint: expected http"):
+            check_url(url)
 
 
 def test_images_go_at_the_size_that_our_tower_sees(world):
