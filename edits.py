@@ -15,13 +15,22 @@ Reads a model folder, a data file of pairs of questions that differ in one thing
     python edits.py
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from answers import same_text
-from data import check_there, load_examples, read_lines, read_safetensors, write_json
+from data import (
+    check_fields,
+    check_there,
+    load_examples,
+    read_json,
+    read_lines,
+    read_safetensors,
+    write_json,
+)
 from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
@@ -43,13 +52,24 @@ def pairs_of(rows):
     """[(row, row)] of a data file. Raises SystemExit for a `pair` that is not of two rows."""
     by_pair = {}
     for row in rows:
-        if not isinstance(row.get("pair"), str):
-            raise SystemExit(f"{row.where}: field 'pair' must be a str, found {row.get('pair')!r}")
+        check_fields({"category": "all"} | row, {"pair": str, "category": str}, row.where)
         by_pair.setdefault(row["pair"], []).append(row)
     for name, members in by_pair.items():
         if len(members) != 2:
             raise SystemExit(f"{data}: pair {name!r} has {len(members)} rows, expected 2")
     return list(by_pair.values())
+
+
+def read_answers():
+    """{id: line of scored.jsonl}. Raises SystemExit where these are answers to another file."""
+    path, record = Path(answers) / "scored.jsonl", Path(answers) / "metrics.json"
+    for file in (path, record):
+        check_there(file, "eval.py writes it, with --save_latents=1")
+    settings = read_json(record, settings=dict)["settings"]
+    if settings.get("md5") != hashlib.md5(Path(data).read_bytes()).hexdigest():
+        raise SystemExit(f"{answers} has no answers to {data} as it is now; run eval.py on it")
+    fields = {"id": str, "extracted": (str, type(None)), "correct": (bool, int, float)}
+    return {line["id"]: line for line in read_lines(path, **fields)}
 
 
 def latents_of(row):
@@ -131,9 +151,9 @@ def summary(found):
 
 def main():
     show_files(reads=[model, data, answers], writes=[answers])
-    check_there(Path(answers) / "scored.jsonl", "eval.py writes it, with --save_latents=1")
+    check_there(Path(model) / "config.json")
     pairs = pairs_of(load_examples(data, training=False))
-    said = {line["id"]: line for line in read_lines(Path(answers) / "scored.jsonl")}
+    said = read_answers()
     missing = [row["id"] for pair in pairs for row in pair if row["id"] not in said]
     if missing:
         raise SystemExit(f"{answers}: no answer to {missing[0]!r}; run eval.py on {data}")

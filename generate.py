@@ -8,6 +8,7 @@ Shape letters beside model.py's and decoder.py's: Q questions, S samples of each
 
 import math
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -598,16 +599,18 @@ def latents_name(id):
 
 
 def save_latents_file(path, latents, head):
-    """Write the whole spans of generated latents (m * K, d), if any.
+    """Write the whole spans of generated latents (m * K, d), if any, in place of earlier ones.
 
     A span that the token limit cut off is left out.
     """
     # the token limit can cut a span in two
     unit = span_unit(head)
     whole = len(latents) // unit * unit
-    if whole:
-        tensors = {"latents": latents[:whole].contiguous()}
-        write_then_rename(path, lambda tmp: save_file(tensors, tmp))
+    if not whole:
+        Path(path).unlink(missing_ok=True)
+        return
+    tensors = {"latents": latents[:whole].contiguous()}
+    write_then_rename(path, lambda tmp: save_file(tensors, tmp))
 
 
 def load_latents_file(path, head):

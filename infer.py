@@ -296,19 +296,21 @@ def main():
     print()
 
     found = answers[0][0]["latents"]  # (m * K, d), of the only sample of the only question
-    if (show or latents) and not len(found):
+    if not (show or latents):
+        return
+    if not len(found):
         print("the model opened no latent span here: nothing to show or save")
         return
+    spans = whole_spans(found, head)
+    if not spans:
+        raise SystemExit(
+            f"the token limit cut the latents off: {len(found)} of {head.K}; raise "
+            f"max_new_tokens={max_new_tokens}"
+        )
     if latents:
         save_latents_file(latents, found, head)
-        print(f"wrote {latents}: {len(found)} latents")
+        print(f"wrote {latents}: {sum(map(len, spans))} latents")
     if show:
-        spans = whole_spans(found, head)
-        if not spans:
-            raise SystemExit(
-                f"the token limit cut the latents off: {len(found)} of {head.K}; raise "
-                f"max_new_tokens={max_new_tokens}"
-            )
         show_spans(show, vlm, processor, spans, [open_image(path) for path in paths], memory)
         print(f"wrote {show}")
 

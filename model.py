@@ -735,7 +735,11 @@ def mode_of_targets(folder):
     None without a head file, or with a head that was trained without targets.
     """
     path = Path(folder) / HEAD_FILE
-    return read_safetensors(path)[1].get("mode") if path.exists() else None
+    if not path.exists():
+        return None
+    meta = read_safetensors(path)[1]
+    head = HEADS.get(meta.get("kind"))
+    return meta.get("mode") if head and head.targets_fed else None
 
 
 def spread(v):

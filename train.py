@@ -114,7 +114,7 @@ align_layer = 2  # of valr: the block whose output is aligned; 7B: 12 [paper]
 lambda_align = 0.5  # of valr: weight of the alignment [paper]
 rollout = 0  # of valr: passes before the trained one; 0: latent after latent, which is exact
 fed_gradient = False  # of valr: gradients go through the last of these passes [paper: not stated]
-whole_gradient = False  # of valr: ... through all of an exact rollout, which is then read once
+whole_gradient = False  # of valr: ... through all of an exact rollout, read once (rollout = 0)
 query_span = False  # of valr: a row of one image and no span has one first, its image the target
 slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [paper]
 beta = 1e-5  # of amvl: weight of KL(sg[q] || p) [paper: not stated]

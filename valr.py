@@ -84,9 +84,10 @@ class VaLR(Method):
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def inputs(self):
-        folders = [name for name in encoder_names(self.settings) if name != "own"]
+        names = encoder_names(self.settings)  # in their order, which is that of the psi
+        digests = [name if name == "own" else weights_digest(name) for name in names]
         return {
-            "encoders": key_of([weights_digest(folder) for folder in folders]),
+            "encoders": key_of(digests),
             "aux_images": key_of(self.pictures),
         }
 

@@ -1,5 +1,6 @@
 """Pairs of questions that differ in one thing: what followed, counted by hand."""
 
+import hashlib
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 import edits
 import toy
-from data import load_examples, read_json, write_lines
+from data import load_examples, read_json, write_json, write_lines
 from edits import nearer_to_own
 from generate import latents_name
 from images import open_image
@@ -58,6 +59,8 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
         name = tmp_path / "e" / "latents" / latents_name(row["id"])
         save_file({"latents": v.contiguous()}, name)
     write_lines(tmp_path / "e" / "scored.jsonl", said)
+    md5 = hashlib.md5((tmp_path / "edits.jsonl").read_bytes()).hexdigest()
+    write_json(tmp_path / "e" / "metrics.json", {"settings": {"md5": md5}})
     args = [f"--model={trained}", f"--data={tmp_path}/edits.jsonl", f"--answers={tmp_path}/e"]
     run("edits.py", *args)
     found = read_json(tmp_path / "e" / "edits.json")
@@ -78,6 +81,9 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     assert again["start"]["cosine"] is None and again["start"]["followed"] == 1.0
     write_lines(tmp_path / "e" / "scored.jsonl", said[1:])
     assert "no answer to 'edits-start-0-a'" in run("edits.py", *args, ok=False)
+    write_lines(tmp_path / "e" / "scored.jsonl", said)
+    write_lines(tmp_path / "edits.jsonl", [dict(row) for row in rows[2:]])
+    assert "has no answers to" in run("edits.py", *args, ok=False)  # as the file is now
     write_lines(tmp_path / "edits.jsonl", [dict(row) for row in rows[1:]])
     assert "has 1 rows, expected 2" in run("edits.py", *args, ok=False)
 

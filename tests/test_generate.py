@@ -29,6 +29,7 @@ from generate import (
     latents_name,
     make_prompts,
     pick,
+    save_latents_file,
     stream,
     to_text,
 )
@@ -472,6 +473,15 @@ def test_latent_ids_are_looked_up(loaded, base, monkeypatch, unknown):
         t.unk_token = unknown
     assert latent_ids(tokenizer) == list(range(len(tokenizer) - 3, len(tokenizer)))
     assert latent_ids(without) == (None, None, None)
+
+
+def test_no_latents_of_an_earlier_answer_stay(tmp_path, head):
+    """Whole spans are written; an answer without one leaves no file, whatever was there."""
+    path, v = tmp_path / "a.safetensors", torch.randn(2 * head.K + 1, head.mean.shape[0])
+    save_latents_file(path, v, head)
+    close(load_file(path)["latents"], v[:-1])
+    save_latents_file(path, v[: head.K - 1], head)
+    assert not path.exists()
 
 
 def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):

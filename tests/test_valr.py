@@ -251,6 +251,10 @@ def test_several_encoders_have_a_psi_each(base, steps, alone, tmp_path):
             losses[encoders] = float(model(batch)["align"])
     together = losses.pop("own," + ",".join(folders))
     assert together == pytest.approx(sum(losses.values()) / 3, rel=1e-4)
+    # which encoders there are, and in which order, is a run's identity, too
+    names = ("own", folders[0], f"own,{folders[0]}", f"{folders[0]},own")
+    keys = {method(base, encoders=encoders).inputs()["encoders"] for encoders in names}
+    assert len(keys) == 4
     # identity by content: another encoder's weights are another run
     before = whole.inputs()["encoders"]
     saved = load_file(tmp_path / "clip" / "model.safetensors")
