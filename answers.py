@@ -34,6 +34,7 @@ LAYOUT = [
         (MARKUP, "\n"),
         (WRAPPED, r"\1"),
         (r"\\sqrt ?\{(\w+)\}", r"√\1"),
+        (r"(?<=\d)\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}", r" \1/\2"),  # three and a half
         (r"\\[dt]?frac ?\{([\w.√]+)\} ?\{([\w.√]+)\}", r"\1/\2"),
         (r"\\pi(?![a-z])", "π"),
         (r"\^ ?\{?\\circ\}?|\\degree", "°"),
@@ -454,10 +455,11 @@ WEAK_RULES = (
 # --------------------------------------------------------------------------------------------------
 # other kinds of answer
 
-# 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or -2
+# 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or
+# -2. Not a part of another number: "2√3", "5π", "10^3", "3/4" and "12:30" hold none
 NUMBER = (
-    r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    r"|(?<![A-Za-z0-9_.^])-?\.\d+)"
+    r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)(?![√π^]|[:/]\d)"
 )
 NUMBERS = re.compile(NUMBER, re.ASCII)
 # "is 12" and "= about 12", but not the 12 of "is 12 + 3" and of "are 12 red and 3 blue"
@@ -511,9 +513,12 @@ def find_number(text):
         return COUNT_WORDS.get(word[0], word[0])
 
     text = re.sub(r"\bone of\b|[a-z]+", digits, plain(text).lower())
-    if re.fullmatch(r"-?\d+/\d+", text, re.ASCII):
-        value = latex_value(text)
-        return None if value is None else f"{value:.15g}"
+    # an expression is its value
+    bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
+    if re.search(r"[√π^/*\\]", bare):
+        value = latex_value(bare)
+        if value is not None or re.fullmatch(r"-?\d+/\d+", bare, re.ASCII):  # 1/0 has none
+            return None if value is None else f"{value:.15g}"
     # "two people, whose ages can not be told": numbers before a refusal are of other things
     *before, said = REFUSED.split(text)
     declared = DECLARED_NUMBER.findall(" ".join([*before, said]))
@@ -669,6 +674,7 @@ def same_text(a, b):
 def value_of(text):
     """A value in one form: "x = 1 : 2" is "1:2"."""
     text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
+    text = re.sub(r"(?<![\d./])(\d+) (\d+/\d+)\b", r"(\1+\2)", text)  # "3 1/2"
     # two equations have no one value
     if not re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text):
         text = re.split(r"[=≈]|\\approx", text)[-1]
@@ -730,9 +736,11 @@ def is_correct(answer, row):
 def option_named(text, options):
     """The letter of the option that a gold answer names by its letter or its text; None if none."""
     letter = letter_of(text)
-    if letter in options:  # "E" of four options may still be the text of one
-        return letter
     same = [letter for letter, option in options.items() if same_text(option, text)]
+    # "C. elegans" is the text of one and names no C; a letter alone is a letter
+    alone = re.fullmatch(r"\W*[A-Za-z]\W*", text)
+    if letter in options and (alone or len(same) != 1):
+        return letter
     return same[0] if len(same) == 1 else None
 
 

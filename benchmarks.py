@@ -162,10 +162,7 @@ def mathvista_prompts(folder):
 
 
 def mathvista(r, folder):
-    """The official testmini.json with the prompts of query.json, or VLMEvalKit's TSV.
-
-    The question of the TSV is the prompt.
-    """
+    """The official testmini.json with the prompts of query.json, or VLMEvalKit's TSV."""
     choice = r["question_type"] == "multi_choice"
     # what the prompt's hint asks for, which decides how an answer is read and compared
     kinds = {"integer": "number", "float": "number", "list": "list"}
@@ -178,7 +175,11 @@ def mathvista(r, folder):
         row["question"] = mathvista_prompts(folder)[str(r["pid"])]
         row["images"] = [folder / r["image"]]
         row["task"] = r["metadata"]["task"]
-    elif choice and len(r["answer"]) == 1 and r["answer"] in row["options"]:
+        return row
+    # the question of the TSV is the whole prompt
+    asked = re.search(r"Question:\s*(.*?)\s*(?:\(Unit:|\nChoices:|\Z)", r["question"], re.DOTALL)
+    row["asked"] = asked[1] if asked else r["question"]
+    if choice and len(r["answer"]) == 1 and r["answer"] in row["options"]:
         row["answer"] = row["options"][r["answer"]]  # the official gold is the option's text
     return row
 
@@ -251,6 +252,7 @@ def vstar(r, folder):
     # not from the .json beside each image: there the right option is always the first one
     return {
         "question": r["text"],
+        "asked": re.split(r"\s*\(A\)", r["text"])[0],
         "answer": r["label"],
         "options": hidden_options(r["text"]) or IN_THE_IMAGE,
         "images": [folder / r["image"]],
@@ -622,7 +624,7 @@ def our_row(name, path, file, n, r):
     ids = [row[column] for column in ID_COLUMNS if column in row]
     row["id"] = str(ids[0] if ids else n)
     # without the prompt around it: contamination.py compares questions
-    row["asked"] = str(r.get("question") or r.get("text") or r.get("Question") or "")
+    row.setdefault("asked", str(r.get("question") or r.get("Question") or ""))
     row["answer"] = str(row["answer"])
     row["images"] = [x if isinstance(x, Cell) else str(x) for x in row["images"]]
     return row

@@ -77,6 +77,7 @@ from launch import (
     check_choices,
     claim,
     clock,
+    lock,
     pick_device,
     rank_and_world,
     show_files,
@@ -217,7 +218,8 @@ def row_key(key, row):
     """The key of one answer: the run's settings, the question as it is put, and its pictures."""
     # of a Cell where it lies in the table, whose MD5 is in `key`; of a file what it holds
     pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
-    return key_of([key, row["id"], question_text(row), pictures])
+    of_its_own = [row["system"]] if row.get("system") else []
+    return key_of([key, row["id"], question_text(row), pictures, *of_its_own])
 
 
 def read_predictions(test):
@@ -480,7 +482,8 @@ class ServedAnswerer:
 
 def as_asked(row):
     """A row as it is put to the model, its images read now."""
-    return row | {"instruction": instruction, "images": images_of(row), "system": system}
+    asked = {"instruction": instruction, "images": images_of(row)}
+    return row | asked | {"system": system or row.get("system", "")}
 
 
 def answer_all(test, answerer):
@@ -515,7 +518,9 @@ def grade(test, predictions):
             continue
         empty = {"raw": "", "truncated": False, "tokens": 0, "latents": 0}  # of a failure
         line = empty | predictions[row["id"]]
-        options, kind = row.get("options"), row.get("kind", "text")
+        # a column of this name in a file of one's own is no kind of answer
+        kind = row.get("kind", "text") if test.benchmark is not JSONL else "text"
+        options = row.get("options")
         # one reading for every model and benchmark
         answer, method = extract_answer(line["raw"], options, kind)
         if "error" in line:
@@ -626,6 +631,7 @@ def write_scores(test, graded, scores, n_missing):
         "settings": test.settings,
         "key": test.key,
         "missing": n_missing,
+        "limit": limit,
         "versions": versions(),
     }
     write_json(test.out / "metrics.json", record | scores, indent=1)
@@ -688,11 +694,11 @@ def headlines():
     found = {}
     for path in sorted(Path(out).glob("*/metrics.json")):
         record = read_json(path, settings=dict, missing=int, scores=dict)
-        # the folder may hold runs of other models
+        # the folder may hold runs of other models, or made in other ways
         run = record["settings"]
-        same = all(run[name] == globals()[name] for name in ("model", "intervention", "ema_beta"))
+        same = all(run.get(name) == globals()[name] for name in ANSWER_SETTINGS)
         # a score of some of the answers is no headline
-        if same and not record["missing"]:
+        if same and not record["missing"] and not record.get("limit"):
             for name, m in record["scores"].items():
                 found[f"{path.parent.name}/{name}"] = m
     ours = {metric: 100 * m["accuracy"] for metric, m in found.items()}
@@ -832,7 +838,9 @@ def answer_sheet(test, graded, imaginer):
 
 def card(row, imaginer):
     """An answer as HTML."""
-    images = [figure(open_image(x), f"image {i}") for i, x in enumerate(images_of(row), 1)]
+    images = []
+    if "error" not in row:  # which may have been one of its pictures
+        images = [figure(open_image(x), f"image {i}") for i, x in enumerate(images_of(row), 1)]
     verdict = "right" if row["correct"] == 1 else "wrong"
     read = f"read as {row['extracted']!r} ({row['method']}), gold answer {row['answer']!r}"
     title = f"{row['id']}: {verdict}"
@@ -917,17 +925,19 @@ def main():
                 answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
             answer_all(test, answerer)
 
+    scored = False
     for test in tests:
         predictions = read_predictions(test)
         left = len(test.rows) - len(predictions)
         # the rank that finishes last sees all answers and scores them; no rank waits for another
-        if left == 0 or score_only or world == 1:
+        if left and not score_only and world > 1:
+            print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
+        elif lock(test.out / ".scores.lock"):  # where all were there before, by one rank of them
             graded = score(test, predictions)
             if sheet:
                 answer_sheet(test, graded, Imaginer(test, vlm, head, memory))
-        else:
-            print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
-    if benchmarks and rank == 0:
+            scored = True
+    if benchmarks and scored:
         published_tables()
 
 

@@ -133,7 +133,7 @@ def toy_question(path):
     data = folder.parent / f"{folder.name}.jsonl"
     if data.exists():
         for row in load_examples(data, training=False):
-            if Path(row["images"][0]).resolve() == Path(path).resolve():
+            if Path(path).resolve() in [Path(image).resolve() for image in row["images"][:1]]:
                 return row["question"]
     raise SystemExit("infer.py needs --question")
 

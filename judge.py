@@ -77,7 +77,9 @@ def judge(test, graded, endpoint):
 
     judged = []
     for row in graded:
-        if row["id"] in keys:
+        if kind == "rating" and row["id"] not in keys:
+            row = row | {"rating": 0}
+        elif row["id"] in keys:
             reply = replies[keys[row["id"]]].strip()
             if kind == "rating":
                 row = rated(row, reply)

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ RANGES = {
     "loader_threads": (1, 64),
     **dict.fromkeys(("tries", "token_budget", "prompt_tokens", "latent_size"), (1, math.inf)),
     **dict.fromkeys(("min_side", "max_bytes", "bomb_pixels", "repeats"), (1, math.inf)),
+    "longest": (2, math.inf),
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
     **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
@@ -56,7 +58,8 @@ RANGES = {
     ),
     **dict.fromkeys(("align_layer", "slot_dim", "n_bank", "n_sheet"), (1, math.inf)),
     **dict.fromkeys(("tau", "retained", "warmup_ratio", "val_share", "top_p"), (0, 1)),
-    **dict.fromkeys(("beta1", "beta2", "ema_beta", "easy_latents"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("ema_beta", "easy_latents"), (0, 1)),
     "seed": (0, 2**63 - 1),
 }
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
@@ -161,6 +164,8 @@ def override(script, args, n_words=0):
             raise SystemExit(f"{key} needs a value, as in {key}=value")
         # --key value, as other programs have it
         value = value if equals else args.pop(0)
+        if not equals and value.startswith("--"):
+            raise SystemExit(f"{key} needs a value, as in {key}=value; found {value}")
         if name == "run":
             run = value
             continue
@@ -173,7 +178,8 @@ def override(script, args, n_words=0):
         move_to_run(script, run, defaults, given)
     # the toy's validation rows are of no use beside one's own data
     if "data" in given and "val_data" in defaults and "val_data" not in given:
-        if script["data"] != defaults["data"] and script["val_data"]:
+        toys = script["val_data"] == defaults["val_data"] and script["val_data"]
+        if toys and Path(script["data"]) != Path(defaults["data"]):
             print(f"no val_data: the default, {script['val_data']}, is the toy's; --val_data=FILE")
             script["val_data"] = ""
     check_ranges(script, defaults)
@@ -376,6 +382,32 @@ def clock(device):
 HELD = []  # open lock files: held until this process ends, however it ends
 
 
+def check_same_everywhere(what, value):
+    """Raise SystemExit, on every rank, unless all ranks have the same value."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    differ = [other for other in range(world) if values[other] != values[0]]
+    if differ:
+        raise SystemExit(f"{what} of ranks 0 and {differ[0]} differ: is a file another, or away?")
+
+
+def lock(path):
+    """Hold a lock file until this process ends, however it ends; False if another one holds it."""
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:  # a network disk without locks
+        where = Path(path).parent
+        print(f"{where}: no lock can be held here ({e.strerror}); start no second process on it")
+    HELD.append(file)  # the kernel lets go of it when the file is closed
+    return True
+
+
 def claim(folder, file=""):
     """Make an output folder, and keep other launches of the stage out of it until this one ends.
 
@@ -386,17 +418,8 @@ def claim(folder, file=""):
     folder.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] > 0:
         return
-    # the kernel lets go of the lock when the process ends, however it ends
-    lock = open(folder / (f".{file}.lock" if file else ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(
-            f"{folder}: another process is writing here; wait, or give another out"
-        ) from None
-    except OSError as e:  # a network disk without locks
-        print(f"{folder}: no lock can be held here ({e.strerror}); start no second process on it")
-    HELD.append(lock)
+    if not lock(folder / (f".{file}.lock" if file else ".lock")):
+        raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{file}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""

@@ -293,14 +293,18 @@ MMVP_EXCHANGED = {98: 99, 99: 98, 278: 279, 279: 278}
 def score_mmvp(rows):
     """Pairs (1, 2), (3, 4), ... of which both must be right; also with the golds mended."""
 
-    def pairs(rows):
-        found = []
-        for a, b in zip(rows[::2], rows[1::2]):
-            found.append(a | {"correct": bool(a["correct"] and b["correct"])})
-        return found
-
     # pairs are neighbours by number, in whatever order the ranks answered
     rows = sorted(rows, key=lambda row: int(row["id"]))
+    first = min(1, int(rows[0]["id"]))
+
+    def pairs(rows):
+        by_pair = defaultdict(list)
+        for row in rows:
+            by_pair[(int(row["id"]) - first) // 2].append(row)
+        # of some of the answers only whole pairs
+        whole = [pair for pair in by_pair.values() if len(pair) == 2]
+        return [a | {"correct": bool(a["correct"] and b["correct"])} for a, b in whole]
+
     found = {"overall": pairs(rows), "single": rows}
     if len(rows) == 300:  # the places hold in the whole file only
         mended = []

@@ -69,6 +69,9 @@ def read_table(path, delimiter="\t"):
             # where the next row begins: its images are read from there, when they are wanted
             start = lines.offset
             for cells in cells_of_rows:
+                if not cells:  # a blank line, which is no row to pandas either
+                    start = lines.offset
+                    continue
                 # most often a cut download, or a quote that is never closed
                 if len(cells) != len(columns):
                     raise SystemExit(

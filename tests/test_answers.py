@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import time
 
@@ -612,3 +613,41 @@ def test_readings_of_a_file(tmp_path):
     assert lines[-1] == ["2", "of", "4", "all"]
     file.write_text('{"raw": "B"}\n')
     assert "row 0 needs" in run("answers.py", file, ok=False)
+
+
+# an expression is one number, and a part of it is another
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"2\sqrt{3}", 2 * 3**0.5),
+        (r"\sqrt{5}", 5**0.5),
+        (r"5\pi", 5 * math.pi),
+        ("10^3", 1000),
+        (r"2.5 \times 10^3", 2500),
+        (r"\frac{\sqrt3}{2}", 3**0.5 / 2),
+        (r"1/\sqrt5", 5**-0.5),
+        ("3 1/2", 3.5),
+        (r"3\frac{1}{2}", 3.5),
+        ("7/10", 0.7),
+        ("7 cm", 7),
+        ("25 cm^2", 25),
+        ("1,234", 1234),
+        (r"So the answer is $2\sqrt{3}$.", None),
+        ("It is 12:30.", None),
+        ("They scored 7/10.", None),
+    ],
+)
+def test_a_part_of_an_expression_is_no_number(text, value):
+    number = answers.find_number(text)
+    assert number is None if value is None else float(number) == pytest.approx(value)
+    for part in (2, 3, 5, 10, 12, 30):
+        assert not answers.is_correct(text, {"answer": str(part)})
+
+
+def test_a_gold_that_opens_like_a_letter_is_a_text():
+    options = ["E. coli", "C. elegans", "D. melanogaster"]
+    for gold, letter in (("C. elegans", "B"), ("D. melanogaster", "C"), ("B", "B"), ("(c)", "C")):
+        assert answers.option_named(gold, answers.lettered(options)) == letter
+    row = {"answer": "C. elegans", "options": options}
+    assert answers.is_correct("B", row) and answers.is_correct("C. elegans", row)
+    assert not answers.is_correct("C", row)

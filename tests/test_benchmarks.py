@@ -1,5 +1,7 @@
 """What is each public test set? Prompts and options from the official layouts, and broken files."""
 
+from pathlib import Path
+
 import pytest
 from conftest import run
 from official_files import args_of, b64, picture
@@ -9,7 +11,9 @@ from benchmarks import (
     PUBLISHED,
     benchmarks_named,
     load_benchmark,
+    mathvista,
     options_in_one_text,
+    vstar,
 )
 from tables import images_of
 
@@ -138,3 +142,16 @@ def test_published_tables_have_a_number_or_none_for_each_system():
             # in their columns, and percents
             assert len(name) < 14 and all(x is None or 1 < x < 100 for x in theirs), metric
         assert all(len(system) < 9 for system in table.systems)
+
+
+def test_a_question_is_compared_without_its_prompt():
+    """As contamination.py does: of MathVista's TSV and of V*, whose questions hold the prompt."""
+    hint = "Hint: Please answer with a number.\nQuestion: Find x. (Unit: cm)"
+    row = {"question_type": "free_form", "answer_type": "integer", "question": hint}
+    assert mathvista(row, None)["asked"] == "Find x."
+    choice = "Hint: a letter.\nQuestion: Find x.\nChoices:\n(A) 1\n(B) 2"
+    row |= {"question_type": "multi_choice", "choices": "['1', '2']", "question": choice}
+    assert mathvista(row | {"answer": "1"}, None)["asked"] == "Find x."
+    text = "What is the material of the glove?\n(A) rubber\n(B) cotton\nAnswer with the letter."
+    row = {"text": text, "label": "A", "image": "a.png"}
+    assert vstar(row, Path("."))["asked"] == "What is the material of the glove?"

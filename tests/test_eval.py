@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 
 import eval as evaluate
-from benchmarks import BENCHMARKS, PUBLISHED
+from benchmarks import BENCHMARKS, JSONL, PUBLISHED
 from data import load_examples, read_lines, write_lines
 from generate import latents_name
+from intervals import difference_interval
 from model import load_processor, load_vlm
 
 # --- a JSONL test set
@@ -340,7 +341,7 @@ def test_seconds_add_up(monkeypatch):
 
 
 def test_compare(tmp_path):
-    """Names both runs, what they differ in, and an interval that agrees with the exact test."""
+    """Names both runs, what they differ in, and the interval and test of test_intervals.py."""
     rng = random.Random(0)
     a, b = ([rng.random() < p for _ in range(200)] for p in (0.5, 0.65))
     for name, right in (("a", a), ("b", b)):
@@ -355,8 +356,7 @@ def test_compare(tmp_path):
     assert "model: A 'out/a', B 'out/b'" in text and "seed:" not in text
     wins, losses = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
     test = binomtest(wins, wins + losses)
-    share = test.proportion_ci(method="exact")
-    low, high = ((2 * p - 1) * (wins + losses) / 200 for p in share)
+    low, high = difference_interval([float(y) - float(x) for x, y in zip(a, b)])
     assert (
         f"B - A {(wins - losses) / 200:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); "
         f"B wins {wins}, loses {losses}, McNemar p = {test.pvalue:.3g}"
@@ -364,6 +364,35 @@ def test_compare(tmp_path):
     (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
     assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
     assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
+
+
+def test_a_file_of_ones_own_is_asked_and_read_as_it_says(world, monkeypatch):
+    """Its system prompt is put, and another one is another question; a column `kind` is its own."""
+    row = load_examples(world / "test.jsonl", training=False)[0]
+    with_system = row | {"system": "Be brief."}
+    assert evaluate.as_asked(with_system)["system"] == "Be brief."
+    assert evaluate.row_key("k", with_system) != evaluate.row_key("k", row)
+    monkeypatch.setattr(evaluate, "system", "Be long.")
+    assert evaluate.as_asked(with_system)["system"] == "Be long."
+    test = SimpleNamespace(rows=[row | {"kind": "chart"}], benchmark=JSONL)
+    (graded,) = evaluate.grade(test, {row["id"]: {"raw": f"<answer> {row['answer']} </answer>"}})
+    assert graded["correct"]
+
+
+def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "out", str(tmp_path))
+    settings = {name: getattr(evaluate, name) for name in evaluate.ANSWER_SETTINGS}
+    whole = {"missing": 0, "limit": 0, "scores": {"overall": {"accuracy": 0.5, "n": 20}}}
+    for name, change in (
+        ("MMStar", {}),
+        ("POPE", {"limit": 20}),
+        ("BLINK", {"missing": 1}),
+        ("MMVP", {"settings": settings | {"instruction": "Think."}}),
+    ):
+        (tmp_path / name).mkdir()
+        record = {"settings": settings} | whole | change
+        (tmp_path / name / "metrics.json").write_text(json.dumps(record))
+    assert evaluate.headlines() == {"MMStar/overall": 50.0}
 
 
 def test_the_default_folder_follows_the_models_name(monkeypatch):

@@ -10,6 +10,7 @@ from conftest import run, send_completion
 from huggingface_hub.errors import HTTPError
 from official_files import args_of, plant
 
+import judge
 from endpoint import answered, hidden
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
@@ -98,3 +99,11 @@ def test_a_key_that_is_echoed_is_not_shown():
     with pytest.raises(SystemExit) as e:
         answered(call, "http://localhost", 3, key="sk-1")
     assert "401" in str(e.value) and "sk-1" not in str(e.value)
+
+
+def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
+    """MMHal-Bench's mean is over all questions."""
+    test = SimpleNamespace(name="MMHal-Bench", out=tmp_path, benchmark=None)
+    graded = [{"id": "1", "method": "truncated"}, {"id": "2", "method": "error", "error": "x"}]
+    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1)
+    assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0]

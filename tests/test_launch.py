@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TOY, run
 
 import launch
-from launch import RANGES, SIZES, Progress, claim, override, settings_of
+from launch import RANGES, SIZES, Progress, claim, lock, override, settings_of
 
 SCRIPTS = sorted(
     path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
@@ -261,13 +261,15 @@ TRAIN = {
     **{"batch": 4, "global_batch": 16, "save_every": 500, "epochs": 2, "lr": 1e-3, "top_p": 1.0},
     **{"temperature": 1.0, "tau": 0.0, "max_new_tokens": 24, "min_pixels": 3136, "seed": 1},
     **{"max_pixels": 1003520, "data": "toy.jsonl", "val_data": "val.jsonl", "limit": 0},
+    **{"beta1": 0.9, "beta2": 0.95},
 }
 
 
 @pytest.mark.parametrize(
     "setting",
     ["batch=0", "batch=-1", "global_batch=0", "save_every=-1", "epochs=-2", "lr=nan", "lr=-1"]
-    + ["lr=inf", "top_p=1.5", "top_p=-0.1", "temperature=-1", "temperature=nan", "tau=2"]
+    + ["lr=inf", "beta1=1", "beta2=1", "top_p=1.5", "top_p=-0.1", "temperature=-1"]
+    + ["temperature=nan", "tau=2"]
     + ["max_new_tokens=0", "min_pixels=0", "min_pixels=2000000", "limit=-1"],
 )
 def test_settings_that_make_no_sense_are_named(setting):
@@ -291,11 +293,26 @@ def test_the_toys_validation_file_stays_with_the_toy(capsys):
         (["--data=toy.jsonl"], "val.jsonl"),
         (["--data=mine.jsonl"], ""),
         (["--data=mine.jsonl", "--val_data=mine-val.jsonl"], "mine-val.jsonl"),
+        (["--data=./toy.jsonl"], "val.jsonl"),
     ):
         script = dict(TRAIN)
         override(script, args)
         assert script["val_data"] == val
         assert ("no val_data" in capsys.readouterr().out) == (val == "")
+
+
+def test_a_runs_own_validation_file_stays_with_another_data_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/mine").mkdir(parents=True)
+    (tmp_path / "out/mine/val.jsonl").touch()
+    script = {"data": "out/toy/train.jsonl", "val_data": "out/toy/val.jsonl"}
+    override(script, ["--run=mine", "--data=out/mine/train2.jsonl"])
+    assert script["val_data"] == "out/mine/val.jsonl" and not capsys.readouterr().out
+
+
+def test_a_setting_is_no_value():
+    with pytest.raises(SystemExit, match="--data needs a value"):
+        override(dict(TRAIN), ["--data", "--limit=3"])
 
 
 # --- one folder, one writer
@@ -308,6 +325,10 @@ claim({folder!r})
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_one_holds_a_lock(tmp_path):
+    assert lock(tmp_path / ".scores.lock") and not lock(tmp_path / ".scores.lock")
 
 
 def test_a_second_writer_is_told_so(tmp_path):

@@ -256,3 +256,8 @@ def test_mmvp_counts_pairs():
         else:
             mended += right[i] and right[i + 1]
     assert sum(pair["correct"] for pair in found["corrected gold"]) == mended
+    # of some of the answers: the pairs that are whole, and no others
+    for lost in (1, 2, 150):
+        some = scores.score_mmvp([row for row in rows if row["id"] != str(lost)])
+        whole = [right[i] and right[i + 1] for i in odd if lost not in (i, i + 1)]
+        assert [pair["correct"] for pair in some["overall"]] == whole

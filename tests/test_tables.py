@@ -26,6 +26,15 @@ def test_large_tables_stay_on_the_disk(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3  # KiB
 
 
+def test_a_blank_line_is_no_row(tmp_path):
+    path = tmp_path / "a.tsv"
+    cells = [base64.b64encode(bytes([n]) * 90).decode() for n in (1, 2)]
+    path.write_text(f"index\timage\n1\t{cells[0]}\n\n2\t{cells[1]}\n\n\n")
+    rows, _ = tables.read_table(path)
+    assert [row["index"] for row in rows] == ["1", "2"]
+    assert [tables.images_of(row) for row in rows] == [[bytes([n]) * 90] for n in (1, 2)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
