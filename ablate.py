@@ -42,7 +42,7 @@ from data import (
     read_lines,
     write_then_rename,
 )
-from launch import Progress, check_choices, end_with_parent, start, use_idle_cores
+from launch import Progress, check_choices, end_with_parent, lock, start, use_idle_cores
 from report import Study, latest, write_tables
 
 # --------------------------------------------------------------------------------------------------
@@ -545,7 +545,9 @@ def jobs(names, numbers, weights):
                 if "edits" in settings["evals"]:
                     files.append(pairs)
                 key = key_of(settings | {"weights": weights}, *files)
-                if (name, seed, key) not in done:
+                # one that is not trained has one line, whatever its seed
+                seeds_done = {s for n, s, k in done if (n, k) == (name, key)}
+                if seed not in seeds_done and not (group[name] is None and seeds_done):
                     todo.append(Job(name, seed, file, settings, key))
     return todo
 
@@ -571,6 +573,7 @@ def run_all():
         # whole counts, without early stop: they serve every tau
         files = {"base": base, "data": data, "out": difficulty}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
+    work.mkdir(parents=True, exist_ok=True)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:
@@ -578,6 +581,8 @@ def run_all():
             if (job.name, job.seed, job.key) in finished():  # by another process, meanwhile
                 continue
             folder = work / f"{job.key}-{job.seed}"
+            if not lock(work / f".{folder.name}.lock"):  # another process is at it
+                continue
             line = {"name": job.name, "seed": job.seed, "key": job.key, "settings": job.settings}
             line["world"] = world
             line |= one_run(folder, job.settings, job.seed, job.file, rows)

@@ -50,6 +50,7 @@ from checks import (
 )
 from contamination import KINDS, find_copies, images_of_tests, load_tests, write_pairs
 from data import (
+    IMAGE_FIELDS,
     LATENT_SPAN,
     file_digest,
     load_examples,
@@ -57,13 +58,14 @@ from data import (
     place_marks,
     read_json,
     read_lines,
+    weights_digest,
     write_json,
     write_lines,
     write_then_rename,
 )
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
-from images import decode_image, open_image, orientation, other_kind, png_of
+from images import BadImage, decode_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
@@ -219,10 +221,23 @@ def draw_rows(rows):
 def work_through(name, rows, work, uses, rejects):
     """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
 
-    uses: the names of the settings that `work` depends on; a change of one does the work anew.
+    uses: the names of the settings that `work` depends on; a change of one, or of a picture, does
+    the work anew.
     """
     settings = {setting: globals()[setting] for setting in uses}
-    return run_stage(name, rows, work, settings, out, workers, give_up, rejects)
+    if settings.get("base"):
+        settings["base"] = weights_digest(base)
+    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, digests_of)
+
+
+def digests_of(item):
+    """Of each picture in `out` that a row names its digest; None for one that is not there."""
+    row = item.get("item", item) if isinstance(item, dict) else item  # filter's, unchecked
+    if not isinstance(row, dict):
+        return []
+    lists = [row[field] for field in IMAGE_FIELDS if isinstance(row.get(field), list)]
+    paths = [os.path.join(out, name) for names in lists for name in names if isinstance(name, str)]
+    return [file_digest(path) if os.path.isfile(path) else None for path in paths]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -564,10 +579,10 @@ def draw_image(row):
     if row["aux_images"]:
         return row
     image_server = served(image_url, image_model, image_key)
-    prompt = image_prompt.format(question=row["question"])
+    prompt = filled(image_prompt, row)
 
     def call():
-        query = open_image(Path(out) / row["images"][0])
+        query = picture(row["images"][0])
         content = edit_image(image_server, prompt, png_of(query))
         return content, *decode(content)
 
@@ -576,15 +591,28 @@ def draw_image(row):
     return row | {"aux_images": [drawn], "response": response}
 
 
+def picture(name):
+    """An image in `out`. Raises Reject."""
+    try:
+        return decode_image(Path(out) / name)
+    except BadImage as e:
+        raise Reject("unreadable image", None, f"{name}: {e}") from None
+
+
+def filled(prompt, row):
+    """A prompt with a row's question and answer in it; other braces are its own."""
+    return re.sub(r"\{(question|answer)\}", lambda name: row[name[1]], prompt)
+
+
 def write_response(row):
     """The row with a response of the teacher, who sees all its images, question and answer."""
     if len(row["aux_images"]) != 1:
         raise Reject("teacher writes for one auxiliary image", len(row["aux_images"]))
     teacher = served(teacher_url, teacher_model, teacher_key)
-    prompt = teacher_prompt.format(question=row["question"], answer=row["answer"])
+    prompt = filled(teacher_prompt, row)
     pngs = []
     for path in row["images"] + row["aux_images"]:
-        image = open_image(Path(out) / path)
+        image = picture(path)
         image.thumbnail((send_side, send_side))
         pngs.append(png_of(image))
 

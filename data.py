@@ -96,7 +96,7 @@ class Rows(Sequence):
 
 
 def load_examples(path, training=True):
-    """The Rows of a data file, JSONL or a JSON list, in one form, with absolute image paths.
+    """The Rows of a data file, JSONL or a JSON list, in one form; images can be opened from here.
 
     `training` also demands `response`, and an auxiliary image for each of its latent spans. Raises
     SystemExit naming file, line and field.
@@ -256,7 +256,7 @@ def as_text(value, field, where):
     if isinstance(value, str):
         return value
     # json reads NaN and Infinity, which are no answers
-    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    finite = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
     if isinstance(value, bool) or not finite:
         raise SystemExit(f"{where}: field {field!r} must be a str, found {value!r}")
     # as it stood in the file: 3 stays 3, 2.5 stays 2.5
@@ -289,7 +289,7 @@ def place_marks(question, n_images, where):
 
 
 def find_images(row, folder):
-    """Make a row's image paths absolute: one that is so already stays as it is."""
+    """Make a row's image paths, relative to its file, such as can be opened from here."""
     for field in IMAGE_FIELDS:
         if field in row:
             row[field] = [os.path.join(folder, path) for path in row[field]]
@@ -604,7 +604,7 @@ def memory():
     known = {}
     try:
         lines = memory_file().read_bytes().split(b"\n")
-    except OSError:  # none yet, or none that can be read: it is found out again
+    except (OSError, RuntimeError):  # no home, or no file that can be read: found out again
         return known
     for line in lines:
         try:
@@ -627,12 +627,12 @@ def remembered(path, what, compute):
     known = memory()
     if key not in known:
         known[key] = compute(path)
-        file = memory_file()
         try:
+            file = memory_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "ab") as f:
                 f.write(json.dumps([*key, known[key]]).encode() + b"\n")
-        except OSError:  # a home that can not be written: found out again by the next run
+        except (OSError, RuntimeError):  # a home that is none or can not be written
             return known[key]
     return known[key]
 

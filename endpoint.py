@@ -9,7 +9,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 # what a client raises for a failed request, and what reading an answer of another protocol raises
 FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
-HOPELESS = (401, 403, 404)  # no such key, not allowed, no such page
+HOPELESS = (401, 402, 403, 404)  # no such key, nothing paid, not allowed, no such page
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
 LONGEST_PAUSE = 60  # seconds
 NO_KEY = "none"  # never empty: the client would send the user's own hub token instead
@@ -32,7 +32,7 @@ def key_in(name):
 def answered(call, url, tries, first_pause=0.5, key=""):
     """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
-    Raises SystemExit where no try can help (offline, 401, 403, 404), else the last error, one of
+    Raises SystemExit where no try can help (offline, 401 to 404), else the last error, one of
     FAILURES. `key` appears in no message, even where the endpoint echoes it.
     """
     for n in range(tries):

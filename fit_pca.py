@@ -22,6 +22,7 @@ Reads the base model and data files. Writes, under <out>:
 
 import json
 import math
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,7 +44,16 @@ from data import (
 )
 from images import open_image, usable_rows
 from imagine import save_bank
-from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
+from launch import (
+    Progress,
+    check_choices,
+    check_same_everywhere,
+    claim,
+    pick_device,
+    rank_and_world,
+    show_files,
+    start,
+)
 from model import encode_images, grid_features, load_processor, load_vlm, spread, tower_fingerprint
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +397,10 @@ def load_splits():
         splits["val"] = load_examples(val_data)
     ids = [row["id"] for rows in splits.values() for row in rows]
     if len(set(ids)) < len(ids):
-        raise SystemExit(f"{data} and {val_data} share an id: every example needs its own")
+        shared = next(id for id, n in Counter(ids).items() if n > 1)
+        raise SystemExit(
+            f"{data} and {val_data} share an id, {shared!r} for one: every example needs its own"
+        )
     if "__metadata__" in ids:
         raise SystemExit(f"{data}: the id '__metadata__' is safetensors' own; give another")
     fields = ("images", "aux_images")
@@ -411,11 +424,19 @@ def main():
 
     # 1. targets: a file that is there, of the same examples, pictures and settings, is kept
     shards = split_to_shards(splits, made_by)
+    check_same_everywhere("the data", [key for _, _, key in shards])
     note = Path(out) / "targets" / "made_by.json"
     check_provenance(note, made_by)
     if rank == 0:
         write_json(note, made_by)
     check_indexed()
+    if world > 1:
+        dist.barrier()  # every rank has read the index and the files before one of them changes
+    if rank == 0 and not all(is_made(path, key) for path, _, key in shards):
+        # what it says of these files will not hold; a run that is killed leaves none
+        note.with_name("index.json").unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
     mine = shards[rank::world]
     for path, rows, key in Progress(mine, desc="targets", unit="shard", disable=rank > 0):
         if is_made(path, key):

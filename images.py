@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data import Rows, remembered
-from launch import Progress
+from launch import Progress, rank_and_world
 
 # what Pillow raises for a broken file
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)
@@ -173,9 +173,6 @@ def shown_size(image):
 def as_rgb(image):
     """A decoded picture of any mode as RGB."""
     # scans, depth maps and medical pictures; convert() would clip them to white
-    if image.mode.startswith("I;16"):
-        high_byte = np.asarray(image, dtype=np.uint16) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(as_bytes(np.asarray(image, dtype=np.float64))).convert("RGB")
     if image.has_transparency_data:  # on white: RGB alone would show what lies beneath
@@ -195,8 +192,8 @@ def as_bytes(grey):
         grey = (grey - low) * (255 / max(high - low, 1e-12))
     elif high > 255:
         grey = grey // 256
-    elif high <= 1:
-        grey = grey * 255
+    elif high < 2:  # resampling overshoots 1 a little
+        grey = grey.clip(max=1) * 255
     return grey.astype(np.uint8)
 
 
@@ -227,7 +224,8 @@ def usable_rows(rows, leave_out, fields=("images",)):
     if not leave_out:
         advice = "mend them, or leave the rows out with --skip_unusable=1"
         raise SystemExit("\n".join([*lines, f"{len(lines)} unusable images; {advice}"]))
-    print("\n".join([*lines, f"left out {len(rows) - len(good)} rows with unusable images"]))
+    if rank_and_world()[0] == 0:
+        print("\n".join([*lines, f"left out {len(rows) - len(good)} rows with unusable images"]))
     return rows.keep(good)
 
 

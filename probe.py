@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from data import check_there, load_examples, write_json, write_then_rename
 from decoder import followed_by
 from generate import generate, make_prompts
-from images import open_image
+from images import open_image, usable_rows
 from launch import Progress, check_choices, claim, pick_device, settings_of, show_files, start
 from model import (
     embed,
@@ -419,6 +419,7 @@ def main():
     if limit:
         # the first ones, so that all checkpoints are probed on the same questions
         rows = rows[:limit]
+    rows = usable_rows(rows, False)  # opens all pictures, before hours of answers
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     processor = load_processor(model, min_pixels, max_pixels)
     head = load_head(model, vlm, tokenizer, latent_size)

@@ -46,11 +46,23 @@ def each(work, items, workers):
             # as many wait as run, so that no worker does
             if len(running) >= 2 * workers:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in ended)
+                yield from results(ended)
         # no more items: what still runs, as it ends
-        yield from (future.result() for future in as_completed(running))
+        yield from results(as_completed(running))
     finally:  # also where the caller stops early: what has not begun never does
         pool.shutdown(cancel_futures=True)
+
+
+def results(futures):
+    """Yield what they give; what one raised comes last, so that no other's result is lost."""
+    raised = []
+    for future in futures:
+        if future.exception():
+            raised.append(future)
+        else:
+            yield future.result()
+    for future in raised:
+        future.result()
 
 
 def in_order(work, items, workers, ahead=0):
@@ -71,17 +83,19 @@ def in_order(work, items, workers, ahead=0):
         pool.shutdown(cancel_futures=True)
 
 
-def run_stage(name, rows, work, settings, folder, workers, give_up, rejects):
+def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, contents=None):
     """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
 
     settings: {name: value} of what makes older results useless when it changes.
+    contents(row): what the files hold that a row names; it does the same.
     give_up: so many rows in a row without an answer end the run (SystemExit).
     Returns the rows that were kept, in the order of `rows`.
     """
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
     # of the whole row: one that an earlier stage has changed is worked on again
-    keys = [key_of(settings | {"row": row}) for row in rows]
+    seen = [{"contents": contents(row)} if contents else {} for row in rows]
+    keys = [key_of(settings | {"row": row} | held) for row, held in zip(rows, seen)]
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)

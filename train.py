@@ -68,6 +68,7 @@ from images import usable_rows
 from launch import (
     Progress,
     check_choices,
+    check_same_everywhere,
     claim,
     clock,
     pick_device,
@@ -129,7 +130,7 @@ weight_decay = 0.01  # of matrices [paper]
 beta1 = 0.9  # of AdamW [ours]
 beta2 = 0.95  # [ours]
 warmup_ratio = 0.03  # share of the steps [paper]
-grad_clip = 1.0  # largest norm of the gradient [ours]
+grad_clip = 1.0  # largest norm of the gradient [ours]; 0: any
 token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
 loader_threads = 2  # that read the next steps' images, a rank; 7B: 8
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
@@ -282,13 +283,13 @@ def make_optimizer(model):
     """AdamW with `lr` for the decoder, `lr_head` for what the method adds."""
     body = [p for p in model.vlm.parameters() if p.requires_grad]
     added = [p for name, p in model.named_parameters() if not name.startswith("vlm.")]
-    groups = [
-        {"params": [p for p in body if p.ndim > 1], "peak": lr},
-        {"params": [p for p in body if p.ndim == 1], "peak": lr, "weight_decay": 0.0},
-    ]
-    if added:
-        groups.append({"params": added, "peak": lr_head})
-    # vectors (norms, biases) are not decayed; the learning rates are set at each step
+    groups = []
+    for parameters, peak in ((body, lr), (added, lr_head)):
+        # vectors (norms, biases) are not decayed; the learning rates are set at each step
+        matrices = {"params": [p for p in parameters if p.ndim > 1], "peak": peak}
+        vectors = {"params": [p for p in parameters if p.ndim == 1], "peak": peak}
+        groups += [matrices, vectors | {"weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     betas = beta1, beta2
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
@@ -329,7 +330,7 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     """One optimizer step. Returns the batch's means and its gradient's norm before the clip."""
     means = run_batch(model, batches, counts, device, model.weights(step, total))
     trained = [p for p in model.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(trained, grad_clip)
+    norm = nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # a collective: on every rank
     check_step(step, means, float(norm))
@@ -469,7 +470,9 @@ def check_same_run(folder, settings):
     there, here = saved["inputs"], settings["inputs"]
     changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
     if changed:
-        names = ", ".join(f"{name} ({settings.get(name, pca)})" for name in sorted(changed))
+        of_pca = {"pca": pca, "targets": pca}
+        files = settings | of_pca  # what else has a key lies in the data
+        names = ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
         raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 
 
@@ -668,6 +671,7 @@ def main():
         "val_data": key_of([example_key(row) for row in val_rows]),
         **model.inputs(),
     }
+    check_same_everywhere("the inputs", settings["inputs"])
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
     check_space(model, first, total)
@@ -712,7 +716,9 @@ def main():
         }
         last = step + 1 == total
         if val_rows and (last or is_due(step, eval_every)):
-            row |= validate(model, val_rows, device)
+            validated = validate(model, val_rows, device)
+            check_step(step, validated, norm)
+            row |= validated
         if rank == 0:
             append(log, row)
             if wandb_run:

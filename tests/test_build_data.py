@@ -182,6 +182,24 @@ def test_filter_by_the_tower(stage, tmp_path, base):
     assert len(stage("filter", "filtered", **settings | {"degenerate": 0.0})) == 2
 
 
+def test_filter_judges_a_picture_by_what_it_holds(stage, tmp_path):
+    """One that is redrawn, goes or comes back under its name is judged again."""
+    data = write_data(tmp_path, [example(0), example(1)])
+
+    def kept():
+        return [row["id"] for row in stage("filter", "filtered", data=data)]
+
+    assert kept() == ["x0", "x1"]
+    path = tmp_path / "out" / read_lines(data)[0]["aux_images"][0]
+    content = path.read_bytes()
+    path.write_bytes(encoded(Image.new("RGB", (80, 80), "red")))
+    assert kept() == ["x1"]  # it is blank
+    path.unlink()
+    assert kept() == ["x1"]
+    path.write_bytes(content)
+    assert kept() == ["x0", "x1"]
+
+
 def test_filter_drops_broken_lines_and_repeated_ids(stage, tmp_path):
     data = write_data(tmp_path, [example(0), example(0), example(1)])
     with open(data, "a") as f:

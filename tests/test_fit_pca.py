@@ -1,11 +1,15 @@
 """Where do real vision embeddings live? The PCA against an SVD, and the files of targets."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import PIXELS, broken, noise, run
+from conftest import PIXELS, ROOT, broken, noise, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -151,6 +155,20 @@ def test_targets_belong_to_their_pictures(tmp_path, base, world):
     train = [*args[:3], f"--pca={out}", "--difficulty=", "--max_steps=1", "--global_batch=4"]
     text = run("train.py", *train, f"--out={tmp_path}/a", ok=False)
     assert "train.jsonl:31" in text and "run fit_pca.py again" in text
+    # a run that is killed on the way leaves no index of what no longer is, and goes on
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "fit_pca.py"), *args, f"--out={out}"],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while (out / "targets" / "index.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert "index.json: no such file; fit_pca.py" in run(
+        "train.py", *train, f"--out={tmp_path}/a", ok=False
+    )
     run("fit_pca.py", *args, f"--out={out}")
     made_again = [path for path, t in times.items() if path.stat().st_mtime_ns != t]
     assert [path.name for path in made_again] == ["train-00001.safetensors"]

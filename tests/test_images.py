@@ -186,6 +186,15 @@ def test_big_endian_and_bilevel_pictures():
     assert np.array_equal(np.asarray(bits), np.repeat((GREY > 99)[..., None] * np.uint8(255), 3, 2))
 
 
+def test_what_grey_values_mean_is_told_by_their_range():
+    """8 bits in 16 are 8, and a resampled picture of 0 to 1 may go beyond: neither turns black."""
+    wide = Image.fromarray(GREY.astype(np.uint16))
+    assert np.abs(np.asarray(decode_image(saved(wide)), int) - GREY[..., None]).max() <= 1
+    floats = (GREY / np.float32(250)).astype(np.float32)  # up to 1.02
+    decoded = np.asarray(decode_image(saved(Image.fromarray(floats), "TIFF")), int)
+    assert np.abs(decoded - (floats.clip(0, 1) * 255)[..., None]).max() <= 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_grey_values_that_are_not_finite_are_refused(value):
     grey = GREY.astype(np.float32)

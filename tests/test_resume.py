@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from resume import in_order
+from resume import each, in_order
 
 
 @pytest.mark.parametrize("ahead", [0, 10])
@@ -54,3 +54,18 @@ def test_who_stops_early_starts_nothing_more():
     n = len(begun)
     time.sleep(0.05)
     assert len(begun) == n <= 4
+
+
+def test_what_raises_takes_no_finished_work_away():
+    """All that ended beside a fault is given before it."""
+    barrier = threading.Barrier(4)
+
+    def work(i):
+        barrier.wait(10)
+        return 1 // i
+
+    given = []
+    with pytest.raises(ZeroDivisionError):
+        for result in each(work, range(4), 4):
+            given.append(result)
+    assert sorted(given) == [0, 0, 1]

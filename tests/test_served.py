@@ -116,12 +116,12 @@ def test_what_has_no_answer_is_asked_for_by_the_next_run(server):
     assert {id for id, _ in Server.asked} == set(list(rows)[3:5])
     assert len(read_lines(out)) == len(rows)
     # a server that is down, or has no such model, is left in a sentence
-    for status, said in ((404, "answers 404"), (400, "without an answer")):
+    for status, said in ((404, "answers 404"), (402, "answers 402"), (400, "without an answer")):
         Server.faults = [status] * 10_000
         more = {"tries": 1, "give_up": 3}
         other = args_of(folder, folder / f"e{status}", url, **more)
         assert said in run("sample_difficulty.py", *other, env=ONLINE, ok=False)
-        assert len(Server.faults) > 10_000 - 3 - 2 * 4
+        assert len(Server.faults) > 10_000 - 3 - 2 * 4  # no try that can not help
 
 
 def test_a_test_set_is_answered_by_the_server(server):

@@ -215,6 +215,20 @@ def test_synthesise_with_an_endpoint_that_misbehaves(stage, tmp_path, monkeypatc
     assert [row["question"] for row in kept] == answered
 
 
+def test_a_broken_picture_is_one_rows_fault(stage, tmp_path):
+    server = Endpoint()
+    data = questions(tmp_path, ["a", "b", "c"], aux=True)
+    (tmp_path / "out" / read_lines(data)[1]["aux_images"][0]).write_bytes(b"no picture")
+    # a prompt's own braces stay
+    prompt = 'Reply as {"a": 1}. Question: {question}\nAnswer: {answer}'
+    settings = {"data": data, "teacher_prompt": prompt} | endpoints(server)
+    kept = stage("synthesise", "synthesised", **settings)
+    assert [row["question"] for row in kept] == ["a", "c"] == sorted(server.count("chat"))
+    assert all('Reply as {"a": 1}.' in seen["prompt"] for seen in server.seen)
+    (reject,) = read_lines(tmp_path / "out" / "rejects.synthesised.jsonl")
+    assert (reject["id"], reject["reason"]) == ("x1", "unreadable image")
+
+
 def test_synthesise_keeps_crops_and_stops_early(stage, tmp_path, monkeypatch):
     server = Endpoint()
     data = questions(tmp_path, ["a", "b"], aux=True)

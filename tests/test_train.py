@@ -15,8 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, launcher, logged, run
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import launch
 import train
 from data import file_digest, write_json
 
@@ -140,6 +142,38 @@ def test_more_ranks_than_rows(tmp_path, inputs):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=1e-4
         )
+
+
+def test_a_clip_of_zero_clips_nothing(tmp_path, inputs):
+    for clip in ("0", "1e9"):
+        args = [*inputs, "--val_data=", "--max_steps=2", f"--grad_clip={clip}"]
+        run("train.py", *args, f"--out={tmp_path}/{clip}")
+    none, large = (logged(tmp_path / clip)[1:] for clip in ("0", "1e9"))
+    assert [row["loss"] for row in none] == [row["loss"] for row in large]
+
+
+def test_vectors_are_not_decayed():
+    """Neither the decoder's nor those that the method adds, which have a rate of their own."""
+    model = nn.ModuleDict({"vlm": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    model.vlm = model["vlm"]
+    groups = train.make_optimizer(model).param_groups
+    assert len(groups) == 4
+    for group in groups:
+        for p in group["params"]:
+            assert (group["weight_decay"] == 0) == (p.ndim == 1)
+            assert group["peak"] == (train.lr_head if len(p) == 2 else train.lr)
+
+
+def test_ranks_that_read_other_files_do_not_train(monkeypatch):
+    monkeypatch.setattr(launch, "rank_and_world", lambda: (1, 2))
+
+    def gather(values, value):
+        values[:] = ["a", value]
+
+    monkeypatch.setattr(launch.dist, "all_gather_object", gather)
+    launch.check_same_everywhere("the inputs", "a")
+    with pytest.raises(SystemExit, match="the inputs of ranks 0 and 1 differ"):
+        launch.check_same_everywhere("the inputs", "b")
 
 
 def test_resume_refuses_other_settings(tmp_path, inputs):
