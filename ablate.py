@@ -573,7 +573,6 @@ def run_all():
         # whole counts, without early stop: they serve every tau
         files = {"base": base, "data": data, "out": difficulty}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
-    work.mkdir(parents=True, exist_ok=True)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:

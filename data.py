@@ -32,6 +32,7 @@ from answers import without_letters
 
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 IMAGE_FIELDS = ("images", "aux_images")
+FIELDS = ("id", "question", "answer", "response", "system", "options", *IMAGE_FIELDS)  # of a row
 IMAGE_MARK = "<image>"  # where an image stands in a question that says so
 TAGS = re.compile(r"</?(?:think|latent|parser|answer)>")
 TAG_ORDER = re.compile(
@@ -215,8 +216,10 @@ def expect_object(value, where):
 
 def in_one_form(raw, training, where):
     """A row as every stage expects it: texts are text, lists are lists, null is absent."""
-    # a null is what a table export writes for a cell without a value
-    row = {field: value for field, value in raw.items() if value is not None}
+    # a null is what a table export writes for a cell without a value, and in a column of the
+    # user's own a NaN, which is unlike itself
+    void = [x for x, value in raw.items() if value is None or value != value and x not in FIELDS]
+    row = {field: value for field, value in raw.items() if field not in void}
     texts = ["id", "question", "answer"]
     if training:
         texts.append("response")

@@ -174,7 +174,7 @@ def as_rgb(image):
     """A decoded picture of any mode as RGB."""
     # scans, depth maps and medical pictures; convert() would clip them to white
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(as_bytes(np.asarray(image, dtype=np.float64))).convert("RGB")
+        return Image.fromarray(as_bytes(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:  # on white: RGB alone would show what lies beneath
         layer = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")

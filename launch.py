@@ -396,6 +396,7 @@ def check_same_everywhere(what, value):
 
 def lock(path):
     """Hold a lock file until this process ends, however it ends; False if another one holds it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -415,8 +416,8 @@ def claim(folder, file=""):
     killed run left half-written is removed. Rank 0 claims for all ranks of a launch.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] > 0:
+        folder.mkdir(parents=True, exist_ok=True)
         return
     if not lock(folder / (f".{file}.lock" if file else ".lock")):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")

@@ -273,7 +273,7 @@ def merge(rows):
     """
     # of all ranks, this launch's and earlier ones'
     found = finished(rows, run_key())
-    merged = [found.pop(row["id"]) for row in rows]
+    merged = [found[row["id"]] for row in rows]
     asked = {line["id"] for line in merged}
     # work that is done: another data file may ask for it again
     files = [out, *part_files()]

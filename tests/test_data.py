@@ -371,6 +371,20 @@ def test_a_json_file_of_another_kind_is_named(tmp_path, text):
         read_json(path, K=int)
 
 
+def test_a_nan_in_a_column_of_ones_own_is_a_cell_without_a_value(tmp_path, world):
+    """As pandas writes it; what a row is made of may be none."""
+    row = json.loads((world / "train.jsonl").read_text().splitlines()[0])
+    row["images"] = [str(world / path) for path in row["images"]]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row | {"aux_images": [], "response": "x", "score": math.nan}) + "\n")
+    (found,) = load_examples(path, training=False)
+    assert "score" not in found
+    write_lines(tmp_path / "b.jsonl", [found])
+    path.write_text(json.dumps(row | {"answer": math.nan}) + "\n")
+    with pytest.raises(SystemExit, match="a.jsonl:1: field 'answer' must be a str, found nan"):
+        load_examples(path, training=False)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, [-math.inf], {"a": {"b": math.nan}}])
 def test_json_stays_json(tmp_path, value):
     (tmp_path / "a.json").write_text("{}")
