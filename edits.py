@@ -23,15 +23,17 @@ import torch.nn.functional as F
 
 from answers import same_text
 from data import (
+    as_text,
     check_fields,
     check_there,
     load_examples,
     read_json,
     read_lines,
     read_safetensors,
+    weights_digest,
     write_json,
 )
-from generate import latents_name
+from generate import holds_latents_of, latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
 from model import grid_features, load_head, load_processor, load_vlm, mode_of_targets
@@ -52,7 +54,8 @@ def pairs_of(rows):
     """[(row, row)] of a data file. Raises SystemExit for a `pair` that is not of two rows."""
     by_pair = {}
     for row in rows:
-        check_fields({"category": "all"} | row, {"pair": str, "category": str}, row.where)
+        row["pair"] = as_text(row.get("pair"), "pair", row.where)
+        check_fields({"category": "all"} | row, {"category": str}, row.where)
         by_pair.setdefault(row["pair"], []).append(row)
     for name, members in by_pair.items():
         if len(members) != 2:
@@ -61,21 +64,30 @@ def pairs_of(rows):
 
 
 def read_answers():
-    """{id: line of scored.jsonl}. Raises SystemExit where these are answers to another file."""
+    """{id: line of scored.jsonl}. Raises SystemExit where another model answered, or other data."""
     path, record = Path(answers) / "scored.jsonl", Path(answers) / "metrics.json"
     for file in (path, record):
         check_there(file, "eval.py writes it, with --save_latents=1")
-    settings = read_json(record, settings=dict)["settings"]
+    made = read_json(record, settings=dict)
+    settings = made["settings"]
+    if made.get("weights") != weights_digest(model):
+        raise SystemExit(f"{answers} has the answers of another model than {model}")
     if settings.get("md5") != hashlib.md5(Path(data).read_bytes()).hexdigest():
         raise SystemExit(f"{answers} has no answers to {data} as it is now; run eval.py on it")
     fields = {"id": str, "extracted": (str, type(None)), "correct": (bool, int, float)}
-    return {line["id"]: line for line in read_lines(path, **fields)}
+    fields |= {"key": str, "latents": int}
+    lines = read_lines(path, **fields)
+    if any(line["latents"] for line in lines) and not settings.get("save_latents"):
+        raise SystemExit(f"{answers}: the latents were not kept; eval.py has --save_latents=1")
+    return {line["id"]: line for line in lines}
 
 
-def latents_of(row):
-    """What a row's answer was written with, (m, d); None for an answer without latents."""
-    path = Path(answers) / "latents" / latents_name(row["id"])
-    return read_safetensors(path, ("latents",))[0]["latents"] if path.exists() else None
+def latents_of(line):
+    """What an answer was written with, (m, d); None for an answer without a whole span."""
+    path = Path(answers) / "latents" / latents_name(line["id"])
+    if not holds_latents_of(path, line["key"]):
+        return None
+    return read_safetensors(path, ("latents",))[0]["latents"]
 
 
 def follows(a, b, said):
@@ -130,7 +142,7 @@ def compare(a, b, said, features):
         "cosine": None,
         "own": None,
     }
-    v_a, v_b = latents_of(a), latents_of(b)
+    v_a, v_b = (latents_of(said[row["id"]]) for row in (a, b))
     if v_a is None or v_b is None or v_a.shape != v_b.shape:
         return found
     found["cosine"] = float(F.cosine_similarity(v_a, v_b, dim=-1).mean())
@@ -160,7 +172,7 @@ def main():
     features = Features()
     by_category = {}
     for a, b in Progress(pairs, desc="edits", unit="pair"):
-        category = a.get("category", "all")
+        category = a.get("category") or b.get("category") or "all"
         by_category.setdefault(category, []).append(compare(a, b, said, features))
     summaries = {category: summary(found) for category, found in by_category.items()}
     print(f"\n{'':12}{'pairs':>8}{'followed':>10}{'both right':>12}{'cosine':>8}{'own':>8}")

@@ -61,10 +61,12 @@ from endpoint import check_url, key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,
+    holds_latents_of,
     latents_name,
     load_latents_file,
     save_latents_file,
     see,
+    span_unit,
     stream,
     to_text,
 )
@@ -77,6 +79,7 @@ from launch import (
     check_choices,
     claim,
     clock,
+    folder_of,
     lock,
     pick_device,
     rank_and_world,
@@ -153,7 +156,7 @@ LATENT_SETTINGS = {  # and their values where nothing is done with latents
 }
 SCORED_COLUMNS = (  # of scored.jsonl
     "id", "category", "answer", "extracted", "method", "correct", "truncated", "tokens",
-    "latents", "error", "raw",
+    "latents", "error", "raw", "key",
 )
 MMHAL_COLUMNS = (  # of MMHal-Bench's own response file
     "question_type", "question_topic", "image_id", "image_src", "image_content", "question",
@@ -413,7 +416,7 @@ class Answerer:
             row, *_ = under_way[number]
             if save_latents:  # before the line that says it is done
                 path = self.test.out / "latents" / latents_name(row["id"])
-                save_latents_file(path, answer["latents"], self.head)
+                save_latents_file(path, answer["latents"], self.head, row_key(self.test.key, row))
             line = {
                 "raw": to_text(self.tokenizer, answer["ids"]),
                 "truncated": not answer["finished"],
@@ -424,6 +427,12 @@ class Answerer:
             del under_way[number]
             yield row, line
             shares.skip()
+
+    def is_whole(self, id, line):
+        """Are the latents of an answer where they are to be kept?"""
+        if not save_latents or line["latents"] < span_unit(self.head):
+            return True
+        return holds_latents_of(self.test.out / "latents" / latents_name(id), line["key"])
 
     def fed_latents(self, rows):
         """What shuffle and oracle feed, (m, K, d) a row; None each for the other interventions.
@@ -463,6 +472,9 @@ class ServedAnswerer:
         for row, line, said in ask_all(self.answer, rows, workers, give_up, self.server):
             yield row, line or {"error": said}
 
+    def is_whole(self, id, line):
+        return True  # without latents
+
     def answer(self, row):
         """What a question's line of the predictions says."""
         began = time.perf_counter()
@@ -492,8 +504,9 @@ def answer_all(test, answerer):
     What fails is recorded, and tried again by the next run.
     """
     rank, world = rank_and_world()
-    # a failed question is tried again
-    done = {id for id, line in read_predictions(test).items() if "error" not in line}
+    # a failed question is tried again, and one whose latents are gone or another run's
+    found = read_predictions(test).items()
+    done = {id for id, line in found if "error" not in line and answerer.is_whole(id, line)}
     # by position in the file, not among the missing: ranks that start late still split alike
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
@@ -630,6 +643,7 @@ def write_scores(test, graded, scores, n_missing):
     record = {
         "settings": test.settings,
         "key": test.key,
+        "weights": weights_digest(model),
         "missing": n_missing,
         "limit": limit,
         "versions": versions(),
@@ -811,7 +825,7 @@ class Imaginer:
     def spans(self, row):
         """The kept latents of an answer, (m, K, d); none where it opened no whole span."""
         path = self.folder / latents_name(row["id"])
-        if self.memory is None or not row["latents"] or not path.exists():
+        if self.memory is None or not holds_latents_of(path, row.get("key")):
             return []
         return load_latents_file(path, self.head)
 
@@ -865,16 +879,9 @@ def check_served():
         raise SystemExit(f"{model} has latents, which no server writes; drop `url`")
 
 
-def default_out():
-    """out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X."""
-    folder = Path(model)
-    beside = folder.parent if folder.is_relative_to("out") else Path("out")
-    return str(beside / "eval" / folder.resolve().name)
-
-
 def main():
     global out
-    out = out or default_out()
+    out = out or folder_of("eval", model)
     check_choices(
         globals(),
         intervention=INTERVENTIONS,

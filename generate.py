@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import LATENT_SPAN, read_safetensors, seed_of, write_then_rename
@@ -598,10 +599,10 @@ def latents_name(id):
     return f"{seed_of(id):016x}.safetensors"
 
 
-def save_latents_file(path, latents, head):
+def save_latents_file(path, latents, head, key=""):
     """Write the whole spans of generated latents (m * K, d), if any, in place of earlier ones.
 
-    A span that the token limit cut off is left out.
+    A span that the token limit cut off is left out. key: of the answer that they belong to.
     """
     # the token limit can cut a span in two
     unit = span_unit(head)
@@ -610,7 +611,16 @@ def save_latents_file(path, latents, head):
         Path(path).unlink(missing_ok=True)
         return
     tensors = {"latents": latents[:whole].contiguous()}
-    write_then_rename(path, lambda tmp: save_file(tensors, tmp))
+    write_then_rename(path, lambda tmp: save_file(tensors, tmp, {"answer": key}))
+
+
+def holds_latents_of(path, key):
+    """Is a file there that holds the latents of the answer of this key, and of no other run's?"""
+    try:
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("answer") == key
+    except (OSError, SafetensorError):  # missing or cut off
+        return False
 
 
 def load_latents_file(path, head):

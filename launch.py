@@ -203,6 +203,16 @@ def move_to_run(script, run, defaults, given):
         script["val_data"] = ""
 
 
+def folder_of(stage, model):
+    """Where a stage writes of a model, if no other folder is given.
+
+    out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X.
+    """
+    folder = Path(model)
+    beside = folder.parent if folder.is_relative_to("out") else Path("out")
+    return str(beside / stage / folder.resolve().name)
+
+
 def cast(key, value, kind):
     """The text of a setting as its default's type. Raises SystemExit where it is of another."""
     if kind is bool:

@@ -25,7 +25,16 @@ from data import check_there, load_examples, write_json, write_then_rename
 from decoder import followed_by
 from generate import generate, make_prompts
 from images import open_image, usable_rows
-from launch import Progress, check_choices, claim, pick_device, settings_of, show_files, start
+from launch import (
+    Progress,
+    check_choices,
+    claim,
+    folder_of,
+    pick_device,
+    settings_of,
+    show_files,
+    start,
+)
 from model import (
     embed,
     grid_features,
@@ -40,7 +49,7 @@ from model import (
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a checkpoint folder
 data = "out/toy/test.jsonl"  # questions, and auxiliary images to compare with
-out = "out/probe/gap"  # probe.json and two figures
+out = ""  # for probe.json and two figures; "": out/probe/gap for out/gap
 pca = ""  # "": the checkpoint's own; a pca.safetensors to judge a checkpoint that has none
 limit = 200  # questions; 0: all
 batch = 50  # questions a batch of generation; 7B on 80 GB: 16
@@ -411,6 +420,8 @@ def subspace(head, d):
 
 
 def main():
+    global out
+    out = out or folder_of("probe", model)
     check_choices(globals(), dtype=("float32", "bfloat16"))
     show_files(reads=[model, data], writes=[out])
     check_there(Path(model) / "config.json")

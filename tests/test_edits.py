@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import method_args, run
+from conftest import TOY, method_args, run
 from safetensors.torch import save_file
 
 import edits
 import toy
-from data import load_examples, read_json, write_json, write_lines
+from data import load_examples, read_json, weights_digest, write_json, write_lines
 from edits import nearer_to_own
 from generate import latents_name
 from images import open_image
@@ -55,12 +55,14 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     for row in rows:
         answer = "no idea" if row["id"] in wrong else row["answer"].upper()
         said.append({"id": row["id"], "extracted": answer, "correct": row["id"] not in wrong})
+        said[-1] |= {"key": f"answer to {row['id']}", "latents": 4}
         v = features.of(other[row["id"]] if row["category"] == "move" else row)
         name = tmp_path / "e" / "latents" / latents_name(row["id"])
-        save_file({"latents": v.contiguous()}, name)
+        save_file({"latents": v.contiguous()}, name, {"answer": said[-1]["key"]})
     write_lines(tmp_path / "e" / "scored.jsonl", said)
     md5 = hashlib.md5((tmp_path / "edits.jsonl").read_bytes()).hexdigest()
-    write_json(tmp_path / "e" / "metrics.json", {"settings": {"md5": md5}})
+    record = {"settings": {"md5": md5, "save_latents": True}, "weights": weights_digest(trained)}
+    write_json(tmp_path / "e" / "metrics.json", record)
     args = [f"--model={trained}", f"--data={tmp_path}/edits.jsonl", f"--answers={tmp_path}/e"]
     run("edits.py", *args)
     found = read_json(tmp_path / "e" / "edits.json")
@@ -73,6 +75,18 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     assert [found[kind]["both_right"] for kind in toy.EDITS] == [third, 1.0, 1.0, third]
     assert [found[kind]["own"] for kind in toy.EDITS] == [1.0, 0.0, None, None]
     assert found["piece"]["cosine"] == pytest.approx(1.0) and found["start"]["cosine"] < 0.99
+
+    # of another model, of a run that kept none, and of another run in the same folder
+    other_model = [f"--model={TOY}", *args[1:]]
+    assert "answers of another model" in run("edits.py", *other_model, ok=False)
+    not_kept = record | {"settings": {"md5": md5, "save_latents": False}}
+    write_json(tmp_path / "e" / "metrics.json", not_kept)
+    assert "the latents were not kept" in run("edits.py", *args, ok=False)
+    write_json(tmp_path / "e" / "metrics.json", record)
+    write_lines(tmp_path / "e" / "scored.jsonl", [line | {"key": "another"} for line in said])
+    run("edits.py", *args)
+    assert read_json(tmp_path / "e" / "edits.json")["start"]["own"] is None
+    write_lines(tmp_path / "e" / "scored.jsonl", said)
 
     # answers without latents are answers
     shutil.rmtree(tmp_path / "e" / "latents")

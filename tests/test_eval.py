@@ -22,6 +22,7 @@ from benchmarks import BENCHMARKS, JSONL, PUBLISHED
 from data import load_examples, read_lines, write_lines
 from generate import latents_name
 from intervals import difference_interval
+from launch import folder_of
 from model import load_processor, load_vlm
 
 # --- a JSONL test set
@@ -88,6 +89,14 @@ def test_interventions_by_eval(tmp_path, stages):
     assert len(saved) >= 2
     for name, latents in saved.items():
         assert len(latents) == clean[ids[name]]["latents"] // 4 * 4
+
+    # latents that are gone, or those of another setting's answers, are written again
+    (donor / next(iter(saved))).unlink()
+    run("eval.py", *evaluation(stages, tmp_path / "clean", save_latents=1, intervention="noise"))
+    run("eval.py", *evaluation(stages, tmp_path / "clean", save_latents=1))
+    assert {file.name for file in donor.iterdir()} == saved.keys()
+    for name, latents in saved.items():
+        assert torch.equal(load_file(donor / name)["latents"], latents)
 
     for kind in ("zero", "noise", "mean", "shuffle", "oracle", "oracle_pca"):
         change = {"intervention": kind, "save_latents": 1}
@@ -224,7 +233,7 @@ def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
 def answering(tmp_path, base, world, monkeypatch):
     """(Answerer of the toy's base, its test rows), at most three questions at once."""
     monkeypatch.setattr(evaluate, "batch", 3)
-    test = SimpleNamespace(settings={"max_new_tokens": 12}, out=tmp_path)
+    test = SimpleNamespace(settings={"max_new_tokens": 12}, out=tmp_path, key="k")
     model = evaluate.Answerer(test, *load_vlm(base), load_processor(base, *PIXELS), None, [])
     return model, list(load_examples(world / "test.jsonl", training=False))
 
@@ -252,10 +261,10 @@ def test_a_failure_is_one_questions_alone(answering, monkeypatch, capsys):
             raise RuntimeError("out of memory")
         return see(vlm, processor, prompts)
 
-    def unsaved(path, latents, head):
+    def unsaved(path, latents, head, key):
         if path.name == latents_name(rows[7]["id"]):
             raise OSError("disk full")
-        return save(path, latents, head)
+        return save(path, latents, head, key)
 
     monkeypatch.setattr(evaluate, "see", failing)
     monkeypatch.setattr(evaluate, "save_latents", True)
@@ -395,15 +404,14 @@ def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch)
     assert evaluate.headlines() == {"MMStar/overall": 50.0}
 
 
-def test_the_default_folder_follows_the_models_name(monkeypatch):
+def test_the_default_folder_follows_the_models_name():
     for model, out in (
         ("out/gap", "out/eval/gap"),
         ("out/mine/gap", "out/mine/eval/gap"),
         ("toy/base", "out/eval/base"),
         ("/models/Qwen2.5-VL-7B-Instruct/", "out/eval/Qwen2.5-VL-7B-Instruct"),
     ):
-        monkeypatch.setattr(evaluate, "model", model)
-        assert evaluate.default_out() == out
+        assert folder_of("eval", model) == out
 
 
 # --- an answer belongs to its question and pixels
