@@ -648,7 +648,11 @@ def write_scores(test, graded, scores, n_missing):
         "limit": limit,
         "versions": versions(),
     }
-    write_json(test.out / "metrics.json", record | scores, indent=1)
+    path = test.out / "metrics.json"
+    before = read_json(path) if path.exists() else record
+    if any(before.get(name) != record[name] for name in ("key", "limit")):
+        print(f"{path}: in place of the scores of other settings, whose answers stay")
+    write_json(path, record | scores, indent=1)
 
 
 def write_mmhal_responses(test, graded):

@@ -75,8 +75,9 @@ def test_eval_ranks_kills_and_scores(tmp_path, stages):
     lines = predictions_of(out)
     assert len(lines) == 12 and strip(lines) == one
 
-    # another setting does not reuse these answers
-    run("eval.py", *evaluation(stages, out, intervention="zero"))
+    # another setting does not reuse these answers, and says whose scores it replaces
+    text = run("eval.py", *evaluation(stages, out, intervention="zero"))
+    assert "metrics.json: in place of the scores of other settings" in text
     assert len(predictions_of(out)) == 24
 
 
