@@ -546,9 +546,10 @@ def jobs(names, numbers, weights):
                     files.append(pairs)
                 key = key_of(settings | {"weights": weights}, *files)
                 # one that is not trained has one line, whatever its seed
-                seeds_done = {s for n, s, k in done if (n, k) == (name, key)}
-                if seed not in seeds_done and not (group[name] is None and seeds_done):
-                    todo.append(Job(name, seed, file, settings, key))
+                made = {s for n, s, k in done if (n, k) == (name, key)}
+                if seed in made or made and group[name] is None:
+                    continue
+                todo.append(Job(name, seed, file, settings, key))
     return todo
 
 

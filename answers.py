@@ -517,8 +517,8 @@ def find_number(text):
     bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
     if re.search(r"[√π^/*\\]", bare):
         value = latex_value(bare)
-        if value is not None or re.fullmatch(r"-?\d+/\d+", bare, re.ASCII):  # 1/0 has none
-            return None if value is None else f"{value:.15g}"
+        if value is not None:
+            return f"{value:.15g}"
     # "two people, whose ages can not be told": numbers before a refusal are of other things
     *before, said = REFUSED.split(text)
     declared = DECLARED_NUMBER.findall(" ".join([*before, said]))

@@ -218,18 +218,6 @@ def draw_rows(rows):
     return [rows[i] for i in sorted(picked)]
 
 
-def work_through(name, rows, work, uses, rejects):
-    """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
-
-    uses: the names of the settings that `work` depends on; a change of one, or of a picture, does
-    the work anew.
-    """
-    settings = {setting: globals()[setting] for setting in uses}
-    if settings.get("base"):
-        settings["base"] = weights_digest(base)
-    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, digests_of)
-
-
 def digests_of(item):
     """Of each picture in `out` that a row names its digest; None for one that is not there."""
     row = item.get("item", item) if isinstance(item, dict) else item  # filter's, unchecked
@@ -238,6 +226,18 @@ def digests_of(item):
     lists = [row[field] for field in IMAGE_FIELDS if isinstance(row.get(field), list)]
     paths = [os.path.join(out, name) for names in lists for name in names if isinstance(name, str)]
     return [file_digest(path) if os.path.isfile(path) else None for path in paths]
+
+
+def work_through(name, rows, work, uses, rejects, contents=digests_of):
+    """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
+
+    uses: the names of the settings that `work` depends on; a change of one, or of what
+    contents(row) says of the row's pictures, does the work anew.
+    """
+    settings = {setting: globals()[setting] for setting in uses}
+    if settings.get("base"):
+        settings["base"] = weights_digest(base)
+    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, contents)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,9 +354,9 @@ def convert():
     rows = read_source(paths, name)
     check_columns(rows)
     check_name(name, paths)
-    # with what is known of the pictures: what has arrived, changed or gone is converted anew
-    rows = [row | {"pictures": stamps_of(row)} for row in draw_rows(rows)]
-    work_through(name, rows, convert_one, CONVERT_USES, f"rejects.{name}.jsonl")
+    # whose pictures lie elsewhere yet: what has arrived, changed or gone is converted anew
+    rejects = f"rejects.{name}.jsonl"
+    work_through(name, draw_rows(rows), convert_one, CONVERT_USES, rejects, stamps_of)
 
 
 def check_name(name, paths):

@@ -551,6 +551,20 @@ def file_digest(path):
     return remembered(path, "sha256", compute)
 
 
+def is_made(path, key):
+    """Is a safetensors file there, whole, and made under this key?"""
+    try:
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("key") == key
+    except (OSError, SafetensorError):  # missing or cut off
+        return False
+
+
+def file_md5(path):
+    """By which an evaluation's record names its data file."""
+    return hashlib.md5(Path(path).read_bytes()).hexdigest()
+
+
 def tensors_digest(path):
     """A hash of a safetensors file's tensors and metadata, whatever their order; remembered."""
     return remembered(path, "tensors", digest_tensors)

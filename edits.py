@@ -15,7 +15,6 @@ Reads a model folder, a data file of pairs of questions that differ in one thing
     python edits.py
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -26,6 +25,8 @@ from data import (
     as_text,
     check_fields,
     check_there,
+    file_md5,
+    is_made,
     load_examples,
     read_json,
     read_lines,
@@ -33,7 +34,7 @@ from data import (
     weights_digest,
     write_json,
 )
-from generate import holds_latents_of, latents_name
+from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
 from model import grid_features, load_head, load_processor, load_vlm, mode_of_targets
@@ -72,7 +73,7 @@ def read_answers():
     settings = made["settings"]
     if made.get("weights") != weights_digest(model):
         raise SystemExit(f"{answers} has the answers of another model than {model}")
-    if settings.get("md5") != hashlib.md5(Path(data).read_bytes()).hexdigest():
+    if settings.get("md5") != file_md5(data):
         raise SystemExit(f"{answers} has no answers to {data} as it is now; run eval.py on it")
     fields = {"id": str, "extracted": (str, type(None)), "correct": (bool, int, float)}
     fields |= {"key": str, "latents": int}
@@ -85,7 +86,7 @@ def read_answers():
 def latents_of(line):
     """What an answer was written with, (m, d); None for an answer without a whole span."""
     path = Path(answers) / "latents" / latents_name(line["id"])
-    if not holds_latents_of(path, line["key"]):
+    if not is_made(path, line["key"]):
         return None
     return read_safetensors(path, ("latents",))[0]["latents"]
 

@@ -16,7 +16,6 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 """
 
 import bisect
-import hashlib
 import html
 import time
 from itertools import count, zip_longest
@@ -45,6 +44,8 @@ from data import (
     check_fields,
     check_there,
     file_digest,
+    file_md5,
+    is_made,
     key_of,
     load_examples,
     open_append,
@@ -61,7 +62,6 @@ from endpoint import check_url, key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,
-    holds_latents_of,
     latents_name,
     load_latents_file,
     save_latents_file,
@@ -187,7 +187,7 @@ def load_test_set(name):
     else:
         benchmark, folder = JSONL, Path(out)
         rows = usable_rows(load_examples(data, training=False), skip_unusable)
-        md5 = hashlib.md5(Path(data).read_bytes()).hexdigest()
+        md5 = file_md5(data)
     # all that a reader of the score must know
     settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}
     settings |= {
@@ -432,7 +432,7 @@ class Answerer:
         """Are the latents of an answer where they are to be kept?"""
         if not save_latents or line["latents"] < span_unit(self.head):
             return True
-        return holds_latents_of(self.test.out / "latents" / latents_name(id), line["key"])
+        return is_made(self.test.out / "latents" / latents_name(id), line["key"])
 
     def fed_latents(self, rows):
         """What shuffle and oracle feed, (m, K, d) a row; None each for the other interventions.
@@ -829,7 +829,7 @@ class Imaginer:
     def spans(self, row):
         """The kept latents of an answer, (m, K, d); none where it opened no whole span."""
         path = self.folder / latents_name(row["id"])
-        if self.memory is None or not holds_latents_of(path, row.get("key")):
+        if self.memory is None or not is_made(path, row.get("key")):
             return []
         return load_latents_file(path, self.head)
 

@@ -28,13 +28,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import (
     check_finite,
     check_there,
     file_digest,
+    is_made,
     key_of,
     load_examples,
     read_json,
@@ -169,15 +170,6 @@ def split_to_shards(splits, made_by):
 def pictures_of(row):
     """What an example's targets are made of: its auxiliary images, by content."""
     return [file_digest(path) for path in row["aux_images"]]
-
-
-def is_made(path, key):
-    """Is a target file there, whole, and of these examples, pictures and settings?"""
-    try:
-        with safe_open(path, "pt") as f:
-            return (f.metadata() or {}).get("key") == key
-    except (OSError, SafetensorError):  # missing or cut off: it is made again
-        return False
 
 
 def check_indexed():

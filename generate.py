@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import LATENT_SPAN, read_safetensors, seed_of, write_then_rename
@@ -611,16 +610,7 @@ def save_latents_file(path, latents, head, key=""):
         Path(path).unlink(missing_ok=True)
         return
     tensors = {"latents": latents[:whole].contiguous()}
-    write_then_rename(path, lambda tmp: save_file(tensors, tmp, {"answer": key}))
-
-
-def holds_latents_of(path, key):
-    """Is a file there that holds the latents of the answer of this key, and of no other run's?"""
-    try:
-        with safe_open(path, "pt") as f:
-            return (f.metadata() or {}).get("answer") == key
-    except (OSError, SafetensorError):  # missing or cut off
-        return False
+    write_then_rename(path, lambda tmp: save_file(tensors, tmp, {"key": key}))
 
 
 def load_latents_file(path, head):

@@ -77,14 +77,14 @@ def judge(test, graded, endpoint):
 
     judged = []
     for row in graded:
-        if kind == "rating" and row["id"] not in keys:
-            row = row | {"rating": 0}
-        elif row["id"] in keys:
+        if row["id"] in keys:
             reply = replies[keys[row["id"]]].strip()
             if kind == "rating":
                 row = rated(row, reply)
             else:
                 row = read_again(row, reply, kind, test.benchmark.check)
+        elif kind == "rating":
+            row = row | {"rating": 0}
         judged.append(row)
     return judged
 

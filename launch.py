@@ -334,6 +334,18 @@ def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_same_everywhere(what, value):
+    """Raise SystemExit, on every rank, unless all ranks have the same value."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    differ = [other for other in range(world) if values[other] != values[0]]
+    if differ:
+        raise SystemExit(f"{what} of ranks 0 and {differ[0]} differ: is a file another, or away?")
+
+
 def end_with_parent():
     """Let this process end when the one that started it ends, however that ends (on Linux).
 
@@ -390,18 +402,6 @@ def clock(device):
 # one folder, one writer
 
 HELD = []  # open lock files: held until this process ends, however it ends
-
-
-def check_same_everywhere(what, value):
-    """Raise SystemExit, on every rank, unless all ranks have the same value."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    differ = [other for other in range(world) if values[other] != values[0]]
-    if differ:
-        raise SystemExit(f"{what} of ranks 0 and {differ[0]} differ: is a file another, or away?")
 
 
 def lock(path):

@@ -83,19 +83,18 @@ def in_order(work, items, workers, ahead=0):
         pool.shutdown(cancel_futures=True)
 
 
-def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, contents=None):
+def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, contents):
     """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
 
     settings: {name: value} of what makes older results useless when it changes.
-    contents(row): what the files hold that a row names; it does the same.
+    contents(row): what is known of the files that a row names; it does the same.
     give_up: so many rows in a row without an answer end the run (SystemExit).
     Returns the rows that were kept, in the order of `rows`.
     """
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
     # of the whole row: one that an earlier stage has changed is worked on again
-    seen = [{"contents": contents(row)} if contents else {} for row in rows]
-    keys = [key_of(settings | {"row": row} | held) for row, held in zip(rows, seen)]
+    keys = [key_of(settings | {"row": row, "contents": contents(row)}) for row in rows]
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)

@@ -470,8 +470,7 @@ def check_same_run(folder, settings):
     there, here = saved["inputs"], settings["inputs"]
     changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
     if changed:
-        of_pca = {"pca": pca, "targets": pca}
-        files = settings | of_pca  # what else has a key lies in the data
+        files = settings | {"targets": pca}  # what else is no setting lies in the data
         names = ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
         raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 

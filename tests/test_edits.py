@@ -58,7 +58,7 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
         said[-1] |= {"key": f"answer to {row['id']}", "latents": 4}
         v = features.of(other[row["id"]] if row["category"] == "move" else row)
         name = tmp_path / "e" / "latents" / latents_name(row["id"])
-        save_file({"latents": v.contiguous()}, name, {"answer": said[-1]["key"]})
+        save_file({"latents": v.contiguous()}, name, {"key": said[-1]["key"]})
     write_lines(tmp_path / "e" / "scored.jsonl", said)
     md5 = hashlib.md5((tmp_path / "edits.jsonl").read_bytes()).hexdigest()
     record = {"settings": {"md5": md5, "save_latents": True}, "weights": weights_digest(trained)}
