@@ -74,6 +74,7 @@ from model import (
     load_vlm,
     positions,
     quicken,
+    quicken_tower,
     tower_attention,
 )
 
@@ -422,7 +423,7 @@ def narrow_job():
     add_latent_tokens(vlm, tokenizer)
     vlm.model.visual.requires_grad_(False)
     if side == "ours":
-        quicken(vlm.model.visual)
+        quicken(vlm)
     processor = Qwen2VLImageProcessorPil(min_pixels=PIXELS[0], max_pixels=PIXELS[1])
     pca = random_pca(256, 64)
     rng = random.Random(0)
@@ -596,7 +597,7 @@ def forwards(tower, grid):
     pixels = torch.randn(grids.prod(), 3 * 2 * 14 * 14, device=device, dtype=tower.dtype)
 
     ours = deepcopy(tower)
-    quicken(ours)
+    quicken_tower(ours)
 
     @torch.inference_mode()
     def forward(tower):
@@ -639,7 +640,7 @@ def one_by_one():
     torch.manual_seed(0)
     stock = narrow_vlm(tokenizer).eval().to(device)
     ours = deepcopy(stock)
-    quicken(ours.model.visual)
+    quicken(ours)
     processor = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=16384 * 28 * 28)
     for cells in SIDES:
         rows = [question_of_noise(cells)]
@@ -766,9 +767,12 @@ def seven_b():
             "(7b-smoke runs the same code, small)"
         )
     vlm = shaped_vlm()
-    decoding(vlm, toy.make_tokenizer())
+    # other modules of the same weights: 7B does not fit twice
+    stock = deepcopy(vlm, {id(p): p for p in vlm.parameters()})
+    quicken(vlm)
+    decoding(vlm, stock, toy.make_tokenizer())
     forward_and_backward(vlm)
-    del vlm
+    del vlm, stock
     # 7b-smoke: eight layers, of which one has full attention
     heads, dim, depth, grid = 4, 16, 8, (1, 50, 62)
     if shape == "7b":
@@ -804,7 +808,7 @@ PROMPT = 512  # tokens
 LENGTH = 64  # of an answer
 
 
-def decoding(vlm, tokenizer):
+def decoding(vlm, stock, tokenizer):
     """A decode step by rows beside the time to read the weights; one answer beside HF's."""
     # all the decoder's weights, once; not the embedding, of which a step reads one row a token
     read = [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
@@ -833,7 +837,7 @@ def decoding(vlm, tokenizer):
     answer = f"{LENGTH} tokens to {PROMPT}"
     for n, n_samples, what in ((1, 1, f"an answer, {answer}"), (4, 8, f"8 answers to 4, {answer}")):
         ours = partial(generate, vlm, None, tokenizer, [prompt] * n, **settings)
-        theirs = partial(hf_generate, vlm, ids.expand(n, -1).to(device), n_samples)
+        theirs = partial(hf_generate, stock, ids.expand(n, -1).to(device), n_samples)
         seeds = list(range(n * n_samples))
         versus(what, partial(ours, n_samples=n_samples, temperature=1.0, seeds=seeds), theirs)
 

@@ -10,23 +10,33 @@ is Q x S rows that began together.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from model import embed
 
+FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full ...
+MORE_POSITIONS = 512  # ... but no more than this
 LEAVE_AT = 0.75  # finished rows leave when no more than this share of their cohort is needed
-FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full
-CAPTURE = "cuda"  # where a step becomes one graph, as its launches take most of the time ...
-CAPTURE_AFTER = 3  # ... once it has been the same so often: a capture costs as much as three steps
+
+# On a GPU the launches of a step take most of its time, so that it becomes one graph. No shape may
+# change then: questions take the places of those that have ended, and room is made ahead.
+CAPTURE = "cuda"
+LEAVE_CAPTURED_AT = 0.25  # a smaller cohort is captured anew
+PROMPT_ROOM = 128  # prompts of a cohort are as long as a multiple of this
 
 
 class Prompts(NamedTuple):
     """What is kept of Q prompts once they are read."""
 
     layers: list  # (keys, values), each (Q, H, T, D), H being key-value heads
-    bias: torch.Tensor | None  # (Q, 1, 1, 1, T), added to scores: -inf at padding
+    bias: torch.Tensor | None  # (Q, T), added to scores: -inf at padding
     next_pos: torch.Tensor  # (Q), where the text goes on
     last: torch.Tensor  # (Q, d), the state of the last position
     ahead: torch.Tensor  # (Q, A, d), the states of what was read ahead
+
+    @property
+    def T(self):
+        return self.layers[0][0].shape[2]
 
     def pick(self, q):
         """Those of the prompts q (Q'), ascending; no copy where these are all."""
@@ -36,6 +46,16 @@ class Prompts(NamedTuple):
         layers = [(keys[q], values[q]) for keys, values in self.layers]
         bias = None if self.bias is None else self.bias[q]
         return Prompts(layers, bias, self.next_pos[q], self.last[q], self.ahead[q])
+
+    def widened(self, T):
+        """A copy, padded on the left to T positions."""
+        more = T - self.T
+        bias = self.last.new_zeros(len(self.last), self.T) if self.bias is None else self.bias
+        return self._replace(
+            layers=[tuple(F.pad(x, (0, 0, more, 0)) for x in layer) for layer in self.layers],
+            bias=F.pad(bias, (more, 0), value=-torch.inf),
+            next_pos=self.next_pos.clone(),
+        )
 
 
 class Cohort:
@@ -49,23 +69,41 @@ class Cohort:
         self.prompts, self.S = prompts, n_samples
         self.keys = [NewPositions() for _ in prompts.layers]
         self.values = [NewPositions() for _ in prompts.layers]
-        self.t = 0  # how many new positions every row has by now
+        Q = len(prompts.last)
+        self.t = torch.zeros(Q, dtype=torch.long)  # how many new positions each has by now
+        self.free = torch.zeros(Q, dtype=torch.bool)  # places that others can take
 
     def __len__(self):
         """Its rows."""
         return len(self.prompts.last) * self.S
 
+    @property
+    def room(self):
+        """For how many new positions there is room."""
+        return self.keys[0].room
+
+    def add_room(self, x, H, D):
+        """For more new positions, of x's type."""
+        for new in self.keys + self.values:
+            new.add_room(x, len(self.prompts.last), H, self.S, D)
+
     def positions(self, t):
         """The t-th new position of each row (R)."""
         return (self.prompts.next_pos + t)[:, None].expand(-1, self.S).flatten()
 
-    def unwritten(self, x, t):
-        """What masks the room that is not written yet (T + n), for a tensor t (1)."""
-        T = self.prompts.layers[0][0].shape[2]
-        places = torch.arange(-T, self.keys[0].room, device=x.device)
-        return torch.where(places > t, -torch.inf, 0.0).to(x)
+    def mask(self, x, t):
+        """What is added to the scores of the t-th new positions: -inf at what is no position.
 
-    def attend(self, i, q, k, v, t, scaling, unwritten):
+        (Q or 1, 1, 1, 1, T + new); None where all are.
+        """
+        bias = self.prompts.bias
+        if not torch.is_tensor(t):
+            return None if bias is None else F.pad(bias, (0, t + 1))[:, None, None, None]
+        unwritten = torch.arange(self.room, device=x.device) > t[:, None]
+        new = torch.zeros_like(unwritten, dtype=x.dtype).masked_fill(unwritten, -torch.inf)
+        return torch.cat([bias, new], -1)[:, None, None, None]
+
+    def attend(self, i, q, k, v, t, scaling, mask):
         """Layer i's attention of each row's t-th new position to its prompt and its past.
 
         q (R, H, G, D), k and v (R, H, 1, D), G query heads sharing a key-value head. Returns
@@ -83,15 +121,12 @@ class Cohort:
         # all S * G queries of a prompt meet it in one product
         q_flat = q.reshape(Q, H, S * G, D)
         to_prompt = (q_flat @ k_prompt.mT).view(Q, H, S, G, -1)
-        if self.prompts.bias is not None:
-            to_prompt = to_prompt + self.prompts.bias
         to_new = [q @ part.mT for part in k_new]
-        scores = torch.cat([to_prompt, *to_new], -1).mul(scaling)
-        if unwritten is not None:
-            scores = scores + unwritten
+        scores = torch.cat([to_prompt, *to_new], -1)
+        scores = scores * scaling if mask is None else torch.add(mask, scores, alpha=scaling)
 
-        # one softmax over both parts, in float32 as the stock attention has it
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # (Q, H, S, G, T + new)
+        # one softmax over both parts; within, it counts in float32 whatever it is given
+        weights = scores.softmax(-1)  # (Q, H, S, G, T + new)
         T = k_prompt.shape[2]
         w_prompt, *w_new = weights.split([T, *(part.shape[3] for part in v_new)], -1)
         w_flat = w_prompt.reshape(Q, H, S * G, T)
@@ -100,9 +135,26 @@ class Cohort:
             o = o + w @ part
         return o.transpose(1, 2).reshape(R, H * G * D)
 
+    def seat(self, prompts, places):
+        """Prompts take places (Q') that are free. Returns whether all had to move for them."""
+        longer = prompts.T > self.prompts.T
+        if longer:
+            self.prompts = self.prompts.widened(rounded_up(prompts.T, PROMPT_ROOM))
+        theirs = prompts.widened(self.prompts.T)
+        at = places.to(prompts.last.device)
+        for mine, new in zip(self.prompts.layers, theirs.layers):
+            for x, y in zip(mine, new):
+                x[at] = y
+        self.prompts.bias[at] = theirs.bias
+        self.prompts.next_pos[at] = theirs.next_pos
+        self.t[places] = 0
+        self.free[places] = False
+        return longer
+
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
         self.prompts, self.S = self.prompts.pick(q), s.shape[1]
+        self.t, self.free = self.t[q], self.free[q]
         device = self.prompts.last.device
         for new in self.keys + self.values:
             new.keep(q.to(device), s.to(device))
@@ -116,15 +168,18 @@ class Decoder:
     """
 
     def __init__(self, vlm, pad_id):
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
         self.vlm, self.lm, self.pad_id = vlm, vlm.model.language_model, pad_id
-        self.rotate = apply_rotary_pos_emb
+        self.rotate_half = rotate_half
         if self.lm.has_sliding_layers:
             advice = "set use_sliding_window to false"
             raise SystemExit(f"generation has no sliding-window attention; {advice}")
-        attention = self.lm.layers[0].self_attn
-        self.H, self.D = attention.num_key_value_heads, attention.head_dim
+        attention = [layer.self_attn for layer in self.lm.layers]
+        self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in attention]
+        self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self.lm.layers]
+        self.H, self.D = attention[0].num_key_value_heads, attention[0].head_dim
+        self.captured = vlm.device.type == CAPTURE
         self.cohorts = []
         self.forget_graph()
 
@@ -150,7 +205,7 @@ class Decoder:
         layers = out.past_key_values.layers
         bias = None
         if padded:
-            bias = torch.where(mask[:, :T], 0.0, -torch.inf).to(x)[:, None, None, None]
+            bias = torch.where(mask[:, :T], 0.0, -torch.inf).to(x)
         # copies of the states, so that those of all positions are not held by them
         return Prompts(
             layers=[(layer.keys[:, :, :T], layer.values[:, :, :T]) for layer in layers],
@@ -162,14 +217,29 @@ class Decoder:
         )
 
     def begin(self, prompts, n_samples):
-        """A cohort more, at the end: n_samples rows to go on after each of the Prompts.
+        """Rows more: n_samples of each of the Prompts, to go on after it.
 
-        Returns h_bar (Q * n_samples, d), from which its first tokens are drawn.
+        Returns h_bar (Q * n_samples, d), from which their first tokens are drawn; and where each of
+        all rows that there are now was, among those before followed by these.
         """
-        self.cohorts.append(
-            Cohort(prompts, n_samples)
-        )  # its first step makes room, and a new graph
-        return prompts.last.repeat_interleave(n_samples, 0)
+        h = prompts.last.repeat_interleave(n_samples, 0)
+        before = sum(map(len, self.cohorts))
+        rows, begun = torch.arange(before), before + torch.arange(len(h))
+        if self.captured:
+            first = 0
+            for cohort in self.cohorts:
+                places = cohort.free.nonzero()[: len(prompts.last), 0]
+                if cohort.S == n_samples and len(places) == len(prompts.last):
+                    if cohort.seat(prompts, places):
+                        self.forget_graph()
+                    taken = first + places[:, None] * n_samples + torch.arange(n_samples)
+                    rows[taken.flatten()] = begun
+                    return h, rows
+                first += len(cohort)
+            prompts = prompts.widened(rounded_up(prompts.T, PROMPT_ROOM))
+        self.cohorts.append(Cohort(prompts, n_samples))
+        self.forget_graph()
+        return h, torch.cat([rows, begun])
 
     def step(self, x):
         """Feed x (R, d), one embedding a row; returns h_bar (R, d), after the final norm.
@@ -177,69 +247,67 @@ class Decoder:
         The next step may overwrite what is returned.
         """
         for cohort in self.cohorts:
-            if cohort.t == cohort.keys[0].room:
+            if cohort.t.max() == cohort.room:
                 self.forget_graph()
-                for new in cohort.keys + cohort.values:
-                    new.add_room(x, len(cohort.prompts.last), self.H, cohort.S, self.D)
+                cohort.add_room(x, self.H, self.D)
         ts = [cohort.t for cohort in self.cohorts]
-        h = self.replayed(x, ts) if x.device.type == CAPTURE else self.forward(x, ts)
-        for cohort in self.cohorts:
-            cohort.t += 1
+        if self.captured:
+            h = self.replayed(x, ts)
+        else:
+            # nobody takes a place: all of a cohort are as far
+            h = self.forward(x, [int(t[0]) for t in ts])
+        for t in ts:
+            t += 1
         return h
 
     def forget_graph(self):
-        """A shape or a place in memory has changed: no step was like the next."""
-        self.graph = self.h = None  # and with them the graph's memory
-        self.n_alike = 0
+        """A shape or a place in memory has changed."""
+        self.graph = self.h = self.x = None  # and with them the graph's memory
 
     def replayed(self, x, ts):
-        """`forward` of fixed shapes; in one launch, of a CUDA graph, once they have lasted."""
-        ts = torch.tensor(ts)
-        if self.n_alike == 0:
-            self.x, self.ts = torch.empty_like(x), ts.to(x.device)
+        """`forward` of fixed shapes: from the second of them on in one launch, of a CUDA graph."""
+        sizes = [len(t) for t in ts]
+        if self.x is None:
+            self.x, self.ts = x.clone(), torch.cat(ts).to(x.device)
+            # this step also makes what libraries make at a first call, which can not be captured
+            return self.forward(self.x, self.ts.split(sizes))
         self.x.copy_(x)
-        self.ts.copy_(ts)
-        self.n_alike += 1
-        # these steps also make what libraries make at a first call, which can not be captured
-        if self.n_alike <= CAPTURE_AFTER:
-            return self.forward(self.x, self.ts.split(1))
+        self.ts.copy_(torch.cat(ts))
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.h = self.forward(self.x, self.ts.split(1))
+                self.h = self.forward(self.x, self.ts.split(sizes))
         self.graph.replay()
         return self.h
 
     def forward(self, x, ts):
-        """The decoder at every row's next position, x (R, d), which is its cohort's t-th.
+        """The decoder at every row's next position, x (R, d), which is its question's t-th.
 
-        A t is an int; or a tensor (1), and then no shape and no address depends on it: the room
-        that is not written yet is read, too, and masked.
+        A t is an int, of a cohort; or a tensor (Q), and then no shape and no address depends on it:
+        the room that is not written yet is read, too, and masked.
         """
         cohorts = list(zip(self.cohorts, ts))
         pos = torch.cat([cohort.positions(t) for cohort, t in cohorts])  # (R)
-        rope = self.lm.rotary_emb(x, pos[:, None].expand(3, -1, -1))  # two of (R, 1, D)
-        unwritten = [
-            cohort.unwritten(x, t) if torch.is_tensor(t) else None for cohort, t in cohorts
-        ]
+        cos, sin = self.lm.rotary_emb(x, pos[:, None].expand(3, -1, -1))  # (R, 1, D)
+        masks = [cohort.mask(x, t) for cohort, t in cohorts]
         sizes = [len(cohort) for cohort in self.cohorts]
         for i, layer in enumerate(self.lm.layers):
             attention = layer.self_attn
             y = layer.input_layernorm(x)
+            heads = F.linear(y, *self.qkv[i]).view(len(y), -1, self.D)  # all of q, then of k, of v
+            qk, v = heads[:, : -self.H], heads[:, -self.H :]
+            qk = qk * cos + self.rotate_half(qk) * sin
             # (R, H, G, D) queries, (R, H, 1, D) keys and values
-            q, k, v = (
-                proj(y).view(len(y), self.H, -1, self.D)
-                for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            q, k = self.rotate(q, k, *rope)
-            parts = zip(q.split(sizes), k.split(sizes), v.split(sizes))
+            q, k = qk[:, : -self.H].view(len(y), self.H, -1, self.D), qk[:, -self.H :]
+            parts = zip(q.split(sizes), k[:, :, None].split(sizes), v[:, :, None].split(sizes))
             o = [
                 cohort.attend(i, *qkv, t, attention.scaling, mask)
-                for (cohort, t), qkv, mask in zip(cohorts, parts, unwritten)
+                for (cohort, t), qkv, mask in zip(cohorts, parts, masks)
             ]
-            x = x + attention.o_proj(torch.cat(o))
+            x = x + attention.o_proj(o[0] if len(o) == 1 else torch.cat(o))
             y = layer.post_attention_layernorm(x)
-            x = x + layer.mlp(y)
+            gate, up = F.linear(y, *self.gate_up[i]).chunk(2, -1)
+            x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
         return self.lm.norm(x)
 
     def leave(self, alive):
@@ -247,17 +315,25 @@ class Decoder:
 
         Returns the places (R') of those that stay; None where all do.
         """
-        parts = list(zip(self.cohorts, alive.split([len(cohort) for cohort in self.cohorts])))
+        leave_at = LEAVE_CAPTURED_AT if self.captured else LEAVE_AT
+        sizes = [len(cohort) for cohort in self.cohorts]
+        parts = [
+            (cohort, living.view(-1, cohort.S))
+            for cohort, living in zip(self.cohorts, alive.split(sizes))
+        ]
+        for cohort, living in parts if self.captured else ():
+            cohort.free = ~living.any(1)
+            cohort.t[cohort.free] = 0  # until they are taken they write to their first position
         # as at most steps: no cohort becomes smaller than its living rows
-        if all(living.sum() > LEAVE_AT * len(cohort) for cohort, living in parts):
+        if all(living.sum() > leave_at * len(cohort) for cohort, living in parts):
             return None
         places, cohorts, before = [], [], 0
         for cohort, living in parts:
             at = torch.arange(before, before + len(cohort)).view(-1, cohort.S)
             before += len(cohort)
             # a cohort stays a rectangle: some that have ended may have to stay, too
-            q, s = still_needed(living.view(-1, cohort.S))
-            if s.numel() <= LEAVE_AT * len(cohort):
+            q, s = still_needed(living)
+            if s.numel() <= leave_at * len(cohort):
                 at = at[q[:, None], s]
                 if len(q):
                     cohort.keep(q, s)
@@ -269,6 +345,34 @@ class Decoder:
         self.forget_graph()
         self.cohorts = cohorts
         return torch.cat(places)
+
+
+def joined(*linears):
+    """(weight, bias) of one product that is those of all linears, which read the same.
+
+    Their weights are laid one below the other and stay theirs: nothing is stored twice.
+    """
+    weights, biases = zip(*((linear.weight, linear.bias) for linear in linears))
+    return one_below_the_other(weights), one_below_the_other(biases)
+
+
+def one_below_the_other(params):
+    """Parameters (rows, ...) as one tensor of all rows, of which each is a part from now on."""
+    if params[0] is None:
+        return None
+    sizes = [len(p) for p in params]
+    begin = [(p.untyped_storage().data_ptr(), p.storage_offset()) for p in params]
+    end = [(memory, at + p.numel()) for (memory, at), p in zip(begin, params)]
+    if begin[1:] != end[:-1]:
+        # not in inference mode: they may be trained on
+        with torch.inference_mode(False), torch.no_grad():
+            for p, rows in zip(params, torch.cat(params).split(sizes)):
+                p.data = rows
+    return params[0].detach().as_strided((sum(sizes), *params[0].shape[1:]), params[0].stride())
+
+
+def rounded_up(n, step):
+    return -(-n // step) * step
 
 
 def still_needed(alive):
@@ -284,7 +388,8 @@ class NewPositions:
     has room left.
 
     A part holds as many as all before it. What is written is never copied for room: in the step
-    that doubled one buffer, all rows waited for it.
+    that doubled one buffer, all rows waited for it. A GPU copies it in no time, and there a part
+    more is launches more, so that it has one alone.
     """
 
     def __init__(self):
@@ -292,23 +397,27 @@ class NewPositions:
         self.room = 0  # positions that the parts hold
 
     def add_room(self, x, Q, H, S, D):
-        """Another part, of x's type."""
-        n = self.room or FIRST_POSITIONS
-        # a captured step multiplies what is not written yet by 0: that must not be NaN
-        make = x.new_zeros if x.device.type == CAPTURE else x.new_empty
-        self.parts.append(make(Q, H, S, n, D))
+        """For more positions, of x's type."""
+        n = min(self.room or FIRST_POSITIONS, MORE_POSITIONS)
+        if x.device.type != CAPTURE:
+            self.parts.append(x.new_empty(Q, H, S, n, D))
+        elif self.parts:
+            self.parts = [F.pad(self.parts[0], (0, 0, 0, n))]
+        else:
+            # what is not written yet is multiplied by 0: it must not be NaN
+            self.parts = [x.new_zeros(Q, H, S, n, D)]
         self.room += n
 
     def add(self, x, t):
         """Store x (Q, H, S, 1, D) as position t, in the last part.
 
-        Returns the parts as far as they are written; whole ones, where t is a tensor (1).
+        Returns the parts as far as they are written; whole ones, where t is a tensor (Q).
         """
         *full, last = self.parts
-        at = t - (self.room - last.shape[3])
         if torch.is_tensor(t):
-            last.index_copy_(3, at, x)
+            last[torch.arange(len(t), device=t.device), :, :, t] = x[:, :, :, 0]
             return self.parts
+        at = t - (self.room - last.shape[3])
         last[:, :, :, at] = x[:, :, :, 0]
         return [*full, last[:, :, :, : at + 1]]
 

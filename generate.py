@@ -19,7 +19,8 @@ from decoder import Decoder
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-REFILL_AT = 0.5  # others begin when no more than this share of what was last begun is left
+REFILL_AT = 0.5  # others begin when no more than this share of what was last begun is left ...
+REFILL_CAPTURED_AT = 0.9  # ... where their shape costs nothing
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
@@ -305,8 +306,8 @@ class Desk:
     The scheduler of what servers call continuous batching.
     """
 
-    def __init__(self, more, at_once, read):
-        self.more, self.at_once, self.read = more, at_once, read
+    def __init__(self, more, at_once, read, refill_at):
+        self.more, self.at_once, self.read, self.refill_at = more, at_once, read, refill_at
         self.asked = {}  # {q: Question} of those that have not ended
         self.waiting = {}  # lists of them, each of one prefill and one wave
         self.n_read = 0
@@ -315,7 +316,7 @@ class Desk:
 
     def due(self):
         """Lists of questions, each of one prefill, whose next wave begins now."""
-        if self.n_busy > REFILL_AT * self.full:
+        if self.n_busy > self.refill_at * self.full:
             return []
         groups = list(self.waiting.values())
         self.waiting.clear()
@@ -427,6 +428,10 @@ def stream(
     waves = list(accumulate(waves or [n_samples]))  # how many samples have begun after each
     if waves[-1] != n_samples:
         raise ValueError(f"waves of {waves[-1]} samples; expected n_samples={n_samples}")
+    refill_at = REFILL_AT
+    if decoder.captured:
+        waves = [n_samples]  # a row more costs less than another shape
+        refill_at = REFILL_CAPTURED_AT
 
     def read(prompts, q):
         """Questions from the q-th on, their prompts read together."""
@@ -437,15 +442,16 @@ def stream(
             latents.plan(group, temperature)
         return group
 
-    desk = Desk(more, at_once, read)
+    desk = Desk(more, at_once, read, refill_at)
     rows = Rows.none(max_new_tokens)
     h = vlm.lm_head.weight.new_zeros(0, vlm.lm_head.in_features)  # (R, d)
 
     while True:
         # 0. where there is room, questions begin their next wave, and others their first
         forced = len(span) if before_answer else 0
-        for begun, states in [begin(decoder, group, waves, forced) for group in desk.due()]:
-            rows, h = rows.and_then(begun), torch.cat([h, states])
+        for group in desk.due():
+            begun, states, places = begin(decoder, group, waves, forced)
+            rows, h = rows.and_then(begun).pick(places), torch.cat([h, states])[places]
         if not len(h):
             return
 
@@ -471,7 +477,7 @@ def stream(
             token[text] = tokens.next(h[text], u[text])
 
         # 3. what is fed: the token's embedding, or a latent in its place
-        x = vlm.model.language_model.embed_tokens(token.to(vlm.device))  # (R, d)
+        x = vlm.model.language_model.embed_tokens(token.to(h.device))  # (R, d)
         if inside.any():
             whose = [divmod(row, n_samples) for row in number[inside].tolist()]
             v = latents.next(h[inside].float(), [(desk.asked[q], s) for q, s in whose])  # (M, d)
@@ -517,13 +523,14 @@ def stream(
 def begin(decoder, group, waves, forced):
     """Begin the next wave of Questions of one prefill, with so many `forced` positions at first.
 
-    Returns its Rows, and the states h (R, d) from which they go on.
+    Returns its Rows, the states h (R, d) from which they go on, and where each of all rows that
+    there are now was, among those before followed by these.
     """
     first = group[0].begun
     last = next(n for n in waves if n > first)
     group = sorted(group, key=lambda question: question.place)
     places = torch.tensor([question.place for question in group])
-    h = decoder.begin(group[0].prompts.pick(places), last - first)
+    h, where = decoder.begin(group[0].prompts.pick(places), last - first)
     n_samples = waves[-1]
     for question in group:
         question.begun = last
@@ -539,7 +546,7 @@ def begin(decoder, group, waves, forced):
         alive=torch.ones(R, dtype=torch.bool),
         u=u,
     )
-    return begun, h
+    return begun, h, where
 
 
 def is_latent(left, K, n_after):

@@ -224,9 +224,8 @@ def make_open(vlm, tokenizer, prompts, opens):
         ).solution[:, 0]
 
 
-def answers_that_end(vlm, head, tokenizer, prompts, at_once, on_step=None):
-    """{q: eight answers}, in two waves, with spans, which end at various lengths: at any of many
-    tokens."""
+def answers_that_end(vlm, head, tokenizer, prompts, at_once, on_step=None, waves=(1, 7)):
+    """{q: answers}, in waves, with spans, which end at various lengths: at any of many tokens."""
     vlm.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
     rest = iter(p | {"seeds": range(8 * q, 8 * q + 8)} for q, p in enumerate(prompts))
 
@@ -234,8 +233,8 @@ def answers_that_end(vlm, head, tokenizer, prompts, at_once, on_step=None):
         assert 0 < n <= at_once
         return list(islice(rest, n))
 
-    kwargs = dict(max_new_tokens=40, n_samples=8, waves=[1, 7], temperature=1.0, on_step=on_step)
-    found = dict(stream(vlm, head, tokenizer, more, at_once, **kwargs))
+    kwargs = dict(max_new_tokens=40, n_samples=sum(waves), waves=waves, temperature=1.0)
+    found = dict(stream(vlm, head, tokenizer, more, at_once, on_step=on_step, **kwargs))
     assert sorted(found) == list(range(len(prompts)))
     answers = [a for q in found for a in found[q]]
     assert len({len(a["ids"]) for a in answers}) > 3 and any(len(a["latents"]) for a in answers)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_patches_are_embedded_as_by_the_convolution(base, dtype):
     tower = stock_vlm(base).model.visual
     conv = torch.nn.Conv3d(3, 1280, (2, 14, 14), stride=(2, 14, 14), bias=False).to(dtype)
     tower.patch_embed.proj = conv
-    model.quicken(tower)
+    model.quicken_tower(tower)
     ours = tower.patch_embed.proj
     assert ours.weight is conv.weight and not isinstance(ours, torch.nn.Conv3d)
     pixels = torch.randn(50, 3, 2, 14, 14, dtype=dtype, requires_grad=True)
@@ -247,6 +248,28 @@ def test_patches_are_embedded_as_by_the_convolution(base, dtype):
     for a, b in zip(*found):
         one_rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5
         close(a, b, rtol=0.0, atol=one_rounding * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_one_kernel_is_the_norm(base, dtype):
+    """With its weights, and its gradients, no further from the exact ones than the stock norm's."""
+    torch.manual_seed(0)
+    stock = stock_vlm(base).model.language_model.norm
+    torch.nn.init.normal_(stock.weight)
+    holder = torch.nn.ModuleDict({"norm": deepcopy(stock).to(dtype)})
+    weight = holder.norm.weight
+    model.norms_of_one_kernel(holder)
+    assert holder.norm.weight is weight and type(holder.norm) is torch.nn.RMSNorm
+
+    x, exact = 30 * torch.randn(7, len(weight), dtype=dtype), []
+    for norm in (holder.norm, deepcopy(stock).to(dtype), deepcopy(stock).to(dtype).double()):
+        y = x.to(norm.weight.dtype).requires_grad_()
+        out = norm(y)
+        exact.append((out, *torch.autograd.grad(out.double().sin().sum(), [y, norm.weight])))
+    for ours, theirs, true in zip(*exact):
+        far, stock_far = ((a.double() - true).norm().item() for a in (ours, theirs))
+        assert far < 1.1 * stock_far + 1e-6 * true.norm().item()
+        assert far < 0.05 * true.norm().item()
 
 
 def test_windows_share_a_call(base, monkeypatch):
