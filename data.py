@@ -225,8 +225,12 @@ def in_one_form(raw, training, where):
         texts.append("response")
     if "system" in row:
         texts.append("system")
+    for field in [*texts, "images"]:
+        if field not in row:
+            missing = f"is missing; there are {', '.join(map(repr, row)) or 'none'}"
+            raise SystemExit(f"{where}: field {field!r} {'is null' if field in raw else missing}")
     for field in texts:
-        row[field] = as_text(row.get(field), field, where)
+        row[field] = as_text(row[field], field, where)
 
     lists = ["images"]
     if training or "aux_images" in row:

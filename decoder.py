@@ -4,7 +4,7 @@ Prompts are read whole, once each; from then on a step is one new position of ev
 
 Shape letters beside model.py's: Q prompts, S rows of each, R rows in all (in a Cohort, its own), T
 prompt positions, t new positions, H key-value heads of D, G query heads that share one. A *cohort*
-is Q x S rows that began together.
+is Q x S rows whose caches have one shape.
 """
 
 from typing import NamedTuple
@@ -36,6 +36,7 @@ class Prompts(NamedTuple):
 
     @property
     def T(self):
+        """Positions, with padding."""
         return self.layers[0][0].shape[2]
 
     def pick(self, q):
@@ -59,8 +60,9 @@ class Prompts(NamedTuple):
 
 
 class Cohort:
-    """S rows of each of Q questions, which began together, and all their caches.
+    """S rows of each of Q questions, and all their caches.
 
+    They began together; on a GPU, some may have begun where others had ended.
     The S rows of a question attend to *one* prompt cache and each to its own new positions
     (Q, H, S, t, D): the prompt is neither run nor stored nor read once a row.
     """
@@ -94,7 +96,7 @@ class Cohort:
     def mask(self, x, t):
         """What is added to the scores of the t-th new positions: -inf at what is no position.
 
-        (Q or 1, 1, 1, 1, T + new); None where all are.
+        (Q, 1, 1, 1, T + new); None where all are.
         """
         bias = self.prompts.bias
         if not torch.is_tensor(t):
