@@ -402,6 +402,7 @@ def clock(device):
 # one folder, one writer
 
 HELD = []  # open lock files: held until this process ends, however it ends
+CLAIMED = set()  # those that `claim` holds
 
 
 def lock(path):
@@ -422,15 +423,18 @@ def lock(path):
 def claim(folder, file=""):
     """Make an output folder, and keep other launches of the stage out of it until this one ends.
 
-    With a `file` in it only that is claimed. Raises SystemExit if another launch has it. What a
-    killed run left half-written is removed. Rank 0 claims for all ranks of a launch.
+    With a `file` in it only that is claimed. Raises SystemExit if another launch has it; a process
+    may claim again what it has. What a killed run left half-written is removed. Rank 0 claims for
+    all ranks of a launch.
     """
     folder = Path(folder)
     if rank_and_world()[0] > 0:
         folder.mkdir(parents=True, exist_ok=True)
         return
-    if not lock(folder / (f".{file}.lock" if file else ".lock")):
+    held = folder.absolute() / (f".{file}.lock" if file else ".lock")
+    if held not in CLAIMED and not lock(held):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
+    CLAIMED.add(held)
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{file}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""

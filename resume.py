@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data import append, key_of, open_append, read_lines, write_lines
-from launch import Progress
+from launch import Progress, claim
 
 
 class Reject(Exception):
@@ -93,6 +93,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     """
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
+    claim(path.parent, path.name)
     # of the whole row: one that an earlier stage has changed is worked on again
     keys = [key_of(settings | {"row": row, "contents": contents(row)}) for row in rows]
     # the file also holds what other rows and other settings gave: a change that is taken back costs

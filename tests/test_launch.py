@@ -404,8 +404,7 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
 
     claim(tmp_path)
     assert sorted(p.name for p in deep.iterdir()) == sorted([*kept, f".folder.{ended.pid}.tmp"])
-    with pytest.raises(SystemExit, match="another process"):
-        claim(tmp_path)
+    claim(tmp_path)  # what a process has it may claim again
     # a stage of its own for one file in the same folder
     for name in (f".counts.jsonl.{ended.pid}.tmp", f".a.json.{ended.pid}.tmp"):
         (tmp_path / name).touch()

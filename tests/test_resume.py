@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from resume import each, in_order
+from launch import lock
+from resume import each, in_order, run_stage
 
 
 @pytest.mark.parametrize("ahead", [0, 10])
@@ -69,3 +70,17 @@ def test_what_raises_takes_no_finished_work_away():
         for result in each(work, range(4), 4):
             given.append(result)
     assert sorted(given) == [0, 0, 1]
+
+
+def test_a_stage_has_one_writer(tmp_path):
+    """The lines of two would be mixed, and all asked for twice; stages of other names may run."""
+    settings = dict(settings={}, folder=tmp_path, workers=1, give_up=3, rejects="rejects.jsonl")
+
+    def stage(name):
+        return run_stage(name, [{"id": "a"}], dict, contents=lambda row: [], **settings)
+
+    assert lock(tmp_path / "work" / ".first.jsonl.lock")
+    with pytest.raises(SystemExit, match="another process is writing here"):
+        stage("first")
+    assert not (tmp_path / "first.jsonl").exists()
+    assert stage("second") == stage("second") == [{"id": "a"}]
