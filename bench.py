@@ -34,6 +34,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
 from flops import amounts, flops_each, rates
-from generate import generate, make_prompts, stream, to_text
+from generate import generate, make_prompts, pick, stream, to_text
 from images import open_image, png_of
 from launch import pick_device, start
 from method import cross_entropy
@@ -771,6 +772,7 @@ def seven_b():
     stock = deepcopy(vlm, {id(p): p for p in vlm.parameters()})
     quicken(vlm)
     decoding(vlm, stock, toy.make_tokenizer())
+    making_room(vlm, toy.make_tokenizer())
     forward_and_backward(vlm)
     del vlm, stock
     # 7b-smoke: eight layers, of which one has full attention
@@ -804,6 +806,7 @@ def shaped_vlm():
     return vlm
 
 
+NO_TOKENS = range(151643, VOCABULARY)  # ids that Qwen's tokenizer lacks
 PROMPT = 512  # tokens
 LENGTH = 64  # of an answer
 
@@ -819,10 +822,8 @@ def decoding(vlm, stock, tokenizer):
         ms(size / bandwidth),
     )
     ids = torch.randint(20, 400, (PROMPT,))
-    prompt = {"ids": ids, "pos": torch.arange(PROMPT).expand(3, -1), "vision": None}
-    # nothing ends a row, and no id that Qwen's tokenizer lacks
-    no_stop = [*stops(tokenizer), *range(151643, VOCABULARY)]
-    settings = {"max_new_tokens": LENGTH, "suppress": no_stop}
+    prompt = prompt_of(ids)
+    settings = {"max_new_tokens": LENGTH, "suppress": [*stops(tokenizer), *NO_TOKENS]}
     for n_prompts, n_samples in ((1, 1), (4, 1), (4, 8), (4, 32)):
         for way in ("captured", "eager") if device.type == "cuda" else ("eager",):
             decoder.CAPTURE = "cuda" if way == "captured" else ""
@@ -840,6 +841,53 @@ def decoding(vlm, stock, tokenizer):
         theirs = partial(hf_generate, stock, ids.expand(n, -1).to(device), n_samples)
         seeds = list(range(n * n_samples))
         versus(what, partial(ours, n_samples=n_samples, temperature=1.0, seeds=seeds), theirs)
+
+
+def prompt_of(ids):
+    """A prompt of text alone."""
+    return {"ids": ids, "pos": torch.arange(len(ids)).expand(3, -1), "vision": None}
+
+
+# questions, and how many at once; tokens of an answer on average, and at most
+ROOM = {"7b": (48, 16, 100, 1024), "7b-smoke": (6, 2, 10, 40)}
+
+
+def making_room(vlm, tokenizer):
+    """8 answers to questions that begin as others end, beside those of whole batches; once each."""
+    n, at_once, average, most = ROOM[shape]
+    lengths = [PROMPT - 7 * (i % 13) for i in range(n)]
+    prompts = [prompt_of(torch.randint(20, 400, (T,))) for T in lengths]
+    prompts = [p | {"seeds": range(8 * i, 8 * i + 8)} for i, p in enumerate(prompts)]
+    settings = dict(max_new_tokens=most, suppress=[*NO_TOKENS], n_samples=8, temperature=1.0)
+
+    # random weights do not end an answer: chance does, and so lengths are geometric
+    def pick_or_end(logits, temperature, top_p, u):
+        drawn = pick(logits, temperature, top_p, u)
+        return torch.where(u.to(drawn.device) < 1 / average, tokenizer.eos_token_id, drawn)
+
+    def one_after_another(prompts):
+        rest = iter(prompts)
+        answered = stream(
+            vlm, None, tokenizer, lambda n: list(islice(rest, n)), at_once, **settings
+        )
+        assert len(list(answered)) == len(prompts)
+
+    def in_batches(prompts):
+        for i in range(0, len(prompts), at_once):
+            part = prompts[i : i + at_once]
+            seeds = [seed for p in part for seed in p["seeds"]]
+            generate(vlm, None, tokenizer, part, seeds=seeds, **settings)
+
+    seconds = []
+    with mock.patch("generate.pick", pick_or_end):
+        for way in (one_after_another, in_batches):
+            way(prompts[:at_once])  # a warm-up
+            began = clock()
+            way(prompts)
+            seconds.append(clock() - began)
+    a, b = seconds
+    what = f"8 answers to {n} questions, {at_once} at once, making room; whole batches"
+    note(what, f"{a:.2f} s", f"{b:.2f} s", f"{b / a:.2f} x")
 
 
 def hf_generate(vlm, ids, n_samples):
