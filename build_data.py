@@ -22,6 +22,7 @@ item is a line under <out>/work, used again while neither the item nor the comma
 change. Nothing is ever fetched but from the two endpoints of `synthesise`.
 """
 
+import errno
 import glob
 import hashlib
 import html
@@ -53,6 +54,7 @@ from data import (
     IMAGE_FIELDS,
     LATENT_SPAN,
     file_digest,
+    in_one_form,
     load_examples,
     open_append,
     place_marks,
@@ -69,7 +71,7 @@ from images import BadImage, decode_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
-from resume import Reject, clean, run_stage
+from resume import Reject, Unanswered, clean, run_stage
 from sources import (
     COMPOSITION,
     FIELDS,
@@ -158,7 +160,7 @@ max_pixels = 1280 * 28 * 28  # of an image that the tower sees
 benchmarks = ""  # test sets with commas between: names of benchmarks.py, or JSONL files
 data_root = "data/benchmarks"  # where the benchmarks' official files lie
 near = 52  # of 255 bits: at most so many differ between near-duplicates
-drop = "pixels,question"  # findings whose examples are left out: pixels question near
+drop = "pixels,question"  # findings whose examples are left out: pixels question template near
 max_pairs = 500  # near pairs on the page, the nearest first
 
 # split, sheet
@@ -187,7 +189,18 @@ def data_files():
             raise SystemExit(
                 f"{path}: no such file in out={out!r}; a file from elsewhere comes in by `convert`"
             )
+        if [other.resolve() for other in paths].count(path.resolve()) > 1:
+            raise SystemExit(f"data={data!r} names {path} twice")
     return paths
+
+
+def check_outputs(*names):
+    """Raise SystemExit if a command would write over what it reads."""
+    for path in data_files():
+        if path.name in names:
+            raise SystemExit(
+                f"{path} would be written over by what is made of it: give the file another name"
+            )
 
 
 def load_data():
@@ -265,7 +278,10 @@ def read_inside(folder, name):
         return path.read_bytes()
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         # NUL bytes, endless names, links in circles, no string at all
-        raise Reject("unreadable path", None, f"{clean(name)}: {e}") from None
+        for_good = not isinstance(e, OSError) or e.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        # a right that is missing or a disk that is away may come
+        kind = Reject if for_good else Unanswered
+        raise kind("unreadable path", None, f"{clean(name)}: {e}") from None
 
 
 def decode(content):
@@ -346,6 +362,8 @@ def convert():
     if Path(label).name != label:
         raise SystemExit(f"label={label!r} is no name for a file in {out}")
     paths = [path for path in sorted(glob.glob(files, recursive=True)) if os.path.isfile(path)]
+    if os.path.isfile(files):  # a name may hold what a pattern does
+        paths = [files]
     if not paths:
         raise SystemExit(
             f"files={files!r} matches no file; give --files=FILE, or a pattern in quotes"
@@ -404,8 +422,9 @@ def own_id(item):
 def split_of(item, file):
     """train or val, as an item or the name of its file or folder says; "" if none does."""
     said = item.get("split") if isinstance(item, dict) else None
-    names = re.findall("[a-z]+", f"{file} {said or ''}".lower())
-    # the nearest counts: the item's own, the file's, the folder's
+    names = re.findall("[a-z]+", str(said or file).lower())
+    # the item's own alone, if it has one: a row of `test` in train.json is no training data. Else
+    # the nearest, the file's before the folder's
     return next((SPLITS[name] for name in reversed(names) if name in SPLITS), "")
 
 
@@ -467,7 +486,7 @@ def convert_one(row):
     try:
         example["question"] = place_marks(example["question"], len(images), "").strip()
     except SystemExit as e:
-        raise Reject("image marks and images differ", None, str(e)) from None
+        raise Reject("image marks and images differ", None, str(e).lstrip(": ")) from None
     example = {"id": row["id"]} | example
     example["images"], example["aux_images"] = ["?"] * len(images), ["?"] * len(aux)
     check_example(example)  # before an image is read or written
@@ -630,13 +649,15 @@ def write_response(row):
 
 FILTER_USES = (
     "need_reasoning need_parser parser_words_min parser_words_max parser_repeats blank "
-    "same_as_query base degenerate K mode min_pixels max_pixels max_bytes bomb_pixels min_side"
+    "same_as_query base degenerate K mode min_pixels max_pixels max_bytes bomb_pixels min_side "
+    "follow_links"
 ).split()
 
 
 def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
     check_choices(globals(), mode=("pool", "resize"))
+    check_outputs("filtered.jsonl")
     rows = draw_rows(read_unchecked())
     tower = None
     if base:
@@ -657,8 +678,8 @@ def read_unchecked():
         here = set()
         for n, item, error in read_items(path):
             id = f"{path.name}:{n}"
-            if isinstance(item, dict) and isinstance(item.get("id"), str):
-                id = item["id"]
+            if own_id(item):
+                id = own_id(item)
                 if id in here:
                     error = error or f"id {id!r} occurs before"
                 else:
@@ -676,6 +697,10 @@ def filter_one(row, tower):
         error = f"a {type(row).__name__}, expected an object"
     if error:
         raise Reject("unreadable or repeated", None, error)
+    try:
+        row = in_one_form(row, training=True, where="")
+    except SystemExit as e:
+        raise Reject("field of another type", None, str(e).lstrip(": ")) from None
     check_example(row)
     check_answer(row)
     if need_parser:
@@ -720,13 +745,14 @@ def audit():
     dropped = {kind.strip() for kind in drop.split(",") if kind.strip()}
     unknown = dropped - set(KINDS)
     if unknown:
-        raise SystemExit(f"drop={drop!r}: {sorted(unknown)} is none of pixels, question, near")
+        raise SystemExit(f"drop={drop!r}: {sorted(unknown)} is none of {', '.join(KINDS)}")
     if not benchmarks:
         raise SystemExit(
             "benchmarks='' names no test set; give --benchmarks=FILE or several with commas between"
         )
+    check_outputs("audit.jsonl", "audited.jsonl")
     rows = load_data()
-    tests = load_tests([name.strip() for name in benchmarks.split(",")], data_root)
+    tests = load_tests([name.strip() for name in benchmarks.split(",") if name.strip()], data_root)
     files = files_of(rows)
     ours = prints_of(files, len(files), "our images")
     theirs = prints_of(images_of_tests(tests), None, "benchmark images")
@@ -735,7 +761,7 @@ def audit():
     write_lines(Path(out) / "audit.jsonl", findings)
     write_lines(Path(out) / "audited.jsonl", [r for r in rows if r["id"] not in left_out])
     page = Path(out) / "audit.html"
-    write_pairs(page, findings, tests, out, max_pairs, decode_rgb)
+    write_pairs(page, findings, tests, out, max_pairs, shown)
 
     counts = Counter(f["kind"] for f in findings)
     found = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
@@ -752,19 +778,27 @@ def audit():
 
 def split():
     """Write train.jsonl and val.jsonl without a shared image, and print what they are made of."""
+    check_outputs("train.jsonl", "val.jsonl")
     rows = load_data()
     files = files_of(rows)
     groups = groups_of(rows, prints_of(files, len(files), "images"))
     held_out = own_held_out(rows, groups) if own_split else draw_held_out(rows, groups)
     train = [row for row in rows if row["id"] not in held_out]
     val = [row for row in rows if row["id"] in held_out]
+    if not train and own_split:
+        raise SystemExit(f"{data}: own_split=1, but all {len(rows)} examples are validation data")
     if not train:
         raise SystemExit(
-            f"{data}: all {len(rows)} examples share images, so val_share={val_share} leaves none "
-            "to train on; give --val_share=0, or more examples"
+            f"{data}: val_share={val_share} leaves none to train on: {len(rows)} examples in "
+            f"{len(groups)} groups that share no image; give --val_share=0, or more examples"
         )
+    if not own_split and len(val) > 2 * val_share * len(rows) + 1:
+        print(f"val has {len(val)} of {len(rows)} rows: the smallest group that shares images")
     write_lines(Path(out) / "train.jsonl", train)
-    write_lines(Path(out) / "val.jsonl", val)
+    if val:
+        write_lines(Path(out) / "val.jsonl", val)
+    else:  # train.py takes "" for no validation data, and no empty file
+        (Path(out) / "val.jsonl").unlink(missing_ok=True)
     print_composition(train, val)
 
 
@@ -832,13 +866,20 @@ def contact_sheet():
     print(f"wrote {sheet}: open it in a browser")
 
 
+def shown(content, caption):
+    """Encoded bytes as a figure in HTML, or why there is none."""
+    try:
+        return figure(decode_rgb(content), caption)
+    except Reject as e:
+        return f"<p>{html.escape(f'{caption}: {e.reason} {e.detail}')}</p>"
+
+
 def card(row):
     """An example as HTML."""
     pictures = []
     for field, kind in (("images", "query"), ("aux_images", "auxiliary")):
         for i, path in enumerate(row[field]):
-            image = decode_rgb((Path(out) / path).read_bytes())
-            pictures.append(figure(image, f"{kind} {i}"))
+            pictures.append(shown((Path(out) / path).read_bytes(), f"{kind} {i}"))
     category = html.escape(str(row.get("category", "")))
     return (
         f"<p><b>{html.escape(row['id'])}</b> {category}</p>"

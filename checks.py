@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 
-import numpy as np
+from PIL import ImageStat
 
 from answers import extract_answer, is_correct, normalise
 from data import LATENT_SPAN, RESERVED, TAG_ORDER, TAGS, strip_latents, strip_parser
@@ -25,14 +25,19 @@ def check_example(row):
     for field in ("question", "answer", "images"):
         if not row[field]:
             raise Reject(f"{field} is empty")
-    for field in ("question", "response"):
+    options = row.get("options", [])
+    if len(options) > 26:
+        raise Reject("more options than letters", len(options))
+    for text, field in [(row["question"], "question"), (row["response"], "response")] + [
+        (option, "options") for option in options
+    ]:
         # in a text it would become a special token: an image or a latent where none is
-        if found := RESERVED.search(row[field]):
+        if found := RESERVED.search(text):
             raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
 
     response = row["response"]
     tags = "".join(TAGS.findall(response))
-    if not TAG_ORDER.fullmatch(tags) or not WHOLE.fullmatch(response):
+    if not TAG_ORDER.fullmatch(tags) or not WHOLE.fullmatch(response.strip()):
         raise Reject("tags missing or out of order", None, tags)
     spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
     # only an empty pair is a span: its latents are fed, not written
@@ -101,8 +106,8 @@ def check_parser(text, row, words_min, words_max, repeats):
     check_length(text, words_min, words_max)
     check_lines(text)
     question = row["question"]
-    # a question of digits alone has no script that a parser text could miss
-    if script(question) and script(text) != script(question):
+    # digits alone have no script that the other could miss
+    if script(question) and script(text) and script(text) != script(question):
         scripts = f"{script(text)}, {script(question)}"
         raise Reject("parser in another script than the question", None, scripts)
     # what the question says already is no reading of a picture
@@ -148,8 +153,15 @@ def words(text):
     return set(re.findall(r"\w+", text.lower()))
 
 
+SYMBOLS = re.compile(  # of formulas and figures, in a text of any script: ABC, x, theta
+    r"(?<![A-Za-z])[A-Z]{1,3}(?![A-Za-z])|(?<![A-Za-z])[a-z](?![A-Za-z])"
+    r"|(?<![\u0370-\u03ff])[\u0370-\u03ff](?![\u0370-\u03ff])"
+)
+
+
 def script(text):
     """The script of most letters of a text: LATIN, CJK, CYRILLIC ...; "" without letters."""
+    text = SYMBOLS.sub("", text)
     # a letter's Unicode name begins with its script
     counts = Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
     if not counts:
@@ -165,8 +177,7 @@ def check_auxiliary(image, queries, blank, same_as_query):
     coarse grid, below which it does not.
     """
     # image models now and then return one flat colour
-    pixels = np.asarray(image, dtype=float)  # (height, width, 3)
-    deviation = float(pixels.std(axis=(0, 1)).max())  # of the liveliest channel
+    deviation = max(ImageStat.Stat(image).stddev)  # of the liveliest channel
     if deviation < blank:
         raise Reject("auxiliary image is blank", round(deviation, 3))
     # an edit that changed nothing shows nothing that the question's image did not

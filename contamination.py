@@ -1,20 +1,30 @@
 """What of the test sets is in the training data? Questions, images, and what looks like these.
 
-A copy of a question or of all pixels is a fact, and its example can be left out. A near copy, by
-the perceptual hash, is for a person to judge, on a page that shows both images.
+A copy of a question or of all pixels is a fact, and its example can be left out. A question that
+several test rows ask is a template, and no copy without its picture. A near copy, by the perceptual
+hash, is for a person to judge, on a page that shows both images.
 """
 
+import re
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 from answers import normalise
 from benchmarks import BENCHMARKS, load_benchmark
 from data import load_examples
 from duplicates import nearest
-from pages import figure, write_page
+from pages import write_page
 from tables import images_of
 
-KINDS = ("pixels", "question", "near")  # of findings
+OPTIONS = re.compile(
+    r"\s*\b(?:options|choices)\s*:.*|\n\s*\(?A\s*[.:)].*", re.DOTALL | re.IGNORECASE
+)
+INSTRUCTION = re.compile(  # as prompts end
+    r"\s*(?:please )?(?:answer (?:with|the question using|yes or no)|put your final answer)\b.*$",
+    re.IGNORECASE,
+)
+KINDS = ("pixels", "question", "template", "near")  # of findings
 
 
 def load_tests(names, data_root):
@@ -23,8 +33,11 @@ def load_tests(names, data_root):
     for name in names:
         if name in BENCHMARKS:
             rows, _ = load_benchmark(name, data_root)
-        else:
+        elif Path(name).is_file():
             rows = load_examples(name, training=False)
+        else:
+            there = ", ".join(BENCHMARKS)
+            raise SystemExit(f"benchmarks: {name!r} is neither a file nor one of {there}")
         # an id is unique within its benchmark only
         tests |= {(name, row["id"]): row for row in rows}
     return tests
@@ -43,19 +56,27 @@ def find_copies(rows, tests, ours, theirs, near):
     ours, theirs: fingerprints by our image's name, and by (benchmark, id, which image).
     near: two images are near each other if at most so many bits of their hashes differ.
     """
-    # where two test rows share a question or an image, the last stands for both
-    by_question = {asked_in(row): key for key, row in tests.items()}
+    by_question = defaultdict(list)
+    for key, row in tests.items():
+        by_question[asked_in(row)].append(key)
+    # where two test rows share an image, the last stands for both
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
     # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
     findings = []
     for row in rows:
-        key = by_question.get(asked_in(row))
-        if key:
-            # a question is no image of the test's row: None
-            findings.append(finding("question", row, None, (*key, None), None))
         # auxiliary images, too: they are what the latents are trained on
-        for name in row["images"] + row["aux_images"]:
+        names = row["images"] + row["aux_images"]
+        asked = by_question.get(asked_in(row))
+        if asked:
+            # "Is there a person in the image?" is a copy of none, unless the picture is
+            of_images = [by_pixels.get(ours[name][0]) for name in names if name in ours]
+            of_images += [by_hash[name][0] for name in names if name in by_hash]
+            seen = [where[:2] for where in of_images if where and where[:2] in asked]
+            kind = "question" if seen or len(asked) == 1 else "template"
+            # a question is no image of the test's row: None
+            findings.append(finding(kind, row, None, (*(seen or asked)[-1], None), None))
+        for name in names:
             # an image that could not be read has no fingerprint
             same = by_pixels.get(ours[name][0]) if name in ours else None
             if same:  # and near as well, which says nothing more
@@ -67,8 +88,9 @@ def find_copies(rows, tests, ours, theirs, near):
 
 
 def asked_in(row):
-    """A row's question without a benchmark's prompt around it, in one spelling."""
-    question = row.get("asked", row["question"])
+    """A row's question without a benchmark's prompt and options around it, in one spelling."""
+    question = re.sub(r"<image\d*>", " ", row.get("asked", row["question"]))
+    question = INSTRUCTION.sub("", OPTIONS.sub("", question)).strip() or question
     # NFKC: full-width letters, ligatures and the like are one with the plain ones
     return normalise(unicodedata.normalize("NFKC", question))
 
@@ -102,10 +124,10 @@ def finding(kind, row, image, where, distance):
     }
 
 
-def write_pairs(path, findings, tests, folder, most, decode):
+def write_pairs(path, findings, tests, folder, most, shown):
     """The page on which a person judges the near pairs, the `most` nearest, the nearest first.
 
-    Our images lie in `folder`; decode(content) gives the RGB image of encoded bytes.
+    Our images lie in `folder`; shown(content, caption) gives the HTML of encoded bytes.
     """
     pairs = [f for f in findings if f["kind"] == "near"]
     # the nearest are the likeliest copies; nobody looks at thousands
@@ -121,7 +143,7 @@ def write_pairs(path, findings, tests, folder, most, decode):
         # 255 and not 256: the hash leaves its first bit unset
         cards.append(
             f"<p>{pair['distance']} of 255 bits differ</p>"
-            + figure(decode(ours), pair["id"])
-            + figure(decode(theirs), f"{pair['benchmark']} {pair['benchmark_id']}")
+            + shown(ours, pair["id"])
+            + shown(theirs, f"{pair['benchmark']} {pair['benchmark_id']}")
         )
     write_page(path, f"{len(pairs)} near pairs: ours, theirs", cards)

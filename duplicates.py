@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data import append, key_of, open_append, read_lines
-from launch import Progress
+from launch import Progress, claim
 from resume import Reject, each
 
 # The perceptual hash: the signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image. What
@@ -19,24 +19,26 @@ PHASES = np.pi / SIDE * (np.arange(SIDE) + 0.5)  # (SIDE,)
 COSINES = np.cos(PHASES * np.arange(LOW)[:, None])  # (LOW, SIDE)
 
 
-def grey(image, side):
-    """An image's grey levels on a side x side grid, each the mean of its patch."""
+def coarse(image, side):
+    """An image's levels on a side x side grid, each the mean of its patch."""
     # BOX is the plain mean; filters with negative weights would ring at edges
-    return np.asarray(image.convert("L").resize((side, side), Image.BOX), dtype=float)
+    return np.asarray(image.resize((side, side), Image.BOX), dtype=float)
 
 
 def largest_difference(image, query, side=64):
-    """Grey levels: the largest difference of two images on a side x side grid."""
+    """Levels of 255, grey or of colour: the largest difference of two on a side x side grid."""
     # first to one size, so that both fall on the grid alike
     query = query.resize(image.size, Image.BICUBIC)
-    return float(np.abs(grey(image, side) - grey(query, side)).max())
+    # as JPEG has them: an edit can leave the grey levels alone, and noise is less than in RGB
+    a, b = (coarse(x.convert("YCbCr"), side) for x in (image, query))
+    return float(np.abs(a - b).max())
 
 
 def fingerprint(image):
     """(SHA-256 of the decoded pixels, perceptual hash of 256 bits), both as hex."""
     size = str(image.size).encode()  # the same bytes in another shape are another image
     pixels = hashlib.sha256(size + image.tobytes()).hexdigest()
-    waves = COSINES @ grey(image, SIDE) @ COSINES.T  # (LOW, LOW)
+    waves = COSINES @ coarse(image.convert("L"), SIDE) @ COSINES.T  # (LOW, LOW)
     bits = waves.flatten() > 1e-6  # a flat image gives zeros, not the signs of rounding errors
     bits[0] = False  # the mean, which is always above 0 and tells nothing
     return pixels, np.packbits(bits).tobytes().hex()
@@ -50,7 +52,8 @@ def fingerprints(images, total, name, folder, workers, decode):
     <folder>/work/fingerprints.jsonl, under a file's name, size and time, or a hash of the bytes.
     """
     path = Path(folder) / "work" / "fingerprints.jsonl"
-    known = {line["key"]: line["print"] for line in read_lines(path)}
+    claim(path.parent, path.name)
+    known = {line["key"]: line["print"] for line in read_lines(path) if line["print"][1]}
     found = {}
 
     def one(item):
@@ -63,13 +66,14 @@ def fingerprints(images, total, name, folder, workers, decode):
         try:
             return where, key, fingerprint(decode(encoded))
         except Reject as e:
-            return where, key, [e.reason, ""]  # no hash: it is not read again, nor compared
+            return where, key, [e.reason, ""]  # no hash: it is not compared
 
     with open_append(path) as f:
         results = each(one, images, workers)
         for where, key, print_ in Progress(results, total=total, desc=name, unit="image"):
-            # two workers may have read the same content: one line is enough
-            if key not in known:
+            # two workers may have read the same content: one line is enough; what could not be
+            # read may be readable with other settings
+            if key not in known and print_[1]:
                 known[key] = print_
                 append(f, {"key": key, "print": print_})
             found[where] = print_

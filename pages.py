@@ -70,5 +70,6 @@ def write_page(path, title, cards):
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = f"<h1>{title}</h1>" + "".join(f"<article>{card}</article>" for card in cards)
     page = f'<!doctype html><html lang="en">{head}{body}</html>'
-    # bytes, since a text would be written in the system's own encoding
-    write_then_rename(path, lambda p: p.write_bytes(page.encode()))
+    # bytes, since a text would be written in the system's own encoding; a file's name may hold what
+    # is no Unicode
+    write_then_rename(path, lambda p: p.write_bytes(page.encode(errors="replace")))

@@ -11,11 +11,14 @@ An item of another layout ends in a KeyError, TypeError, ValueError or the like,
 we need in a Reject. `build_data.py convert` makes a line of the rejects of either.
 """
 
+import ast
 import base64
+import html
 import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,13 +123,15 @@ def read_items(path):
 
 
 def items_of(whole):
-    """The items of a file that is one JSON object: those of {"data": [...]}, or the object."""
+    """The items of a file that is one JSON object: of {"data": [...]}, of {id: item}, or it."""
     for name in ("data", "rows", "examples", "items", "annotations"):
         inside = whole.get(name)
         # the turns of one chat are no items
         first = inside[0] if isinstance(inside, list) and inside else None
         if isinstance(first, dict) and not {"role", "from"} & set(first):
             return inside
+    if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
+        return [{"id": id} | item for id, item in whole.items()]
     return [whole]
 
 
@@ -162,7 +167,8 @@ def as_json(value):
 def read_list(text):
     """read_items for the text of a JSON list."""
     separator = re.compile(r"[\s,]*")  # lenient: what is between two items is not looked at
-    read_one = json.JSONDecoder().raw_decode  # (text, start) -> (item, end)
+    # (text, start) -> (item, end); lenient: a line may break within a text
+    read_one = json.JSONDecoder(strict=False).raw_decode
     end, n = text.index("[") + 1, 0
     while end:
         start = separator.match(text, end).end()
@@ -170,7 +176,7 @@ def read_list(text):
             return
         n += 1
         item, end, error = parse(read_one, text, start)
-        yield n, item, error
+        yield n, item, error and not end and f"{error}; what comes after it is not read" or error
 
 
 def read_line(line):
@@ -227,6 +233,8 @@ def text_of(value):
     """A field that must hold text; numbers are text too. Raises TypeError."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"expected text, found {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"expected text, found {value}")
     return str(value).strip()
 
 
@@ -257,8 +265,17 @@ def listed(value):
 
 
 def with_options(example, options):
-    """An example with its options as texts, if there are any."""
-    texts = [text_of(option) for option in listed(options)]
+    """An example with its options as texts, if there are any.
+
+    They are a list, one as Python writes it, as in MMMU's tables, or {"A": ..., "B": ...}.
+    """
+    if isinstance(options, str):
+        options = ast.literal_eval(options.strip() or "[]")
+    if isinstance(options, dict):
+        options = [options[letter] for letter in sorted(options)]
+    texts = [text_of(option) for option in options or ()]
+    if len(texts) == 1:
+        raise ValueError(f"a single option: {texts[0]!r}")
     return example | ({"options": texts} if texts else {})
 
 
@@ -266,12 +283,16 @@ def with_options(example, options):
 # the sources
 
 
-def from_table(item):
+def from_table(item, questions_alone=False):
     """gap (the authors' release), teacher (raw responses), qa (questions alone): see FIELDS."""
     row = {}
     for field, columns in FIELDS.items():
-        filled = [item[c] for c in columns if item.get(c) is not None]
-        row[field] = filled[0] if filled else None
+        # a table export's NaN, which is unlike itself, is no value either
+        cells = [item[c] for c in columns if item.get(c) is not None and item[c] == item[c]]
+        filled = [cell for cell in cells if cell not in ("", [])]
+        row[field] = next(iter(filled or cells), None)
+    if row["response"] is None and not questions_alone:
+        raise Reject("no response")
 
     answer = row["answer"]
     if answer is None:  # the gold answer is then the teacher's own
@@ -406,9 +427,18 @@ def from_zebra(item):
     answer = text_of(item["Final Answer"])
     columns = [c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]]
     columns.sort(key=lambda c: int(c.removeprefix("problem_image_")))
+    question = ZEBRA_MARK.sub(lambda mark: "<image>" * (mark[1] == "problem"), item["Question"])
+    asked = [f"problem_image_{k}" for kind, k in ZEBRA_MARK.findall(item["Question"])]
+    # a picture that is named within the text stands there, the others before it
+    inside = re.search(r"[^\s>]\s*<image>.*[^\s>]", question.strip(), re.DOTALL)
+    if inside and sorted(asked) == sorted(set(asked) & set(columns)):
+        before = [c for c in columns if c not in asked]
+        columns, question = before + asked, "<image>" * len(before) + question
+    else:
+        question = question.replace("<image>", "")
     return {
         "images": [item[c] for c in columns],
-        "question": ZEBRA_MARK.sub("", item["Question"]),
+        "question": question,
         "answer": answer,
         "response": wrapped(trace, answer),
         "aux": aux,
@@ -418,8 +448,8 @@ def from_zebra(item):
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 IMAGE_IN_TEXT = re.compile(
-    r"""<img\s+src=["']?(?P<src>[^"'>]+?)["']?\s*/?>|<img>(?P<path>[^<]+)</img>"""
-    r"|<(?:output_)?image>"
+    r"""<img\s+src=(?:"(?P<in_two>[^">]+)"|'(?P<in_one>[^'>]+)'|(?P<bare>[^"'>\s]+?))\s*/?>"""
+    r"|<img>(?P<path>[^<]+)</img>|<(?:output_)?image>"
 )
 
 
@@ -453,14 +483,17 @@ def from_chat(item):
         for part in (in_question, in_reply)
     )
 
-    tagged_answer, _ = extract_answer(text) if "<answer>" in text else (None, "")
-    answer = boxed(text) or tagged_answer or item.get("answer") or text.replace("<image>", "")
-    answer = text_of(answer)
+    thought, _, reply = text.rpartition("</think>")
+    answer = item.get("answer")  # the file's own is what the reply's is held against
+    if answer is None and ("<answer>" in reply or "\\boxed" in reply):
+        answer, _ = extract_answer(reply)
+    answer = text_of(reply.replace("<image>", "") if answer is None else answer)
     response = text.replace("<image>", LATENT_SPAN)
-    if "</answer>" in response:
+    if "<think>" in response and "</answer>" in response:
         response = in_our_tags(response)
-    else:
-        response = wrapped("" if response.strip() == answer else response, answer)
+    else:  # a reply that is the answer is no reasoning
+        same = reply.strip() == answer
+        response = wrapped(thought.replace("<image>", LATENT_SPAN) if same else response, answer)
     example = {
         "images": images,
         "question": told(asked),
@@ -497,14 +530,15 @@ def text_of_part(part):
         return part["text"]
     source = part.get("image") or part.get("image_url") or part.get("url") or ""
     source = source["url"] if isinstance(source, dict) else source
-    return f'<img src="{source}">' if source else "<image>"
+    return f'<img src="{html.escape(source)}">' if source else "<image>"
 
 
 def pulled_out(text):
     """(text with <image> for each picture, [what it names, or None]): of a turn."""
     names = []
     for mark in IMAGE_IN_TEXT.finditer(text):
-        name = mark["src"] or mark["path"]
+        source = mark["in_two"] or mark["in_one"] or mark["bare"]
+        name = html.unescape(source) if source else mark["path"]
         names.append(name.strip() if name else None)
     return IMAGE_IN_TEXT.sub("<image>", text), names
 
@@ -519,7 +553,7 @@ def told(turns):
 SOURCES = {
     "gap": from_table,
     "teacher": from_table,
-    "qa": from_table,
+    "qa": partial(from_table, questions_alone=True),
     "monet": from_monet,
     "viscot": from_viscot,
     "lvr": from_lvr,

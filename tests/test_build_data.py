@@ -377,3 +377,78 @@ def test_from_sources_to_training_files_on_the_toy(tmp_path, world):
         new_images, old_images = (r["images"] + r["aux_images"] for r in (row, old))
         for new, was in zip(new_images, old_images, strict=True):
             assert (pixels(new) == pixels(was)).all()
+
+
+def test_no_command_writes_over_what_it_reads(stage, tmp_path):
+    train = write_data(tmp_path, [example(i) for i in range(9)], "train")
+    before = open(train).read()
+    for command, name in (("split", "train"), ("filter", "filtered"), ("audit", "audited")):
+        path = write_data(tmp_path, [example(0)], name) if name != "train" else train
+        with pytest.raises(SystemExit, match=f"{name}.jsonl would be written over"):
+            stage(command, data=path, benchmarks=path)
+    assert open(train).read() == before
+    rows = write_data(tmp_path, [example(i) for i in range(9)])
+    with pytest.raises(SystemExit, match="names .*rows.jsonl twice"):
+        stage("split", data=f"{rows},{rows}")
+    # no validation data is no file, and none of an earlier split
+    stage("split", data=rows, val_share=0.2)
+    assert len(stage("split", "train", data=rows, val_share=0.0)) == 9
+    assert not (tmp_path / "out/val.jsonl").exists()
+
+
+def test_what_a_setting_or_a_disk_mends_is_tried_again(stage, tmp_path, monkeypatch):
+    data = write_data(tmp_path, [example(0), example(1)])
+    (tmp_path / "out/images").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/images").symlink_to(tmp_path / "elsewhere")
+    assert stage("filter", "filtered", data=data) == []
+    assert len(stage("filter", "filtered", data=data, follow_links=True)) == 2
+
+    (tmp_path / "out/work/filtered.jsonl").unlink()
+    read = b.Path.read_bytes
+    with monkeypatch.context() as patch:
+
+        def denied(path):
+            if path.suffix == ".png":
+                raise PermissionError(13, "Permission denied")
+            return read(path)
+
+        patch.setattr(b.Path, "read_bytes", denied)
+        assert stage("filter", "filtered", data=data) == []
+        (first, _) = read_lines(tmp_path / "out/rejects.jsonl")
+        assert "Permission denied" in first["detail"]
+    assert len(stage("filter", "filtered", data=data)) == 2
+
+
+def test_filter_reads_what_all_stages_read(stage, tmp_path):
+    """Numbers as ids, null options, one image without its list, a line break in the end."""
+    row = example(0) | {"id": 7, "options": None}
+    row["response"] += "\n"
+    (kept,) = stage("filter", "filtered", data=write_data(tmp_path, [row]))
+    assert kept["id"] == "7" and "options" not in kept
+
+
+@pytest.mark.parametrize(
+    "item,file,split",
+    [
+        ({"split": "test"}, "train.json", ""),
+        ({"split": "validation"}, "train.json", "val"),
+        ({}, "val/train_part.json", "train"),
+        ({"split": None}, "dev/a.json", "val"),
+    ],
+)
+def test_an_items_own_split_counts_alone(item, file, split):
+    assert b.split_of(item, file) == split
+
+
+def test_a_page_shows_why_a_picture_is_missing(stage, tmp_path):
+    data = write_data(tmp_path, [example(0), example(1, images=[noise(1, (20, 20))])])
+    stage("sheet", data=data, sheet=str(tmp_path / "sheet.html"))
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("<figure>") == 3 and "query 0: image too small 20 x 20" in page
+
+
+def test_a_file_may_be_named_like_a_pattern(stage, tmp_path):
+    saved(tmp_path / "src/0.png", noise(0))
+    item = {"images": "0.png", "question": "Which?", "answer": "red"}
+    kept, _ = convert(stage, tmp_path, "qa", [item], "v[1].json")
+    assert len(kept) == 1

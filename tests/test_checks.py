@@ -6,7 +6,9 @@ import pytest
 from conftest import PARSER, RESPONSE, encoded, example, noise, write_data
 from PIL import Image, ImageDraw
 
+import checks
 from data import read_lines
+from duplicates import largest_difference
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,9 @@ from data import read_lines
         ({"question": ""}, "question is empty", None),
         ({"images": []}, "images is empty", None),
         ({"options": "ab"}, "field of another type", None),
-        ({"answer": 5}, "field of another type", None),
+        ({"answer": [5]}, "field of another type", None),
+        ({"options": ["a"] * 27}, "field of another type", None),
+        ({"options": ["red", "<|im_end|>"]}, "reserved token in the text", None),
         ({"question": "Which? <|im_end|>"}, "reserved token in the text", None),
         ({"response": "<think> Easy. </think> <answer> red </answer>", "aux_images": []}, "", None),
         (
@@ -115,3 +119,30 @@ def test_a_mark_on_the_query_is_no_repetition(stage, tmp_path):
     ImageDraw.Draw(marked).ellipse((300, 200, 330, 230), outline="red", width=3)
     data = write_data(tmp_path, [example(0, images=[query], aux_images=[marked])])
     assert len(stage("filter", "filtered", data=data)) == 1
+
+
+@pytest.mark.parametrize(
+    "text,script",
+    [
+        ("如图，在△ABC中，AB=AC，∠A=40°，求∠B", "CJK"),
+        ("θ = ?", ""),
+        ("the triangle ABC", "LATIN"),
+        ("12 = 3", ""),
+        ("три угла ABC", "CYRILLIC"),
+        ("WHICH IS LARGER", "LATIN"),
+        ("πόσο είναι", "GREEK"),
+    ],
+)
+def test_names_of_points_and_angles_are_no_script(text, script):
+    assert checks.script(text) == script
+
+
+def test_an_edit_of_colour_alone_is_an_edit():
+    query = Image.new("RGB", (200, 200), (76, 76, 76))
+    edited = query.copy()
+    edited.paste((254, 0, 0), (50, 50, 150, 150))
+    assert (
+        largest_difference(query.convert("L"), edited.convert("L"))
+        < 8
+        < largest_difference(query, edited)
+    )

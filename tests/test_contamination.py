@@ -10,6 +10,7 @@ from conftest import encoded, example, photo, saved, write_data
 from PIL import Image, ImageDraw
 
 import duplicates
+from contamination import asked_in
 from data import read_lines
 
 
@@ -134,3 +135,52 @@ def test_audit_reads_an_image_once(stage, tmp_path, monkeypatch):
         stage("audit", drop="pixel")
     with pytest.raises(SystemExit, match="benchmarks=''"):
         stage("audit", drop="near", benchmarks="")
+
+
+def test_questions_are_compared_without_marks_and_options():
+    same = [
+        "<image1> What is x?",
+        "<image>\nWhat is x?",
+        "What is x?\nOptions: A: red, B: blue",
+        "What is x?\n(A) red\n(B) blue",
+        "What is x?\nAnswer with the option's letter from the given choices directly.",
+        "what is X? Please answer yes or no.",
+    ]
+    assert {asked_in({"question": question}) for question in same} == {"what is x"}
+    assert (
+        asked_in({"question": "What is y?"}) != "what is x" != asked_in({"question": "Options: A"})
+    )
+
+
+def test_a_template_is_no_copy_without_its_picture(stage, tmp_path):
+    """One that a single test row asks is; an unknown test set is refused with those there are."""
+    folder, asked = tmp_path / "bench", "Is there a dog?"
+    lines = []
+    for n, question in enumerate([asked, asked, "Is there a rare thing?"]):
+        saved(folder / f"{n}.png", photo(n))
+        row = {"id": f"t{n}", "images": [f"{n}.png"], "question": question, "answer": "no"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "test.jsonl").write_text("".join(lines))
+    rows = [
+        example(id="other", question=asked, images=[photo(50)], aux_images=[photo(51)]),
+        example(id="copy", question=asked, images=[photo(1)], aux_images=[photo(52)]),
+        example(id="rare", question="Is there a rare thing?", images=[photo(53)]),
+    ]
+    data = write_data(tmp_path, rows)
+    kept = stage("audit", "audited", data=data, benchmarks=str(folder / "test.jsonl"))
+    assert [row["id"] for row in kept] == ["other"]
+    found = {(f["id"], f["kind"]) for f in read_lines(tmp_path / "out/audit.jsonl")}
+    expected = {("other", "template"), ("copy", "question"), ("copy", "pixels")}
+    assert found == expected | {("rare", "question")}
+    with pytest.raises(SystemExit, match="'MMstar' is neither a file nor one of .*MMStar"):
+        stage("audit", data=data, benchmarks="MMstar")
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(stage, tmp_path):
+    saved(tmp_path / "bench/0.png", photo(0))
+    row = {"id": "t", "images": ["0.png"], "question": "Which one?", "answer": "no"}
+    (tmp_path / "bench/test.jsonl").write_text(json.dumps(row) + "\n")
+    data = write_data(tmp_path, [example(0, images=[photo(0)])])
+    settings = {"data": data, "benchmarks": str(tmp_path / "bench/test.jsonl")}
+    assert len(stage("audit", "audited", bomb_pixels=1000, **settings)) == 1
+    assert stage("audit", "audited", bomb_pixels=50_000_000, **settings) == []

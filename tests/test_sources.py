@@ -17,6 +17,7 @@ from PIL import Image
 import build_data as b
 import sources
 from data import read_lines
+from resume import Reject
 
 
 def test_monet(stage, tmp_path):
@@ -455,3 +456,83 @@ def test_damaged_text_never_crashes(tmp_path_factory, tail, head):
     path.write_bytes(head + tail)
     for _, item, error in sources.read_items(path):
         assert error or json.dumps(item, ensure_ascii=False).encode() is not None
+
+
+def chat(asked, reply, **more):
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+    return sources.from_chat({"messages": turns} | more)
+
+
+def test_the_gold_answer_of_a_chat_is_the_files_own():
+    """Else the reply's, after its thought; check_answer holds the reply against the file's."""
+    assert chat("Which?", r"so \boxed{4}", answer="5")["answer"] == "5"
+    assert chat("How many?", "None at all", answer=0)["answer"] == "0"
+    tagged = r"<think> \boxed{3} </think> <answer> B </answer>"
+    assert chat("Which?", tagged)["answer"] == "B"
+
+
+def test_a_reply_with_half_of_the_tags_is_a_response():
+    found = chat("Which?", "It is red. <answer>red</answer>")
+    assert found["response"] == "<think> It is red. </think> <answer> red </answer>"
+    found = chat("Which?", "<think> I look. </think> It is red.")
+    assert found["response"] == "<think> I look. </think> <answer> It is red. </answer>"
+
+
+def test_a_picture_in_a_chat_may_have_any_name():
+    odd = 'dog\'s "best" <1> & 2.png'
+    asked = [{"type": "image", "image": odd}, {"type": "text", "text": "Which?"}]
+    reply = [{"type": "text", "text": "See "}, {"type": "image", "image": "it's.png"}]
+    found = chat(asked, reply)
+    assert (found["images"], found["question"]) == ([odd], "<image>Which?")
+    assert found["aux"] == ["it's.png"] and "See <latent></latent>" in found["response"]
+    for mark in ('<img src="b c\'s.png"/>', "<img>b c's.png</img>"):
+        assert chat(f"{mark}What?", "red")["images"] == ["b c's.png"]
+
+
+@pytest.mark.parametrize(
+    "options", [["red", "blue"], "['red', 'blue']", {"A": "red", "B": "blue"}, ("red", "blue")]
+)
+def test_options_are_read_in_every_layout(options):
+    assert sources.with_options({}, options) == {"options": ["red", "blue"]}
+
+
+@pytest.mark.parametrize("options", ["red", ["red"], "['red' 'blue']", [float("nan"), "red"]])
+def test_options_that_can_not_be_are_no_options(options):
+    with pytest.raises((ValueError, TypeError)):
+        sources.with_options({}, options)
+
+
+def test_cells_without_a_value_hide_no_column():
+    item = {"images": [], "image": "q.png", "question": "Which?", "answer": float("nan")}
+    found = sources.from_table(item | {"response": "<think> x </think> <answer> A </answer>"})
+    assert (found["images"], found["answer"]) == (["q.png"], "A")
+    with pytest.raises(Reject, match="no response"):
+        sources.from_table(item | {"answer": "A"})
+    assert sources.SOURCES["qa"](item | {"answer": "A"})["answer"] == "A"
+
+
+@pytest.mark.parametrize(
+    "question,told,images",
+    [
+        ("Is [problem_image_2] in [problem_image_1]?", "Is <image> in <image>?", "ba"),
+        ("Is [problem_image_2] in it?", "<image>Is <image> in it?", "ab"),
+        ("[problem_image_1] [problem_image_2] Which?", "Which?", "ab"),
+        ("Which? [problem_image_1]", "Which?", "ab"),
+        ("Is [problem_image_3] in [problem_image_1]?", "Is  in ?", "ab"),
+    ],
+)
+def test_zebra_pictures_stand_where_they_are_named(question, told, images):
+    item = {"Question": question, "Final Answer": "C", "Text Reasoning Trace": "x"}
+    found = sources.from_zebra(item | {"problem_image_1": "a", "problem_image_2": "b"})
+    assert (found["question"].strip(), "".join(found["images"])) == (told, images)
+
+
+def test_lists_of_other_forms(tmp_path):
+    """{id: item}; a line break within a text; what lies behind damage is said not to be read."""
+    path = tmp_path / "x.json"
+    path.write_text('{"a": {"question": "Q"}, "b": {"question": "R"}}')
+    items = [item for _, item, _ in sources.read_items(path)]
+    assert items == [{"id": "a", "question": "Q"}, {"id": "b", "question": "R"}]
+    path.write_text('[{"question": "Q\nR"}, {"question: 1}, {"question": "S"}]')
+    (_, first, _), (n, _, error) = sources.read_items(path)
+    assert first == {"question": "Q\nR"} and n == 2 and "after it is not read" in error
