@@ -21,8 +21,9 @@ LEAVE_AT = 0.75  # finished rows leave when no more than this share of their coh
 # On a GPU the launches of a step take most of its time, so that it becomes one graph. No shape may
 # change then: questions take the places of those that have ended, and room is made ahead.
 CAPTURE = "cuda"
-LEAVE_CAPTURED_AT = 0.25  # a smaller cohort is captured anew
-PROMPT_ROOM = 128  # prompts of a cohort are as long as a multiple of this
+LEAVE_CAPTURED_AT = 0.25  # as LEAVE_AT: every new shape is captured anew
+PROMPT_ROOM = 128  # prompts of a cohort are as long as a multiple of this ...
+WIDEN_AT_MOST = 2.0  # ... and become so many times as long for one that takes a place
 
 
 class Prompts(NamedTuple):
@@ -49,7 +50,7 @@ class Prompts(NamedTuple):
         return Prompts(layers, bias, self.next_pos[q], self.last[q], self.ahead[q])
 
     def widened(self, T):
-        """A copy, padded on the left to T positions."""
+        """With caches of its own, padded on the left to T positions."""
         more = T - self.T
         bias = self.last.new_zeros(len(self.last), self.T) if self.bias is None else self.bias
         return self._replace(
@@ -67,10 +68,10 @@ class Cohort:
     (Q, H, S, t, D): the prompt is neither run nor stored nor read once a row.
     """
 
-    def __init__(self, prompts, n_samples):
+    def __init__(self, prompts, n_samples, in_one_part):
         self.prompts, self.S = prompts, n_samples
-        self.keys = [NewPositions() for _ in prompts.layers]
-        self.values = [NewPositions() for _ in prompts.layers]
+        self.keys = [NewPositions(in_one_part) for _ in prompts.layers]
+        self.values = [NewPositions(in_one_part) for _ in prompts.layers]
         Q = len(prompts.last)
         self.t = torch.zeros(Q, dtype=torch.long)  # how many new positions each has by now
         self.free = torch.zeros(Q, dtype=torch.bool)  # places that others can take
@@ -101,6 +102,7 @@ class Cohort:
         bias = self.prompts.bias
         if not torch.is_tensor(t):
             return None if bias is None else F.pad(bias, (0, t + 1))[:, None, None, None]
+        # captured prompts were widened, and have a bias
         unwritten = torch.arange(self.room, device=x.device) > t[:, None]
         new = torch.zeros_like(unwritten, dtype=x.dtype).masked_fill(unwritten, -torch.inf)
         return torch.cat([bias, new], -1)[:, None, None, None]
@@ -137,11 +139,14 @@ class Cohort:
             o = o + w @ part
         return o.transpose(1, 2).reshape(R, H * G * D)
 
-    def seat(self, prompts, places):
-        """Prompts take places (Q') that are free. Returns whether all had to move for them."""
-        longer = prompts.T > self.prompts.T
-        if longer:
-            self.prompts = self.prompts.widened(rounded_up(prompts.T, PROMPT_ROOM))
+    def can_seat(self, prompts, n_samples):
+        """Are there places for the Prompts, and of what they need?"""
+        fits = rounded_up(prompts.T, PROMPT_ROOM) <= WIDEN_AT_MOST * self.prompts.T
+        return fits and self.S == n_samples and self.free.sum() >= len(prompts.last)
+
+    def seat(self, prompts):
+        """Prompts take places that are free, which are returned (Q')."""
+        places = self.free.nonzero()[: len(prompts.last), 0]
         theirs = prompts.widened(self.prompts.T)
         at = places.to(prompts.last.device)
         for mine, new in zip(self.prompts.layers, theirs.layers):
@@ -151,7 +156,7 @@ class Cohort:
         self.prompts.next_pos[at] = theirs.next_pos
         self.t[places] = 0
         self.free[places] = False
-        return longer
+        return places
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
@@ -221,27 +226,29 @@ class Decoder:
     def begin(self, prompts, n_samples):
         """Rows more: n_samples of each of the Prompts, to go on after it.
 
-        Returns h_bar (Q * n_samples, d), from which their first tokens are drawn; and where each of
-        all rows that there are now was, among those before followed by these.
+        Returns h_bar (Q * n_samples, d), from which their first tokens are drawn; and an index (R):
+        what is row i now was row index[i] of the rows before, followed by these.
         """
         h = prompts.last.repeat_interleave(n_samples, 0)
         before = sum(map(len, self.cohorts))
-        rows, begun = torch.arange(before), before + torch.arange(len(h))
-        if self.captured:
-            first = 0
-            for cohort in self.cohorts:
-                places = cohort.free.nonzero()[: len(prompts.last), 0]
-                if cohort.S == n_samples and len(places) == len(prompts.last):
-                    if cohort.seat(prompts, places):
-                        self.forget_graph()
-                    taken = first + places[:, None] * n_samples + torch.arange(n_samples)
-                    rows[taken.flatten()] = begun
-                    return h, rows
-                first += len(cohort)
-            prompts = prompts.widened(rounded_up(prompts.T, PROMPT_ROOM))
-        self.cohorts.append(Cohort(prompts, n_samples))
+        index, begun = torch.arange(before), before + torch.arange(len(h))
+        T = rounded_up(prompts.T, PROMPT_ROOM)
+        first = 0
+        for cohort in self.cohorts if self.captured else ():
+            if cohort.can_seat(prompts, n_samples):
+                if T > cohort.prompts.T:
+                    self.forget_graph()
+                    cohort.prompts = cohort.prompts.widened(T)
+                places = cohort.seat(prompts)
+                taken = first + places[:, None] * n_samples + torch.arange(n_samples)
+                index[taken.flatten()] = begun
+                return h, index
+            first += len(cohort)
         self.forget_graph()
-        return h, torch.cat([rows, begun])
+        if self.captured:
+            prompts = prompts.widened(T)
+        self.cohorts.append(Cohort(prompts, n_samples, in_one_part=self.captured))
+        return h, torch.cat([index, begun])
 
     def step(self, x):
         """Feed x (R, d), one embedding a row; returns h_bar (R, d), after the final norm.
@@ -263,11 +270,14 @@ class Decoder:
         return h
 
     def forget_graph(self):
-        """A shape or a place in memory has changed."""
-        self.graph = self.h = self.x = None  # and with them the graph's memory
+        """A shape or an address has changed, or will."""
+        self.graph = self.h = self.x = self.ts = None  # and with them the graph's memory
 
     def replayed(self, x, ts):
-        """`forward` of fixed shapes: from the second of them on in one launch, of a CUDA graph."""
+        """`forward` of fixed shapes: the first time as usual, later in one launch of a CUDA graph.
+
+        ts: of each cohort t (Q).
+        """
         sizes = [len(t) for t in ts]
         if self.x is None:
             self.x, self.ts = x.clone(), torch.cat(ts).to(x.device)
@@ -303,8 +313,8 @@ class Decoder:
             q, k = qk[:, : -self.H].view(len(y), self.H, -1, self.D), qk[:, -self.H :]
             parts = zip(q.split(sizes), k[:, :, None].split(sizes), v[:, :, None].split(sizes))
             o = [
-                cohort.attend(i, *qkv, t, attention.scaling, mask)
-                for (cohort, t), qkv, mask in zip(cohorts, parts, masks)
+                cohort.attend(i, *part, t, attention.scaling, mask)
+                for (cohort, t), part, mask in zip(cohorts, parts, masks)
             ]
             x = x + attention.o_proj(o[0] if len(o) == 1 else torch.cat(o))
             y = layer.post_attention_layernorm(x)
@@ -312,10 +322,11 @@ class Decoder:
             x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
         return self.lm.norm(x)
 
-    def leave(self, alive):
+    def leave(self, alive, others_may_come=False):
         """Let rows go that are not alive (R), where that makes their cohort smaller by much.
 
-        Returns the places (R') of those that stay; None where all do.
+        Where steps are captured none does as long as others may come, for whom they leave places.
+        Returns the index (R') of those that stay; None where all do.
         """
         leave_at = LEAVE_CAPTURED_AT if self.captured else LEAVE_AT
         sizes = [len(cohort) for cohort in self.cohorts]
@@ -323,13 +334,16 @@ class Decoder:
             (cohort, living.view(-1, cohort.S))
             for cohort, living in zip(self.cohorts, alive.split(sizes))
         ]
-        for cohort, living in parts if self.captured else ():
-            cohort.free = ~living.any(1)
-            cohort.t[cohort.free] = 0  # until they are taken they write to their first position
-        # as at most steps: no cohort becomes smaller than its living rows
+        if self.captured:
+            for cohort, living in parts:
+                cohort.free = ~living.any(1)
+                cohort.t[cohort.free] = 0  # until they are taken they write to their first position
+            if others_may_come:
+                return None
+        # as at most steps: too many are alive for any to become smaller, which is found out cheaply
         if all(living.sum() > leave_at * len(cohort) for cohort, living in parts):
             return None
-        places, cohorts, before = [], [], 0
+        index, cohorts, before = [], [], 0
         for cohort, living in parts:
             at = torch.arange(before, before + len(cohort)).view(-1, cohort.S)
             before += len(cohort)
@@ -339,14 +353,14 @@ class Decoder:
                 at = at[q[:, None], s]
                 if len(q):
                     cohort.keep(q, s)
-            places.append(at.flatten())
+            index.append(at.flatten())
             if len(q):
                 cohorts.append(cohort)
-        if before == sum(len(at) for at in places):
+        if before == sum(len(at) for at in index):
             return None
         self.forget_graph()
         self.cohorts = cohorts
-        return torch.cat(places)
+        return torch.cat(index)
 
 
 def joined(*linears):
@@ -390,24 +404,24 @@ class NewPositions:
     has room left.
 
     A part holds as many as all before it. What is written is never copied for room: in the step
-    that doubled one buffer, all rows waited for it. A GPU copies it in no time, and there a part
-    more is launches more, so that it has one alone.
+    that doubled one buffer, all rows waited for it. Captured steps have one part, which is copied
+    when it is full: a GPU does that in no time, and a part more would be more launches a step.
     """
 
-    def __init__(self):
-        self.parts = []
+    def __init__(self, in_one_part=False):
+        self.in_one_part, self.parts = in_one_part, []
         self.room = 0  # positions that the parts hold
 
     def add_room(self, x, Q, H, S, D):
         """For more positions, of x's type."""
         n = min(self.room or FIRST_POSITIONS, MORE_POSITIONS)
-        if x.device.type != CAPTURE:
+        if not self.in_one_part:
             self.parts.append(x.new_empty(Q, H, S, n, D))
-        elif self.parts:
-            self.parts = [F.pad(self.parts[0], (0, 0, 0, n))]
-        else:
-            # what is not written yet is multiplied by 0: it must not be NaN
+        # what is not written yet is read and multiplied by 0: it must not be NaN
+        elif not self.parts:
             self.parts = [x.new_zeros(Q, H, S, n, D)]
+        else:
+            self.parts = [F.pad(self.parts[0], (0, 0, 0, n))]
         self.room += n
 
     def add(self, x, t):

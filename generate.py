@@ -19,8 +19,8 @@ from decoder import Decoder
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-REFILL_AT = 0.5  # others begin when no more than this share of what was last begun is left ...
-REFILL_CAPTURED_AT = 0.9  # ... where their shape costs nothing
+REFILL_AT = 0.5  # others begin when no more than this share of those busy after the last still are
+REFILL_CAPTURED_AT = 0.9  # the same on a GPU, where they take places that are free
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 
@@ -311,6 +311,7 @@ class Desk:
         self.asked = {}  # {q: Question} of those that have not ended
         self.waiting = {}  # lists of them, each of one prefill and one wave
         self.n_read = 0
+        self.others_may_come = True  # not, once `more` gave none
         self.n_busy = 0  # questions with a living row ...
         self.full = at_once  # ... and how many these were when the last ones began
 
@@ -322,6 +323,8 @@ class Desk:
         self.waiting.clear()
         room = self.at_once - len(self.asked)
         prompts = self.more(room) if room else []
+        if room:
+            self.others_may_come = bool(prompts)
         if prompts:
             group = self.read(prompts, self.n_read)
             self.n_read += len(group)
@@ -396,7 +399,8 @@ def stream(
     fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
     other span opens. With no head, or under `zero`, none does; under `markers` one ends at once.
 
-    waves: how many of the n_samples are drawn one time after another, on one prompt cache.
+    waves: how many of the n_samples are drawn one time after another, on one prompt cache; on a GPU
+    all at once, whatever this says.
     ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress` are never written.
     on_step(rows, tokens, x, h) sees what each living row is fed, and from which state;
     on_finish(q, s, ids) is called as a row ends and may return True to drop the question's other
@@ -430,7 +434,7 @@ def stream(
         raise ValueError(f"waves of {waves[-1]} samples; expected n_samples={n_samples}")
     refill_at = REFILL_AT
     if decoder.captured:
-        waves = [n_samples]  # a row more costs less than another shape
+        waves = [n_samples]  # rows cost little there, another shape costs a capture
         refill_at = REFILL_CAPTURED_AT
 
     def read(prompts, q):
@@ -450,9 +454,9 @@ def stream(
         # 0. where there is room, questions begin their next wave, and others their first
         forced = len(span) if before_answer else 0
         for group in desk.due():
-            begun, states, places = begin(decoder, group, waves, forced)
-            rows, h = rows.and_then(begun).pick(places), torch.cat([h, states])[places]
-        if not len(h):
+            begun, states, index = begin(decoder, group, waves, forced)
+            rows, h = rows.and_then(begun).pick(index), torch.cat([h, states])[index]
+        if not rows.alive.any():
             return
 
         # 1. a row writes text, a latent, or what is forced after a span's latents
@@ -514,23 +518,24 @@ def stream(
 
         # 5. finished rows leave once they are many; the others read what they wrote
         rows = Rows(number, n, left, alive, rows.u)
-        staying = decoder.leave(alive)
+        staying = decoder.leave(alive, desk.others_may_come)
         if staying is not None:
-            rows, x = rows.pick(staying), x[staying]
-        h = decoder.step(x) if len(x) else x
+            rows, x, h = rows.pick(staying), x[staying], h[staying]
+        if alive.any():
+            h = decoder.step(x)
 
 
 def begin(decoder, group, waves, forced):
     """Begin the next wave of Questions of one prefill, with so many `forced` positions at first.
 
-    Returns its Rows, the states h (R, d) from which they go on, and where each of all rows that
-    there are now was, among those before followed by these.
+    Returns its Rows, the states h (R, d) from which they go on, and the index of all rows that
+    there are now, as Decoder.begin gives it.
     """
     first = group[0].begun
     last = next(n for n in waves if n > first)
     group = sorted(group, key=lambda question: question.place)
     places = torch.tensor([question.place for question in group])
-    h, where = decoder.begin(group[0].prompts.pick(places), last - first)
+    h, index = decoder.begin(group[0].prompts.pick(places), last - first)
     n_samples = waves[-1]
     for question in group:
         question.begun = last
@@ -546,7 +551,7 @@ def begin(decoder, group, waves, forced):
         alive=torch.ones(R, dtype=torch.bool),
         u=u,
     )
-    return begun, h, where
+    return begun, h, index
 
 
 def is_latent(left, K, n_after):

@@ -57,7 +57,10 @@ def test_a_product_of_several_keeps_their_weights(base, tmp_path):
 def ending(loaded, world, monkeypatch):
     """(vlm, tokenizer, prompts), some of which open spans; new positions are in parts of 8."""
     vlm, tokenizer, processor = loaded
-    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 8))
+    rows = examples(world, 8)
+    for row in rows[4:6]:
+        row["question"] *= 3  # longer than those before: for them caches are widened
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
     make_open(vlm, tokenizer, prompts, {1, 6})
     monkeypatch.setattr(decoder, "FIRST_POSITIONS", 8)
     monkeypatch.setattr(decoder, "PROMPT_ROOM", 1)
@@ -66,14 +69,34 @@ def ending(loaded, world, monkeypatch):
 
 def places(cohorts):
     """Where in memory the caches of cohorts are."""
-    found = [tensor for cohort in cohorts for pair in cohort.prompts.layers for tensor in pair]
+    found = []
     for cohort in cohorts:
+        found += [tensor for pair in cohort.prompts.layers for tensor in pair]
+        found += [cohort.prompts.bias, cohort.prompts.next_pos]
         found += [part for new in cohort.keys + cohort.values for part in new.parts]
     return [tensor.data_ptr() for tensor in found]
 
 
-@pytest.mark.parametrize("waves", [(1,), (1, 7)])
-def test_a_replayed_step_is_the_step(ending, head, monkeypatch, waves):
+@pytest.fixture
+def seated(monkeypatch):
+    """How wide a cohort was and is, of each time that questions took places in it."""
+    seat, can_seat, found = decoder.Cohort.seat, decoder.Cohort.can_seat, []
+
+    def noted_can(cohort, prompts, n_samples):
+        cohort.before = cohort.prompts.T
+        return can_seat(cohort, prompts, n_samples)
+
+    def noted(cohort, prompts):
+        found.append((cohort.before, cohort.prompts.T))
+        return seat(cohort, prompts)
+
+    monkeypatch.setattr(decoder.Cohort, "can_seat", noted_can)
+    monkeypatch.setattr(decoder.Cohort, "seat", noted)
+    return found
+
+
+@pytest.mark.parametrize("waves", [(1,), (2,)])
+def test_a_replayed_step_is_the_step(ending, head, monkeypatch, seated, waves):
     """Steps of fixed shapes, replayed from buffers, write what those do that grow.
 
     A graph of the test's own stands in for CUDA's: a replay runs what was captured, on the places
@@ -105,20 +128,35 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch, waves):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(decoder, "CAPTURE", "cpu")
     assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4, waves=waves), usual)
-    # one sample each ends at many lengths, and who takes a place is not as far as its neighbours
-    taken = any(len(set(filter(None, t))) > 1 for ts in replays for t in ts)
-    assert len(replays) > 10 and (taken or waves == (1, 7))
+    # who takes a place is not as far as its neighbours, and may be longer
+    assert any(len(set(filter(None, t))) > 1 for ts in replays for t in ts)
+    assert len(seated) > 1 and any(now > before for before, now in seated)
+
+
+@pytest.mark.parametrize("widen", [1.0, 2.0])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_others_begin_where_one_ended(ending, head, monkeypatch, seated, widen, at_once):
+    """Whatever the number of places; a prompt that is too long for them has a cohort of its own."""
+    vlm, tokenizer, prompts = ending
+    usual = answers_that_end(vlm, head, tokenizer, prompts, at_once, waves=(1,))
+    monkeypatch.setattr(decoder, "CAPTURE", "cpu")
+    monkeypatch.setattr(decoder, "WIDEN_AT_MOST", widen)
+    monkeypatch.setattr(decoder.Decoder, "replayed", decoder.Decoder.forward)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts, at_once, waves=(1,)), usual)
+    assert seated and any(now > before for before, now in seated) == (widen > 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_captured_step_is_the_step(ending, head, monkeypatch):
+@pytest.mark.parametrize("waves", [(1,), (2,)])
+def test_a_captured_step_is_the_step(ending, head, monkeypatch, seated, waves):
     vlm, tokenizer, prompts = ending
     vlm, head = vlm.cuda(), head.cuda()
     for p in prompts:
         p["vision"] = p["vision"].cuda()
-    captured = answers_that_end(vlm, head, tokenizer, prompts, 4)
+    captured = answers_that_end(vlm, head, tokenizer, prompts, 4, waves=waves)
     monkeypatch.setattr(decoder, "CAPTURE", "")
-    assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4), captured)
+    assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4, waves=waves), captured)
+    assert len(seated) > 1
 
 
 @torch.no_grad()
