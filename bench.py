@@ -174,10 +174,10 @@ def in_processes(part, name):
 def in_process(part, one):
     """What a side of a part reports, run alone in a process."""
     settings = [f"--only={part}", f"--side={one}", f"--threads={threads}", f"--data={data}"]
-    done = subprocess.run(
-        [sys.executable, __file__, *settings], capture_output=True, text=True, check=True
-    )
-    # the last line: libraries may print warnings before it
+    done = subprocess.run([sys.executable, __file__, *settings], capture_output=True, text=True)
+    # the last lines: libraries may print warnings before them
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -959,6 +959,8 @@ def main():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
         parts = {"a": sampling, "b": training, "c": latent_mode, "d": vision}
         parts |= {"e": one_by_one, "f": growth, "g": million_rows, "h": prefill}
+        if not set(only) <= set(parts):
+            raise SystemExit(f"only={only!r}: expected some of {''.join(parts)}")
         for name, part in parts.items():
             if not only or name in only:
                 part()

@@ -186,7 +186,10 @@ def load_test_set(name):
         rows, md5 = load_benchmark(name, data_root)
     else:
         benchmark, folder = JSONL, Path(out)
-        rows = usable_rows(load_examples(data, training=False), skip_unusable)
+        fields = ["images"]
+        if sheet or intervention.startswith("oracle"):  # they are shown, or fed
+            fields.append("aux_images")
+        rows = usable_rows(load_examples(data, training=False), skip_unusable, fields)
         md5 = file_md5(data)
     # all that a reader of the score must know
     settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}

@@ -291,8 +291,11 @@ def read_shards(shards):
 def report(n, d, index, rejected, thin, norms, eigenvalues):
     """Print what there is to know about the vectors and their PCA."""
     share = len(rejected) / max(len(index), 1)
-    print(f"{n:,} vectors of {len(index):,} examples; K = {K}, {mode}, d = {d}")
-    print(f"rejected as degenerate: {len(rejected)} ({share:.2%}) {' '.join(rejected[:20])}")
+    print(f"{n:,} vectors of the training data; K = {K}, {mode}, d = {d}")
+    print(
+        f"rejected as degenerate: {len(rejected)} of {len(index):,} examples, validation data "
+        f"included ({share:.2%}) {' '.join(rejected[:20])}"
+    )
     if thin:
         side = math.isqrt(K)
         print(f"too thin for {side} x {side} cells: {thin} images, whose latents repeat")
@@ -311,6 +314,8 @@ def finish(shards, total, outer, n, made_by):
     if n < 2:
         raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
     mean, covariance = mean_and_covariance(total, outer, n)
+    if not covariance.trace() > 0:
+        raise SystemExit(f"{data}: all {n} auxiliary vectors are one and the same: no PCA")
     eigenvalues, vectors, k = fit(covariance, retained)
     check_finite(eigenvalues, f"{out}: the eigenvalues of the fit")
     report(n, len(mean), index, rejected, thin, norms, eigenvalues)

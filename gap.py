@@ -9,6 +9,7 @@ Constants of the paper are settings of train.py: lambda_latent, tau, ...
 """
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from data import (
     tensors_digest,
     weights_digest,
 )
+from images import usable_rows
 from launch import check_choices
 from method import Method, idle, weights_of
 from model import (
@@ -155,7 +157,7 @@ class Targets:
         self.files = self.index["files"]  # {id: the file that holds it}
         # ids with a degenerate auxiliary image
         self.rejected = set(map(str, self.index["rejected"]))
-        self.open = {}
+        self.open = {}  # files
 
     def check_files(self):
         """Refuse target files that are not those that fit_pca.py indexed."""
@@ -163,6 +165,8 @@ class Targets:
             path = self.folder / name
             if not path.is_file() or tensors_digest(path) != digest:
                 raise SystemExit(f"{path}: not the targets that index.json names; run fit_pca.py")
+            # held open: a file that is replaced while this one trains is another one
+            self.open[path] = safe_open(path, "pt")
 
     def has(self, row):
         """Are there targets of a row's auxiliary images? SystemExit if not, or of other ones."""
@@ -262,6 +266,8 @@ class GAP(Method):
     # --- which rows, and how a row becomes numbers
 
     def rows(self, examples, training):
+        if self.settings["skip_unusable"]:  # fit_pca.py has left these out, too
+            examples = usable_rows(examples, True, ("aux_images",))
         if training and self.settings["difficulty"]:
             counts = read_counts(self.settings["difficulty"])
             base = weights_digest(self.settings["base"])
@@ -374,8 +380,11 @@ class GAP(Method):
     def save(self, folder, weights):
         """latent_head.safetensors, what `generate` asks for the next latent.
 
-        It also says where the bank lies that its latents can be looked at with.
+        It also says where the bank lies that its latents can be looked at with: now, and from the
+        folder, as both may be moved together.
         """
         bank = self.pca_file.with_name("bank.safetensors").resolve()
-        meta = self.meta | {"bank": str(bank)}
+        # `folder` is one that is renamed to `out` once it is whole
+        beside = os.path.relpath(bank, Path(self.settings["out"]).resolve())
+        meta = self.meta | {"bank": str(bank), "bank_beside": beside}
         save_head(folder, self.head, weights_of("head", weights), meta)

@@ -204,7 +204,9 @@ def usable_rows(rows, leave_out, fields=("images",)):
     """
     rows = Rows.of(rows)
     # a picture that many questions share is decoded once
-    names = list(dict.fromkeys(path for row in rows for field in fields for path in row[field]))
+    names = list(
+        dict.fromkeys(path for row in rows for field in fields for path in row.get(field, ()))
+    )
     # Pillow lets other threads run while it decodes
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = pool.map(image_fault, names)
@@ -217,7 +219,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
     # all of them in one message: one at a time would take a day to mend
     good, lines = [], []
     for i, row in enumerate(rows):
-        bad = [path for field in fields for path in row[field] if path in fault_of]
+        bad = [path for field in fields for path in row.get(field, ()) if path in fault_of]
         lines += [f"{row.where}: {path}: not a usable image ({fault_of[path]})" for path in bad]
         if not bad:
             good.append(i)

@@ -33,11 +33,15 @@ CHUNK = 4096  # targets that are searched at once: 59 MB in float32 at d = 3584
 
 def save_bank(path, examples, K, meta):
     """Write a bank of [(row, v)], the targets v (m, K, d) of a row's m auxiliary images."""
-    pictures = [open_image(aux) for row, _ in examples for aux in row["aux_images"]]
+    tiles, aspect = [], []
+    for name in [name for row, _ in examples for name in row["aux_images"]]:
+        picture = open_image(name)  # one at a time: two thousand photos would take 40 GB
+        tiles.append(tiles_of(picture, K))
+        aspect.append(picture.width / picture.height)
     tensors = {
         "v": torch.cat([v for _, v in examples]).contiguous(),
-        "tiles": torch.stack([tiles_of(picture, K) for picture in pictures]),
-        "aspect": torch.tensor([picture.width / picture.height for picture in pictures]),
+        "tiles": torch.stack(tiles),
+        "aspect": torch.tensor(aspect),
     }
     names = [[row["id"], i] for row, _ in examples for i in range(len(row["aux_images"]))]
     meta = meta | {"pictures": json.dumps(names)}
@@ -53,7 +57,10 @@ def bank_of(model, path=""):
     meta = read_safetensors(head_file)[1] if head_file.is_file() else {}
     if "bank" not in meta:
         return None
-    return load_bank(path or meta["bank"], meta.get("targets"))
+    # moved with the model, or left where it was
+    beside = Path(model) / meta.get("bank_beside", meta["bank"])
+    there = beside if beside.is_file() else meta["bank"]
+    return load_bank(path or there, meta.get("targets"))
 
 
 def load_bank(path, targets):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import RESERVED, check_there, load_examples, write_then_rename
+from data import RESERVED, check_there, load_examples, place_marks, write_then_rename
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -121,6 +121,7 @@ def paths_of(text):
 def get_question(paths):
     """The question to ask. Raises SystemExit if there is none, or if it holds a reserved token."""
     asked = question or toy_question(paths[0] if paths else "")
+    asked = place_marks(asked, len(paths), "--question")
     reserved = RESERVED.search(asked)
     if reserved:
         raise SystemExit(f"--question contains the reserved token {reserved[0]!r}")
@@ -156,8 +157,6 @@ def latents_to_feed(vlm, processor, head):
     oracle: the features of the real auxiliary images. shuffle: another example's latents.
     """
     if intervention.startswith("oracle"):
-        if not aux:
-            raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
         mode = mode_of_targets(model)
         pictures = [open_image(path) for path in paths_of(aux)]
         with torch.inference_mode():
@@ -265,6 +264,7 @@ def main():
     check_feed()
     if show and not paths:
         raise SystemExit("--show needs a query image")
+    paths_of(aux)  # is all of it there?
     asked = get_question(paths)
     memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
 

@@ -49,6 +49,8 @@ RANGES = {
     "loader_threads": (1, 64),
     **dict.fromkeys(("tries", "token_budget", "prompt_tokens", "latent_size"), (1, math.inf)),
     **dict.fromkeys(("min_side", "max_bytes", "bomb_pixels", "repeats"), (1, math.inf)),
+    **dict.fromkeys(("threads", "questions", "new_tokens", "base_batch", "n_edits"), (1, math.inf)),
+    **dict.fromkeys(("n_train", "n_val", "n_test"), (1, math.inf)),
     "longest": (2, math.inf),
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
     **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),

@@ -514,10 +514,14 @@ def main():
         name = "" if figure == "examples" else f"-{figure}"
         FIGURES[figure](f"{stem}.jsonl", out or f"{stem}{name}.png")
         return
+    if figure != "examples":
+        raise SystemExit(
+            f"--figure={figure} is of a study: give --results=results/toy, or the like"
+        )
     folders = [name.strip() for name in runs.split(",") if name.strip()]
     if not folders:
         raise SystemExit("plot.py needs --runs=FOLDER,... or --results=results/toy")
-    draw_curves(folders, out or Path(folders[0]) / "curves.png")
+    draw_curves(folders, out or log_of(folders[0]).with_name("curves.png"))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ from model import (
 model = "out/gap"  # a checkpoint folder
 data = "out/toy/test.jsonl"  # questions, and auxiliary images to compare with
 out = ""  # for probe.json and two figures; "": out/probe/gap for out/gap
-pca = ""  # "": the checkpoint's own; a pca.safetensors to judge a checkpoint that has none
+pca = ""  # "": the checkpoint's own; a folder of fit_pca.py, to judge by another, or where is none
 limit = 200  # questions; 0: all
+skip_unusable = False  # leave out rows with a broken image instead of refusing them
 batch = 50  # questions a batch of generation; 7B on 80 GB: 16
 max_new_tokens = 128  # latents count; 7B: 2048
 latent_size = 10  # most latents a span of a checkpoint with Monet's tokens [Monet: 10 to 16]
@@ -408,7 +409,7 @@ def subspace(head, d):
     """
     # one PCA for several checkpoints makes their numbers comparable, output-as-input's too
     if pca:
-        space, _ = load_pca(pca)
+        space, _ = load_pca(Path(pca) / "pca.safetensors" if Path(pca).is_dir() else pca)
         mean, basis = space["mean"], space["basis"]
     elif head:
         mean, basis = head.mean, head.basis
@@ -430,7 +431,8 @@ def main():
     if limit:
         # the first ones, so that all checkpoints are probed on the same questions
         rows = rows[:limit]
-    rows = usable_rows(rows, False)  # opens all pictures, before hours of answers
+    # opens all pictures, before hours of answers
+    rows = usable_rows(rows, skip_unusable, ("images", "aux_images"))
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     processor = load_processor(model, min_pixels, max_pixels)
     head = load_head(model, vlm, tokenizer, latent_size)

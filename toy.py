@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
 from data import LATENT_SPAN, write_lines
-from launch import Progress, check_choices, start
+from launch import Progress, check_choices, claim, start
 from model import IGNORE, embed, load_vlm, positions
 
 # --------------------------------------------------------------------------------------------------
@@ -249,6 +249,8 @@ def write_split(folder, split, n):
     """Write n examples and their images from the seed."""
     rng = random.Random(f"{seed}/{split}")
     (folder / split).mkdir(parents=True, exist_ok=True)
+    # pictures are written over: rows of other ones must not stand beside them
+    (folder / f"{split}.jsonl").unlink(missing_ok=True)
     rows = []
     for i in Progress(range(n), desc=split, unit="example"):
         board = new_board(rng)
@@ -260,6 +262,7 @@ def write_split(folder, split, n):
 def write_data():
     """Write the three splits."""
     check_choices(globals(), form=("storyboard", "steps", "named", "place"))
+    claim(data_folder)
     for split, n in (("train", n_train), ("val", n_val), ("test", n_test)):
         write_split(Path(data_folder), split, n)
 
@@ -299,8 +302,11 @@ def new_pair(kind, n_moves, rng):
 
 def write_edits():
     """Write edits.jsonl: for each kind n_edits pairs of questions of several moves."""
+    check_choices(globals(), form=("storyboard", "steps", "named"))  # whose answers are pieces
+    claim(data_folder)
     folder, rng = Path(data_folder), random.Random(f"{seed}/edits")
     (folder / "edits").mkdir(parents=True, exist_ok=True)
+    (folder / "edits.jsonl").unlink(missing_ok=True)
     rows = []
     for i in Progress(range(n_edits), desc="edits", unit="pair of each kind"):
         for kind in EDITS:

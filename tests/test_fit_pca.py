@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fit_pca
-from data import read_lines, tensors_digest, write_lines
+from data import load_examples, read_lines, tensors_digest, write_lines
 from model import load_pca
 
 close = torch.testing.assert_close
@@ -249,3 +249,23 @@ def test_targets_made_in_another_way_are_refused(tmp_path, text):
     note.write_text(text)
     with pytest.raises(SystemExit, match="made_by.json"):
         fit_pca.check_provenance(note, made_by)
+
+
+def test_rows_that_are_left_out_are_left_out_by_all(tmp_path, base, world):
+    """fit_pca.py, train.py and probe.py take a data file with a broken auxiliary image alike."""
+    rows = [dict(row) for row in load_examples(world / "train.jsonl")[:9]]
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    rows[4]["aux_images"] = [str(tmp_path / "broken.png")]
+    write_lines(tmp_path / "train.jsonl", rows)
+    args = [f"--base={base}", f"--data={tmp_path}/train.jsonl", "--val_data="]
+    text = run("fit_pca.py", *args, f"--out={tmp_path}/pca", ok=False)
+    assert "broken.png" in text and "--skip_unusable=1" in text
+    args.append("--skip_unusable=1")
+    run("fit_pca.py", *args, f"--out={tmp_path}/pca")
+    args += [f"--pca={tmp_path}/pca", "--difficulty=", f"--out={tmp_path}/gap", "--max_steps=1"]
+    assert "8 examples" in run("train.py", *args, "--global_batch=4", "--save_every=0")
+
+    args = [f"--model={base}", f"--data={tmp_path}/train.jsonl", f"--out={tmp_path}/probe"]
+    assert "--skip_unusable=1" in run("probe.py", *args, "--max_new_tokens=2", ok=False)
+    run("probe.py", *args, "--max_new_tokens=2", "--skip_unusable=1")
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["questions"] == 8

@@ -23,6 +23,7 @@ def gap_of(base, inputs, **change):
     settings = {name: given[name] for name in ("base", "data", "pca", "difficulty")}
     settings |= {"method": "gap", "tau": 0.0, "rule": "paper", "keep_parser": True}
     settings |= {"write_parser": True, "easy_latents": 0.0, "latents_first": 0}
+    settings |= {"skip_unusable": False}
     settings |= {"lambda_latent": 0.5, "latent_loss": "mean", "scheduled_sampling": False}
     return GAP(*load_vlm(base), load_processor(base, *PIXELS), settings | change)
 

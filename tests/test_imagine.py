@@ -1,5 +1,9 @@
 """What picture did the latents draw? The patch whose target is nearest, where it stands."""
 
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run
@@ -67,6 +71,17 @@ def test_a_drawing_has_the_shape_of_its_pictures():
     for latents, (width, height) in ((v[0], (6, 2)), (v[1], (2, 6)), (v[:, :2], (2, 2))):
         picture, _ = imagine(latents.reshape(4, 8), bank)
         assert picture.width / picture.height == pytest.approx(width / height, rel=0.05)
+
+
+def test_a_bank_is_found_where_both_were_moved(stages, tmp_path, monkeypatch):
+    """A copy of model and PCA is whole; the model alone takes the one that it was made with."""
+    monkeypatch.setattr(
+        sys.modules["imagine"], "load_bank", lambda path, targets: Path(path).resolve()
+    )
+    shutil.copytree(stages["gap"], tmp_path / "gap")
+    assert bank_of(tmp_path / "gap") == stages["pca"] / "bank.safetensors"
+    shutil.copytree(stages["pca"], tmp_path / "pca")
+    assert bank_of(tmp_path / "gap") == tmp_path / "pca" / "bank.safetensors"
 
 
 def test_a_bank_that_does_not_belong(stages, tmp_path):

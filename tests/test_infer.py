@@ -80,3 +80,13 @@ def test_where_is_where_the_embeddings_are():
     white = Image.new("RGB", (40, 40), "white")
     seen = infer.lit(white, cosine, (2, 2)).convert("L")
     assert seen.getpixel((35, 5)) > 240 and seen.getpixel((5, 35)) < 80
+
+
+def test_marks_stand_as_in_all_stages(monkeypatch):
+    """LLaVA's leading mark is no text of the prompt; marks and images are counted."""
+    monkeypatch.setattr(infer, "question", "<image>\nWhat is on the sign?")
+    assert infer.get_question(["a.png"]) == "What is on the sign?"
+    monkeypatch.setattr(infer, "question", "Is <image> in <image>?")
+    assert infer.get_question(["a.png", "b.png"]) == "Is <image> in <image>?"
+    with pytest.raises(SystemExit, match="--question: .* 2 <image> marks for 1 images"):
+        infer.get_question(["a.png"])

@@ -215,7 +215,7 @@ def test_out_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     done = finished(ROOT / "toy.py", "data", f"--data_folder={tmp_path}/file/toy")
     assert done.returncode == 1
-    assert done.stderr == f"{tmp_path}/file/toy/train: Not a directory\n"
+    assert done.stderr == f"{tmp_path}/file/toy: Not a directory\n"
 
 
 def finished(script, *args):

@@ -94,13 +94,29 @@ def test_toy_data_is_a_function_of_the_seed(tmp_path):
             "--n_test=4",
         )
     one, two = tmp_path / "a", tmp_path / "b"
-    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    files = sorted(p.relative_to(one) for p in one.rglob("[!.]*") if p.is_file())
     assert len(files) == 3 + 2 * 16
     assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
     for row in load_examples(one / "train.jsonl"):
         before_the_answer = row["response"].split("</parser>")[0]
         words = row["answer"].replace(",", "").split()
         assert all(word not in before_the_answer for word in words)
+
+
+def test_pictures_never_stand_beside_other_rows(tmp_path, monkeypatch):
+    """A killed run leaves no rows whose pictures it has written over."""
+    monkeypatch.setattr(toy, "data_folder", str(tmp_path))
+    monkeypatch.setattr(toy, "n_train", 3)
+    toy.write_data()
+    monkeypatch.setattr(toy, "seed", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "example", lambda *args: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            toy.write_data()
+    assert not (tmp_path / "train.jsonl").exists() and (tmp_path / "val.jsonl").exists()
+    with pytest.raises(SystemExit, match="form='place' is not one of"):
+        monkeypatch.setattr(toy, "form", "place")
+        toy.write_edits()
 
 
 def start_and_moves(question):
