@@ -797,8 +797,9 @@ def split():
     write_lines(Path(out) / "train.jsonl", train)
     if val:
         write_lines(Path(out) / "val.jsonl", val)
-    else:  # train.py takes "" for no validation data, and no empty file
-        (Path(out) / "val.jsonl").unlink(missing_ok=True)
+    elif (Path(out) / "val.jsonl").exists():  # its pictures may be in train.jsonl now
+        (Path(out) / "val.jsonl").unlink()
+        print(f"no validation data: removed {out}/val.jsonl, of an earlier split")
     print_composition(train, val)
 
 

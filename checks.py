@@ -10,7 +10,15 @@ from collections import Counter
 from PIL import ImageStat
 
 from answers import extract_answer, is_correct, normalise
-from data import LATENT_SPAN, RESERVED, TAG_ORDER, TAGS, strip_latents, strip_parser
+from data import (
+    LATENT_SPAN,
+    RESERVED,
+    TAG_ORDER,
+    TAGS,
+    as_one_text,
+    strip_latents,
+    strip_parser,
+)
 from duplicates import largest_difference
 from resume import Reject
 
@@ -25,14 +33,11 @@ def check_example(row):
     for field in ("question", "answer", "images"):
         if not row[field]:
             raise Reject(f"{field} is empty")
-    options = row.get("options", [])
-    if len(options) > 26:
-        raise Reject("more options than letters", len(options))
-    for text, field in [(row["question"], "question"), (row["response"], "response")] + [
-        (option, "options") for option in options
-    ]:
+    if len(row.get("options", [])) > 26:
+        raise Reject("more options than letters", len(row["options"]))
+    for field in ("question", "response", "options"):
         # in a text it would become a special token: an image or a latent where none is
-        if found := RESERVED.search(text):
+        if found := RESERVED.search(as_one_text(row.get(field, ""))):
             raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
 
     response = row["response"]

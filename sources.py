@@ -176,7 +176,9 @@ def read_list(text):
             return
         n += 1
         item, end, error = parse(read_one, text, start)
-        yield n, item, error and not end and f"{error}; what comes after it is not read" or error
+        if error and not end:
+            error += "; what comes after it is not read"
+        yield n, item, error
 
 
 def read_line(line):
@@ -270,7 +272,10 @@ def with_options(example, options):
     They are a list, one as Python writes it, as in MMMU's tables, or {"A": ..., "B": ...}.
     """
     if isinstance(options, str):
-        options = ast.literal_eval(options.strip() or "[]")
+        try:
+            options = ast.literal_eval(options.strip() or "[]")
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"options that are no list: {options[:80]!r}") from None
     if isinstance(options, dict):
         options = [options[letter] for letter in sorted(options)]
     texts = [text_of(option) for option in options or ()]

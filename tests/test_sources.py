@@ -496,7 +496,17 @@ def test_options_are_read_in_every_layout(options):
     assert sources.with_options({}, options) == {"options": ["red", "blue"]}
 
 
-@pytest.mark.parametrize("options", ["red", ["red"], "['red' 'blue']", [float("nan"), "red"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "red",
+        "red; blue",
+        pytest.param("[" * 10**5, id="deep"),
+        ["red"],
+        "['red' 'blue']",
+        [float("nan"), "red"],
+    ],
+)
 def test_options_that_can_not_be_are_no_options(options):
     with pytest.raises((ValueError, TypeError)):
         sources.with_options({}, options)
