@@ -22,11 +22,13 @@ def test_what_a_side_could_not_do_is_said(monkeypatch, tmp_path):
         bench.in_process("g", "ours")
 
 
-def test_making_room_and_whole_batches_write_the_same(monkeypatch, tmp_path):
+def test_making_room_and_whole_batches_write_the_same(monkeypatch):
     """The two ways that are timed answer all questions alike, at lengths that differ."""
     monkeypatch.setattr(bench, "shape", "7b-smoke")
     monkeypatch.setitem(bench.ROOM, "7b-smoke", (4, 2, 6, 12))
     monkeypatch.setattr(bench, "PROMPT", 96)
+    monkeypatch.setattr(bench, "VOCABULARY", 600)
+    monkeypatch.setattr(bench, "NO_TOKENS", ())
     written = []
 
     def kept(write):
