@@ -234,8 +234,8 @@ class Decoder:
         index, begun = torch.arange(before), before + torch.arange(len(h))
         T = rounded_up(prompts.T, PROMPT_ROOM)
         first = 0
-        for cohort in self.cohorts if self.captured else ():
-            if cohort.can_seat(prompts, n_samples):
+        for cohort in self.cohorts:
+            if self.captured and cohort.can_seat(prompts, n_samples):
                 if T > cohort.prompts.T:
                     self.forget_graph()
                     cohort.prompts = cohort.prompts.widened(T)

@@ -323,8 +323,7 @@ class Desk:
         self.waiting.clear()
         room = self.at_once - len(self.asked)
         prompts = self.more(room) if room else []
-        if room:
-            self.others_may_come = bool(prompts)
+        self.others_may_come = bool(prompts) or not room
         if prompts:
             group = self.read(prompts, self.n_read)
             self.n_read += len(group)

@@ -140,8 +140,9 @@ def toy_question(path):
 
 
 def check_feed():
-    """Raise SystemExit if what the intervention feeds is not given, or not there."""
-    if intervention.startswith("oracle") and not paths_of(aux):
+    """Raise SystemExit if what is fed is not given, or what is fed or shown not there."""
+    real = paths_of(aux)
+    if intervention.startswith("oracle") and not real:
         raise SystemExit(f"{intervention} feeds the features of --aux=image.png")
     if intervention == "shuffle":
         if not donor:
@@ -264,7 +265,6 @@ def main():
     check_feed()
     if show and not paths:
         raise SystemExit("--show needs a query image")
-    paths_of(aux)  # is all of it there?
     asked = get_question(paths)
     memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
 
