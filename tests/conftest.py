@@ -125,25 +125,35 @@ def warm(offline):
     )
 
 
+def begin_warm(argv, environ, ranks, folder):
+    """Start a script in a process that has its imports already: (warm.py, the script's own pid).
+
+    Its output goes to stdout and stderr in the folder.
+    """
+    files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+    for path in files.values():
+        Path(path).touch()
+    job = files | {
+        "argv": argv,
+        "environ": environ,
+        "cwd": os.getcwd(),
+        "ranks": ranks,
+        "limit": 300,
+    }
+    process = warm(environ["HF_HUB_OFFLINE"])
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    return process, int(process.stdout.readline())
+
+
 def run_warm(argv, environ, ranks):
     """(exit code, output) of a script in a process that has its imports already."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
-        for path in files.values():
-            Path(path).touch()
-        job = files | {
-            "argv": argv,
-            "environ": environ,
-            "cwd": os.getcwd(),
-            "ranks": ranks,
-            "limit": 300,
-        }
-        process = warm(environ["HF_HUB_OFFLINE"])
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
+        process, _ = begin_warm(argv, environ, ranks, folder)
         code = int(process.stdout.readline())
         assert code >= 0, f"ended by signal {-code}"
-        return code, "".join(Path(path).read_text(errors="replace") for path in files.values())
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        return code, "".join(path.read_text(errors="replace") for path in files)
 
 
 def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
@@ -388,19 +398,22 @@ def sampling(base, world, out, **change):
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
-def kill_when(args, path, lines):
-    """Start a script, and kill it once a file has this many lines."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / args[0]), *args[1:]],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, f"{args[0]} ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def kill_when(until, script, *args, env=None):
+    """Start a script, and kill it once until() holds."""
+    argv = [str(ROOT / script), *map(str, args)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
+    with tempfile.TemporaryDirectory() as folder:
+        process, pid = begin_warm(argv, environ, 1, folder)
+        while not until():
+            assert Path(f"/proc/{pid}").exists(), f"{script} ended before it could be killed"
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        assert int(process.stdout.readline()) == -signal.SIGKILL
+
+
+def has_lines(path, n):
+    """Whether a file has n lines or more."""
+    return path.exists() and path.read_bytes().count(b"\n") >= n
 
 
 def broken(world, tmp_path, change):

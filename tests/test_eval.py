@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PIXELS, ROOT, kill_when, run
+from conftest import PIXELS, ROOT, has_lines, kill_when, run
 from official_files import args_of, b64, picture, plant
 from safetensors.torch import load_file
 from scipy.stats import binomtest
@@ -57,7 +57,7 @@ def predictions_of(folder):
 def test_eval_ranks_kills_and_scores(tmp_path, stages):
     run("eval.py", *evaluation(stages, tmp_path / "one"))
     one = strip(read_lines(tmp_path / "one" / "predictions.rank0.jsonl"))
-    run("eval.py", *evaluation(stages, tmp_path / "two"), ranks=2, torchrun=True)
+    run("eval.py", *evaluation(stages, tmp_path / "two"), ranks=2)
     two = [p for r in (0, 1) for p in read_lines(tmp_path / "two" / f"predictions.rank{r}.jsonl")]
     assert len(two) == len(one) == 12 and strip(two) == one
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())["scores"]
@@ -68,7 +68,8 @@ def test_eval_ranks_kills_and_scores(tmp_path, stages):
     assert metrics["overall"]["tokens"] == pytest.approx(sum(p["tokens"] for p in two) / 12)
 
     out = tmp_path / "killed"
-    kill_when(["eval.py", *evaluation(stages, out, batch=1)], out / "predictions.rank0.jsonl", 3)
+    path = out / "predictions.rank0.jsonl"
+    kill_when(lambda: has_lines(path, 3), "eval.py", *evaluation(stages, out, batch=1))
     text = run("eval.py", *evaluation(stages, out, score_only=1), ok=False)
     assert "answers are missing" in text
     run("eval.py", *evaluation(stages, out), ranks=2)
@@ -201,8 +202,9 @@ def test_benchmark_ranks_and_kills(tmp_path, base, bench_root):
     run("eval.py", *args(tmp_path / "one"))
     one = (tmp_path / "one/HRBench4K/scored.jsonl").read_bytes()
     out = tmp_path / "killed"
-    kill_when(["eval.py", *args(out, batch=1)], out / "HRBench4K/predictions.rank0.jsonl", 1)
-    with open(out / "HRBench4K/predictions.rank0.jsonl", "a") as f:
+    path = out / "HRBench4K/predictions.rank0.jsonl"
+    kill_when(lambda: has_lines(path, 1), "eval.py", *args(out, batch=1))
+    with open(path, "a") as f:
         f.write('{"id": "3", "ke')
     assert "answers are missing" in run("eval.py", *args(out, score_only=1), ok=False)
     partial = args(out, score_only=1, allow_partial=1, benchmarks="HRBench4K")

@@ -1,15 +1,11 @@
 """Where do real vision embeddings live? The PCA against an SVD, and the files of targets."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import PIXELS, ROOT, broken, noise, run
+from conftest import PIXELS, broken, kill_when, noise, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -92,7 +88,7 @@ def test_fit_pca_ranks_and_resume(tmp_path, base, world):
     """Two ranks, and a run that finds half of its shards, give the PCA of one process."""
     args = fitting(base, world, tmp_path / "one", "--shard=10")
     run("fit_pca.py", *args)
-    run("fit_pca.py", *fitting(base, world, tmp_path / "two", "--shard=10"), ranks=2, torchrun=True)
+    run("fit_pca.py", *fitting(base, world, tmp_path / "two", "--shard=10"), ranks=2)
     one = load_file(tmp_path / "one" / "pca.safetensors")
     two = load_file(tmp_path / "two" / "pca.safetensors")
     for name in ("mean", "eigenvalues"):
@@ -156,16 +152,8 @@ def test_targets_belong_to_their_pictures(tmp_path, base, world):
     text = run("train.py", *train, f"--out={tmp_path}/a", ok=False)
     assert "train.jsonl:31" in text and "run fit_pca.py again" in text
     # a run that is killed on the way leaves no index of what no longer is, and goes on
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "fit_pca.py"), *args, f"--out={out}"],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    while (out / "targets" / "index.json").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    indexed = (out / "targets" / "index.json").exists
+    kill_when(lambda: not indexed(), "fit_pca.py", *args, f"--out={out}")
     assert "index.json: no such file; fit_pca.py" in run(
         "train.py", *train, f"--out={tmp_path}/a", ok=False
     )

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -114,9 +112,7 @@ def test_the_main_figure_is_of_the_lines(tmp_path):
                 scale = stats.sem(seeds)
                 want = stats.t.interval(0.95, len(seeds) - 1, loc=mean, scale=scale)
                 assert (low, high) == pytest.approx(want, abs=1e-3)
-    command = [sys.executable, str(ROOT / "plot.py"), "--results=results/gap"]
-    command.append(f"--out={tmp_path}/toy.png")
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    run("plot.py", f"--results={ROOT}/results/gap", f"--out={tmp_path}/toy.png")
     assert len(Image.open(tmp_path / "toy.png").convert("RGB").getcolors(1 << 20)) > 50
 
 
@@ -169,9 +165,8 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
     assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
     assert plot.by_run(lines, ("output", "GAP"), "clean", "hard", " n=20") == {"GAP": [1.0]}
     for figure in ("systems", "critics", "drift"):
-        command = [sys.executable, str(ROOT / "plot.py"), f"--results={tmp_path}/r"]
-        command += [f"--figure={figure}", f"--out={tmp_path}/{figure}.png"]
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-        assert Image.open(tmp_path / f"{figure}.png").width > 500
+        out = tmp_path / f"{figure}.png"
+        run("plot.py", f"--results={tmp_path}/r", f"--figure={figure}", f"--out={out}")
+        assert Image.open(out).width > 500
     with pytest.raises(SystemExit, match="no runs of text, output"):
         plot.FIGURES["edits"](tmp_path / "r.jsonl", tmp_path / "edits.png")

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import TOY, kill_when, run, sampling
+from conftest import TOY, has_lines, kill_when, run, sampling
 
 import sample_difficulty
 from data import load_examples, question_key, read_lines, write_lines
@@ -37,7 +37,7 @@ def test_early_stop_ranks_and_kills_change_no_assignment(tmp_path, world):
     # a kill in the middle, with a half-written last line
     out, part = tmp_path / "killed", tmp_path / "killed.rank000"
     args = sampling(TOY, world, out, early_stop=0, batch=2)
-    kill_when(["sample_difficulty.py", *args], part, 6)
+    kill_when(lambda: has_lines(part, 6), "sample_difficulty.py", *args)
     done = len(read_lines(part))
     assert 0 < done < 48
     with open(part, "a") as f:

@@ -3,16 +3,24 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
-from conftest import RESPONSE, ROOT, encoded, example, noise, pixels, write_data
+from conftest import (
+    RESPONSE,
+    encoded,
+    example,
+    has_lines,
+    kill_when,
+    noise,
+    pixels,
+    run,
+    write_data,
+)
 from PIL import Image
 
 import build_data as b
@@ -259,8 +267,6 @@ def test_synthesise_resumes_after_a_kill(tmp_path, monkeypatch):
     names = [f"q{n}" for n in range(24)]
     server = Endpoint(delay=0.1)
     args = [
-        sys.executable,
-        str(ROOT / "build_data.py"),
         "synthesise",
         f"--data={questions(tmp_path, names)}",
         f"--out={tmp_path / 'out'}",
@@ -268,22 +274,14 @@ def test_synthesise_resumes_after_a_kill(tmp_path, monkeypatch):
         f"--image_url={server.url}",
         "--workers=2",
     ]
-    env = os.environ | {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    online = {"HF_HUB_OFFLINE": "0"}
     for name in ("drawn", "synthesised"):  # a kill while drawing, one while writing
-        process = subprocess.Popen(
-            args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
         path = tmp_path / "out/work" / f"{name}.jsonl"
-        while not path.exists() or path.read_bytes().count(b"\n") < 8:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
+        kill_when(partial(has_lines, path, 8), "build_data.py", *args, env=online)
         assert not (tmp_path / "out" / f"{name}.jsonl").exists()
         with open(path, "a") as f:
             f.write('{"key": "cut')
-    done = subprocess.run(args, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run("build_data.py", *args, env=online)
     rows = load_examples(tmp_path / "out/synthesised.jsonl")
     assert [row["question"] for row in rows] == names
     for kind in ("images", "chat"):

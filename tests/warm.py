@@ -1,8 +1,9 @@
 """A process that has imported what the scripts import, and runs each one asked for in a fork of it.
 
 An import of torch and transformers takes some 4 s; a fork takes none. A line of standard input is a
-job, a line of standard output the exit code of its script. Several ranks are forks, too, which
-torchrun's own agent makes in place of new processes.
+job; the first line of standard output that answers it is the fork's process id, the second the exit
+code of its script. Several ranks are forks, too, which torchrun's own agent makes in place of new
+processes.
 """
 
 import gc
@@ -37,6 +38,7 @@ def next_job():
             job = json.loads(line)
             becomes(job)
             return job
+        print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     return None
