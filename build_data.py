@@ -212,7 +212,7 @@ def load_data():
             for field in ("images", "aux_images"):
                 row[field] = [os.path.relpath(p, out) for p in row[field]]
             rows.append(row)
-    return draw_rows(rows)
+    return [rows[i] for i in drawn(len(rows))]
 
 
 def unlike(id, path, seen):
@@ -223,12 +223,11 @@ def unlike(id, path, seen):
     return id
 
 
-def draw_rows(rows):
-    """At most `limit` of the rows, drawn by the seed, in their old order."""
-    if not limit or limit >= len(rows):
-        return rows
-    picked = random.Random(seed).sample(range(len(rows)), limit)
-    return [rows[i] for i in sorted(picked)]
+def drawn(n):
+    """The places of at most `limit` of n rows, drawn by the seed, in their order."""
+    if not limit or limit >= n:
+        return range(n)
+    return sorted(random.Random(seed).sample(range(n), limit))
 
 
 def digests_of(item):
@@ -369,12 +368,12 @@ def convert():
             f"files={files!r} matches no file; give --files=FILE, or a pattern in quotes"
         )
     name = label or source
-    rows = read_source(paths, name)
-    check_columns(rows)
+    items = Items(paths, name)
+    check_columns(items.columns)
     check_name(name, paths)
     # whose pictures lie elsewhere yet: what has arrived, changed or gone is converted anew
     rejects = f"rejects.{name}.jsonl"
-    work_through(name, draw_rows(rows), convert_one, CONVERT_USES, rejects, stamps_of)
+    work_through(name, items, convert_one, CONVERT_USES, rejects, stamps_of)
 
 
 def check_name(name, paths):
@@ -392,25 +391,43 @@ def check_name(name, paths):
     write_json(note, {"files": now})
 
 
-def read_source(paths, name):
-    """All items of a source's files, each with an id, the folder of its images, and its error.
+class Items:
+    """The items of a source's files, each with an id, the folder of its images, and its error.
 
-    The id is the item's own, or its place where it has none or shares it with another.
+    They are read anew each time they are gone through, for those that hold their pictures, as
+    Zebra-CoT's do, fill no memory. The id is the item's own, or its place where it has none or
+    shares it with another.
     """
-    rows, own = [], Counter()
-    for path in Progress(paths, desc="reading", unit="file"):
-        folder = root or os.path.dirname(path) or "."
-        inside = os.path.relpath(path, folder)
-        for n, item, error in read_items(path):
-            row = {"id": own_id(item), "root": folder, "item": item, "error": error}
-            row |= {"place": clean(f"{name}/{inside}:{n}"), "split": split_of(item, inside)}
-            own[row["id"]] += 1
-            rows.append(row)
-    for row in rows:
-        place = row.pop("place")
-        if not row["id"] or own[row["id"]] > 1:
-            row["id"] = place
-    return rows
+
+    def __init__(self, paths, name):
+        self.paths, self.name = paths, name
+        self.columns, own = set(), Counter()
+        for _, _, item, _ in self.read(Progress(paths, desc="reading", unit="file")):
+            own[own_id(item)] += 1
+            if isinstance(item, dict):
+                self.columns |= item.keys()
+        self.shared = {id for id, n in own.items() if n > 1 or not id}
+        self.picked = set(drawn(own.total()))
+
+    def read(self, paths):
+        """Yield (file, line or position, item or None, error)."""
+        for path in paths:
+            for n, item, error in read_items(path):
+                yield path, n, item, error
+
+    def __len__(self):
+        return len(self.picked)
+
+    def __iter__(self):
+        for i, (path, n, item, error) in enumerate(self.read(self.paths)):
+            if i in self.picked:
+                folder = root or os.path.dirname(path) or "."
+                inside = os.path.relpath(path, folder)
+                id = own_id(item)
+                if id in self.shared:
+                    id = clean(f"{self.name}/{inside}:{n}")
+                row = {"id": id, "root": folder, "item": item, "error": error}
+                yield row | {"split": split_of(item, inside)}
 
 
 def own_id(item):
@@ -448,9 +465,8 @@ def stamps_of(row):
     return stamps
 
 
-def check_columns(rows):
+def check_columns(columns):
     """Where columns are found by FIELDS: no needed field lacks one. Raises SystemExit."""
-    columns = {c for row in rows if isinstance(row["item"], dict) for c in row["item"]}
     for field in NEEDED.get(source, ()):
         if columns and not columns & set(FIELDS[field]):
             there = ", ".join(sorted(map(clean, columns)))
@@ -658,7 +674,8 @@ def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
     check_choices(globals(), mode=("pool", "resize"))
     check_outputs("filtered.jsonl")
-    rows = draw_rows(read_unchecked())
+    rows = read_unchecked()
+    rows = [rows[i] for i in drawn(len(rows))]
     tower = None
     if base:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

@@ -86,6 +86,7 @@ def in_order(work, items, workers, ahead=0):
 def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, contents):
     """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
 
+    rows: a list, or what reads them anew each of the two times that they are gone through.
     settings: {name: value} of what makes older results useless when it changes.
     contents(row): what is known of the files that a row names; it does the same.
     give_up: so many rows in a row without an answer end the run (SystemExit).
@@ -95,19 +96,21 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     path = folder / "work" / f"{name}.jsonl"
     claim(path.parent, path.name)
     # of the whole row: one that an earlier stage has changed is worked on again
-    keys = [key_of(settings | {"row": row, "contents": contents(row)}) for row in rows]
+    hashed = Progress(rows, desc=f"{name}: what is done", unit="item", leave=False, delay=5)
+    keys = [key_of(settings | {"row": row, "contents": contents(row)}) for row in hashed]
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)
     done = {line["key"]: line for line in read_lines(path) if line["key"] in wanted}
     # what an earlier run has finished is not asked, and not paid, again
-    todo = [(key, row) for key, row in zip(keys, rows) if key not in done]
+    n_done = sum(key in done for key in keys)
+    todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
     unanswered, in_a_row = {}, 0
 
     def outcome(item):
         return outcome_of(work, *item)
 
-    bar = Progress(desc=name, unit="item", total=len(rows), initial=len(rows) - len(todo))
+    bar = Progress(desc=name, unit="item", total=len(keys), initial=n_done)
     with open_append(path) as f, bar:
         for line in each(outcome, todo, workers):
             bar.update()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from answers import boxed, extract_answer
-from data import LATENT_SPAN, SURROGATE
+from data import LATENT_SPAN, SURROGATE, is_list
 from images import image_bytes, other_kind
 from resume import Reject
 
@@ -95,31 +95,52 @@ def read_items(path):
     """Yield (line or position, item or None, error) of a file: JSONL, a JSON list, parquet.
 
     Of a file that is one JSON object, the items are in a list of it, or it is the item. A list is
-    read as far as it can be: past damage it is not known where the next item starts.
+    read as far as it can be: past damage it is not known where the next item starts. Only a file
+    that is one JSON value is held whole.
     """
     with open(path, "rb") as f:
         begins = f.read(64)
     if begins.startswith(PARQUET):
         yield from read_parquet(path)
-        return
-    if kind := other_kind(begins):
+    elif kind := other_kind(begins):
         yield 1, None, f"{kind}; expected JSON or JSON lines"
-        return
+    elif is_list(path):
+        yield from read_list(Path(path).read_bytes().decode("utf-8-sig", "surrogateescape"))
+    elif may_be_one_object(path):
+        yield from read_object(path)
+    else:
+        yield from read_json_lines(path)
+
+
+def read_json_lines(path):
+    """read_items for JSON lines."""
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                text = line.decode("utf-8" if n > 1 else "utf-8-sig", "surrogateescape")
+                item, _, error = parse(read_line, text)
+                yield n, item, error
+
+
+def may_be_one_object(path):
+    """Is a file's first line no JSON, or its only one? JSON lines may be damaged there, too."""
+    with open(path, "rb") as f:
+        lines = (line for line in f if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    return not second or bool(parse(read_line, first.decode("utf-8-sig", "surrogateescape"))[2])
+
+
+def read_object(path):
+    """read_items for a file that may be one JSON object."""
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
-    if text.lstrip().startswith("["):
-        yield from read_list(text)
-        return
-    if text.lstrip().startswith("{"):
-        # an error for JSON lines, behind the first
-        whole, _, error = parse(read_line, text)
-        if not error:
-            for n, item in enumerate(items_of(whole), 1):
-                yield n, item, ""
-            return
-    for n, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            item, _, error = parse(read_line, line)
-            yield n, item, error
+    whole, _, error = parse(read_line, text)
+    if isinstance(whole, dict):
+        for n, item in enumerate(items_of(whole), 1):
+            yield n, item, ""
+    elif any(isinstance(item, dict) for _, item, _ in read_json_lines(path)):
+        yield from read_json_lines(path)
+    else:  # an object that is cut off, over many lines, is one fault
+        yield 1, whole, error
 
 
 def items_of(whole):
@@ -145,7 +166,8 @@ def read_parquet(path):
         return
     n = 0
     try:
-        for table in ParquetFile(path).iter_batches(256):  # rows; their pictures lie in memory
+        file = ParquetFile(path, pre_buffer=False)  # else what was read stays until the end
+        for table in file.iter_batches(16):  # rows, whose pictures lie in memory
             for item in table.to_pylist():
                 n += 1
                 yield n, as_json(item), ""

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import sys
+import weakref
 
 import numpy as np
 import pyarrow
@@ -430,6 +431,9 @@ def test_hostile_text(stage, tmp_path):
     assert outcome(f"[{text},\n {text[:-30]}".encode(), "cut.json") == (1, ["cut.json:2"])
     assert outcome(f"[{text}, {text}".encode(), "open.json") == (2, ["open.json:3"])
     assert outcome(cut, "cut.jsonl") == (2, ["cut.jsonl:2"])
+    indented = json.dumps({"data": [item, item]}, indent=1).encode()
+    assert outcome(indented, "whole.json") == (2, [])
+    assert outcome(indented[:-9], "object.json") == (0, ["object.json:1"])
     latin = line.replace(b"Which?", b"O\xf9?")
     assert outcome(latin + b"\n" + line, "latin.jsonl") == (1, ["latin.jsonl:1"])
     assert outcome(b"[" + latin + b"," + line + b"]", "latin.json") == (1, ["latin.json:1"])
@@ -456,6 +460,50 @@ def test_damaged_text_never_crashes(tmp_path_factory, tail, head):
     path.write_bytes(head + tail)
     for _, item, error in sources.read_items(path):
         assert error or json.dumps(item, ensure_ascii=False).encode() is not None
+
+
+def test_a_sources_items_are_never_all_in_memory(stage, tmp_path, monkeypatch):
+    """They may hold their pictures: 59 GB of them in Zebra-CoT."""
+
+    class Item(dict):
+        __hash__ = object.__hash__  # as a weak set asks for
+
+    alive, most = weakref.WeakSet(), 0
+
+    def read_many(path):
+        nonlocal most
+        for n in range(1, 201):
+            item = Item(id=n % 150, image="none.png", question="Which?", answer="A")
+            alive.add(item)
+            most = max(most, len(alive))
+            yield n, item, ""
+
+    path = tmp_path / "src.jsonl"
+    path.touch()
+    monkeypatch.setattr(b, "read_items", read_many)
+    rejects = {}
+    for limit in (0, 40):
+        stage("convert", source="qa", files=str(path), workers=1, limit=limit)
+        rejects[limit] = [line["id"] for line in read_lines(tmp_path / "out/rejects.qa.jsonl")]
+    ids = [str(n) if 50 < n < 150 else f"qa/src.jsonl:{n}" for n in range(1, 201)]
+    ids = [id.replace("qa/src.jsonl:150", "0") for id in ids]
+    assert rejects[0] == ids and most < 10
+    assert len(rejects[40]) == 40 and rejects[40] == sorted(rejects[40], key=ids.index)
+
+
+def test_a_parquet_tables_pictures_are_never_all_in_memory(tmp_path):
+    path, held = tmp_path / "x.parquet", []
+    table = pyarrow.table({"id": ["0"], "picture": [b""]})
+    with pyarrow.parquet.ParquetWriter(path, table.schema) as writer:
+        for n in range(100):
+            picture = np.random.default_rng(n).bytes(50_000)
+            writer.write_table(pyarrow.table({"id": [f"{n}"], "picture": [picture]}))
+    before = pyarrow.total_allocated_bytes()
+    for n, item, _ in sources.read_items(path):
+        assert item["id"] == f"{n - 1}"
+        held.append(pyarrow.total_allocated_bytes() - before)
+    assert len(held) == 100 and max(held) < path.stat().st_size / 2
+    assert base64.b64decode(item["picture"]) == picture
 
 
 def chat(asked, reply, **more):
