@@ -575,8 +575,9 @@ def widened(inside, size):
 # --------------------------------------------------------------------------------------------------
 # synthesise
 
-DRAWN_USES = "image_url image_model image_prompt".split()
-WRITTEN_USES = "teacher_url teacher_model teacher_prompt max_tokens temperature send_side".split()
+# a model is known by its name: what it gave stays paid for when its server moves
+DRAWN_USES = "image_model image_prompt".split()
+WRITTEN_USES = "teacher_model teacher_prompt max_tokens temperature send_side".split()
 
 
 def synthesise():

@@ -221,6 +221,10 @@ def test_synthesise_with_an_endpoint_that_misbehaves(stage, tmp_path, monkeypatc
     assert [s["key"] for s in server.seen[n:]] == [("chat", "always down")]
     answered = [q for q in names if q not in hopeless or q == "always down"]
     assert [row["question"] for row in kept] == answered
+    # a server that has moved is paid for nothing again
+    moved = Endpoint()
+    assert stage("synthesise", "synthesised", **settings | endpoints(moved)) == kept
+    assert not moved.seen
 
 
 def test_a_broken_picture_is_one_rows_fault(stage, tmp_path):
