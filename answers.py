@@ -13,6 +13,7 @@ import os
 import re
 import string
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------
@@ -644,10 +645,14 @@ def letter_of(text):
 # --------------------------------------------------------------------------------------------------
 # is it right?
 
+# a gold answer is read once, and what several samples say: a tenth of the toy's sampling
+cached = lru_cache(1000)
+
 # the unit of a number: a word or a sign, perhaps with a power
 UNIT = r"(?:(?!(?:or|and|to|pi)\b)[a-z]{2,}|[mgshl])(?:\^\{?\d\}?)?"
 
 
+@cached
 def normalise(text):
     """Lower case without outer punctuation, articles and extra spaces; numbers in one form.
 
@@ -671,6 +676,7 @@ def same_text(a, b):
     return normalise(a) == normalise(b)
 
 
+@cached
 def value_of(text):
     """A value in one form: "x = 1 : 2" is "1:2"."""
     text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
@@ -698,7 +704,7 @@ def same_value(a, b):
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)
-    pairs = (x, y), (without_unit(x), y), (x, without_unit(y))
+    pairs = {(x, y), (without_unit(x), y), (x, without_unit(y))}  # mostly one
     return any(equal_values(*pair) for pair in pairs)
 
 
@@ -802,6 +808,7 @@ LONGEST_VALUE = 100  # characters
 MOST_TOKENS = 100  # longer answers are no values, and nesting stays within Python's own stack
 
 
+@cached
 def latex_value(text):
     r"""The number that an expression of + - * / ^ \frac \sqrt \pi is; None for anything else."""
     for name, plain in LATEX_SYNONYMS.items():
