@@ -43,7 +43,7 @@ from data import (
     write_then_rename,
 )
 from launch import Progress, check_choices, end_with_parent, lock, start, use_idle_cores
-from report import Study, latest, write_tables
+from report import Study, latest, lines_of, write_tables
 
 # --------------------------------------------------------------------------------------------------
 study = "main"  # or fresh: what that left open; gap valr amvl: a paper's own tables
@@ -506,7 +506,7 @@ class Job(NamedTuple):
 
 def finished():
     """(name, seed, key) of the runs that have a line."""
-    return {(line["name"], line["seed"], line["key"]) for line in read_lines(results + ".jsonl")}
+    return {(line["name"], line["seed"], line["key"]) for line in lines_of(results + ".jsonl")}
 
 
 def wanted_runs():
@@ -600,7 +600,7 @@ def read_results():
     names = {name for group in RUNS[study] for name in group}
     made = [
         line
-        for line in read_lines(results + ".jsonl")
+        for line in lines_of(results + ".jsonl")
         if line["name"] in names
         and line["settings"] in (settings_for(line["name"]), settings_for(line["name"], False))
     ]

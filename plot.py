@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from data import check_fields, check_there, read_lines, write_then_rename
 from launch import check_choices, start
-from report import SYSTEMS, latest, mean_interval, value
+from report import SYSTEMS, latest, lines_of, mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
@@ -310,7 +310,7 @@ def draw_field(ax, log, field, look):
 def read_runs(path_of_lines):
     """The lines of ablate.py."""
     check_there(path_of_lines)
-    return read_lines(path_of_lines, name=str, seed=int, settings=dict, evals=dict)
+    return lines_of(path_of_lines)
 
 
 def accuracies(lines, file=""):

@@ -17,7 +17,7 @@ import statistics
 from typing import NamedTuple
 
 from claims import PREDICTING, TABLES
-from data import write_then_rename
+from data import check_fields, expect_object, read_lines, write_then_rename
 from intervals import difference_p, holm, t_test
 
 # --------------------------------------------------------------------------------------------------
@@ -49,6 +49,29 @@ def run_and_evaluation(what):
     """("GAP", "noise") of "GAP/noise"; an evaluation that is not named is the clean one."""
     name, _, kind = what.partition("/")
     return name, kind or "clean"
+
+
+def lines_of(path):
+    """The lines of ablate.py, none if there is no file. Raises SystemExit naming line and field."""
+    lines = read_lines(path, name=str, seed=int, key=str, settings=dict, evals=dict)
+    for n, line in enumerate(lines, 1):
+        for kind, evaluation in line["evals"].items():
+            where = f"{path}:{n}: evals.{kind}"
+            check_fields(expect_object(evaluation, where), {"right": dict}, where)
+            for category, bits in evaluation["right"].items():
+                if not are_bits(bits):
+                    wanted = "the number of questions and their bits, as in [2, '3']"
+                    raise SystemExit(f"{where}: {category!r} must be {wanted}, found {bits!r}")
+    return lines
+
+
+def are_bits(bits):
+    """Is this (how many questions, their bits as one hexadecimal number)?"""
+    try:
+        n, digits = bits
+        return type(n) is int and 0 <= int(digits, 16) < 2**n
+    except (TypeError, ValueError):
+        return False
 
 
 def right(line, kind, measure, easy):

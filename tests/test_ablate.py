@@ -56,7 +56,7 @@ def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     lines = [{"name": n, "seed": s, "settings": ablate.settings_for(n)} for n, s in made]
     lines.append({"name": "GAP", "seed": 6, "settings": {}})  # of other settings
     lines.append({"name": "no such run", "seed": 7, "settings": {}})
-    lines = [line | {"world": "this", "key": line["name"]} for line in lines]
+    lines = [line | {"world": "this", "key": line["name"], "evals": {}} for line in lines]
     lines.insert(0, lines[2] | {"seed": 8, "world": "of another base"})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = ablate.read_results()

@@ -10,6 +10,7 @@ from scipy import stats
 
 import ablate
 import report
+from data import write_lines
 from report import Difference, Study
 
 
@@ -96,6 +97,33 @@ def test_differences_and_verdicts(study):
     # what holds alone may not hold among others that are read with it
     assert report.verdicts([up, None, one]) == ["yes", "not run yet", "undecided"]
     assert report.verdicts([up, up, up]) == ["undecided"] * 3
+
+
+BROKEN = {
+    "no name": ({"name": None}, "field 'name' must be str"),
+    "no evaluations": ({"evals": [1]}, "field 'evals' must be dict"),
+    "an evaluation of another kind": ({"evals": {"clean": 1}}, "evals.clean: expected a JSON obj"),
+    "nothing right": ({"evals": {"clean": {}}}, "evals.clean: field 'right' must be dict"),
+    "no bits": (
+        {"evals": {"clean": {"right": {"x": [2]}}}},
+        "evals.clean: 'x' must be the number of quest",
+    ),
+    "too many": (
+        {"evals": {"clean": {"right": {"x": [1, "3"]}}}},
+        r"evals.clean: 'x' .* found \[1, '3'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_line_of_another_kind_is_named(tmp_path, name):
+    change, said = BROKEN[name]
+    good = line("GAP", 1, {"1 moves": "01"}) | {"settings": {}}
+    write_lines(tmp_path / "r.jsonl", [good, good])
+    assert report.lines_of(tmp_path / "r.jsonl") == [good, good]
+    write_lines(tmp_path / "r.jsonl", [good, good | change])
+    with pytest.raises(SystemExit, match=rf"r.jsonl:2: {said}"):
+        report.lines_of(tmp_path / "r.jsonl")
 
 
 def test_runs_on_other_data_do_not_go_together():
