@@ -84,7 +84,7 @@ base = "toy/base"  # the model of (a) and (c)
 data = "out/toy/train.jsonl"  # their questions
 only = ""  # a to h; "" for all
 shape = "toy"  # or 7b, 7b-smoke: absolute numbers
-repeats = 5  # of each measurement, ours and theirs in turn; the median counts
+repeats = 5  # of a measurement within this process, both sides in turn; the median counts
 questions = 16  # a batch
 new_tokens = 32  # an answer of (a)
 threads = 2  # of the CPU
@@ -121,8 +121,10 @@ def print_table():
     """The lines as the table of docs/speed.md, with the machine."""
     cpu = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else []
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else (names or ["a CPU"])[0]
-    print(f"\n{machine}, {threads} threads, torch {torch.__version__}\n")
+    machine = f"{(names or ['a CPU'])[0]}, {threads} threads"
+    if device.type == "cuda":  # (b), (g) and (h) are of the CPU there, too
+        machine = f"{torch.cuda.get_device_name()}; (b), (g), (h): {machine}"
+    print(f"\n{machine}, torch {torch.__version__}\n")
     for row in (("", "ours", "Hugging Face", "ratio"), ("---",) * 4, *TABLE):
         print("| " + " | ".join(row) + " |")
 
@@ -156,7 +158,7 @@ def versus(name, ours, theirs):
     note(name, f"{a:.3f} s", f"{b:.3f} s", f"{b / a:.2f} x")
 
 
-ROUNDS = 3  # of in_processes
+ROUNDS = 3  # of a measurement in processes of its own
 
 
 def in_processes(part, name):
@@ -173,7 +175,9 @@ def in_processes(part, name):
 
 def in_process(part, one):
     """What a side of a part reports, run alone in a process."""
-    settings = [f"--only={part}", f"--side={one}", f"--threads={threads}", f"--data={data}"]
+    same = {name: globals()[name] for name in ("threads", "data", "questions")}
+    settings = [f"--{name}={value}" for name, value in same.items()]
+    settings += [f"--only={part}", f"--side={one}"]
     done = subprocess.run([sys.executable, __file__, *settings], capture_output=True, text=True)
     # the last lines: libraries may print warnings before them
     if done.returncode:
@@ -950,6 +954,8 @@ def main():
     # in_processes starts this file anew, once a side
     if side:
         sides = {"b": training_side, "d": tower_side, "g": million_side, "h": prefill_side}
+        if only not in sides or side not in ("ours", "hf"):
+            raise SystemExit(f"side={side!r}: expected ours or hf, with --only=b, d, g or h")
         sides[only]()
     elif shape in TEXT:
         seven_b()

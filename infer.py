@@ -77,19 +77,21 @@ class Printer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.span_start, self.latent, self.span_end = latent_ids(tokenizer)
-        self.silent = (self.span_start, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self.silent = (tokenizer.eos_token_id, tokenizer.pad_token_id)
         self.text = []  # ids of the text so far
         self.printed = 0  # characters of it that are on the screen
-        self.latents = 0  # latents of the open span
+        self.latents = None  # how many the open span has; None: no span is open
 
     def on_step(self, rows, tokens, x, h):
         """Print the token of the only row. `generate` calls this at every step."""
         token = int(tokens[0])
-        if token == self.latent:
+        if token == self.span_start:
+            self.latents = 0
+        elif token == self.latent:
             self.latents += 1
         elif token == self.span_end:
             print(f"⟨latent x{self.latents}⟩", end="", flush=True)
-            self.latents = 0
+            self.latents = None
         elif token not in self.silent:
             self.text.append(token)
             self.print_text()
@@ -102,6 +104,10 @@ class Printer:
             return
         print(text[self.printed :], end="", flush=True)
         self.printed = len(text)
+
+    def end(self):
+        """End the line, with a span that the token limit has cut off."""
+        print("" if self.latents is None else f"⟨latent x{self.latents}, cut off⟩")
 
 
 def paths_of(text):
@@ -279,6 +285,7 @@ def main():
     fed = latents_to_feed(vlm, processor, head)
 
     print(f"{asked}\n")
+    printer = Printer(tokenizer)
     answers = generate(
         vlm,
         head,
@@ -291,9 +298,9 @@ def main():
         intervention=intervention,
         fed=fed,
         ema_beta=ema_beta,
-        on_step=Printer(tokenizer).on_step,
+        on_step=printer.on_step,
     )
-    print()
+    printer.end()
 
     found = answers[0][0]["latents"]  # (m * K, d), of the only sample of the only question
     if not (show or latents):

@@ -52,6 +52,7 @@ RANGES = {
     **dict.fromkeys(("threads", "questions", "new_tokens", "base_batch", "n_edits"), (1, math.inf)),
     **dict.fromkeys(("n_train", "n_val", "n_test"), (1, math.inf)),
     "longest": (2, math.inf),
+    "first_phase": (0, 4),
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
     **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),

@@ -14,6 +14,12 @@ def test_a_part_that_is_none_is_refused(monkeypatch):
         bench.main()
 
 
+def test_a_side_of_no_part_is_refused(monkeypatch):
+    monkeypatch.setattr(bench, "side", "ours")
+    with pytest.raises(SystemExit, match="side='ours': .* with --only=b, d, g or h"):
+        bench.main()
+
+
 def test_what_a_side_could_not_do_is_said(monkeypatch, tmp_path):
     """In the sentence of its own process."""
     (tmp_path / "bad.jsonl").write_text("[1\n")

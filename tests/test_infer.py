@@ -21,6 +21,18 @@ def test_text_comes_in_whole_characters(loaded, capsys):
         steps.append(capsys.readouterr().out)
     assert "".join(steps) == "<think> né ↗ ⟨latent x4⟩ 🙂 </think>"
     assert not any("\ufffd" in step for step in steps)
+    printer.end()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_span_that_is_cut_off_is_said(loaded, capsys):
+    _, tokenizer, _ = loaded
+    for n in (0, 3):
+        printer = infer.Printer(tokenizer)
+        for token in tokenizer(f"<think> {LATENT_START}{LATENT_PAD * n}")["input_ids"]:
+            printer.on_step(None, torch.tensor([token]), None, None)
+        printer.end()
+        assert capsys.readouterr().out == f"<think> ⟨latent x{n}, cut off⟩\n"
 
 
 def test_infer_shows_and_saves(tmp_path, stages):
