@@ -50,6 +50,9 @@ from launch import (
     check_choices,
     check_same_everywhere,
     claim,
+    gathered,
+    join_ranks,
+    leave_ranks,
     pick_device,
     rank_and_world,
     show_files,
@@ -173,13 +176,22 @@ def pictures_of(row):
 
 
 def check_indexed():
-    """Refuse a target file that is another than when an earlier run wrote down its digest."""
+    """Refuse, on every rank, a target file that is not what an earlier run wrote a digest of."""
     index = Path(out) / "targets" / "index.json"
     digests = read_json(index, shards=dict)["shards"] if index.exists() else {}
-    for name, digest in digests.items():
+    there = [name for name in sorted(digests) if index.with_name(name).exists()]
+    rank, world = rank_and_world()
+    mine = there[rank::world]
+    other = [name for name in mine if tensors_digest(index.with_name(name)) != digests[name]]
+    for name in sum(gathered(other), []):
         path = index.with_name(name)
-        if path.exists() and tensors_digest(path) != digest:
-            raise SystemExit(f"{path}: damaged or exchanged since it was made; delete it")
+        raise SystemExit(f"{path}: damaged or exchanged since it was made; delete it")
+
+
+def forget_index(shards):
+    """Remove the index where a file is to be made anew: a killed run leaves no wrong one."""
+    if not all(is_made(path, key) for path, _, key in shards):
+        (Path(out) / "targets" / "index.json").unlink(missing_ok=True)
 
 
 def encode_shard(path, rows, key, vlm, processor):
@@ -378,15 +390,6 @@ def check_settings():
         raise SystemExit(f"retained={retained} is not a share in (0, 1]")
 
 
-def join_ranks(device):
-    """Let the ranks of torchrun find each other."""
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cuda:nccl,cpu:gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # shards take unequal times
-
-
 def load_splits():
     """{"train": rows, "val": rows}. Raises SystemExit if two examples share an id."""
     splits = {"train": load_examples(data)}
@@ -412,8 +415,7 @@ def main():
     check_there(Path(base) / "config.json")
     claim(out)
     device = pick_device()
-    if world > 1:
-        join_ranks(device)
+    join_ranks(device, timedelta(days=1))  # files take unequal times
     splits = load_splits()
     vlm, _ = load_vlm(base, getattr(torch, dtype), device)
     processor = load_processor(base, min_pixels, max_pixels)
@@ -424,16 +426,11 @@ def main():
     check_same_everywhere("the data", [key for _, _, key in shards])
     note = Path(out) / "targets" / "made_by.json"
     check_provenance(note, made_by)
+    check_indexed()
     if rank == 0:
         write_json(note, made_by)
-    check_indexed()
-    if world > 1:
-        dist.barrier()  # every rank has read the index and the files before one of them changes
-    if rank == 0 and not all(is_made(path, key) for path, _, key in shards):
-        # what it says of these files will not hold; a run that is killed leaves none
-        note.with_name("index.json").unlink(missing_ok=True)
-    if world > 1:
-        dist.barrier()
+        forget_index(shards)
+    dist.barrier()
     mine = shards[rank::world]
     for path, rows, key in Progress(mine, desc="targets", unit="shard", disable=rank > 0):
         if is_made(path, key):
@@ -441,23 +438,19 @@ def main():
         if path.exists():
             Progress.write(f"{path}: of other examples, pictures or settings; made anew")
         encode_shard(path, rows, key, vlm, processor)
-    if world > 1:
-        dist.barrier()
+    dist.barrier()  # every file is there
 
     # 2. moments of the training split, summed over ranks
     train = [path for path, _, _ in shards if path.name.startswith("train-")]
     total, outer, n = moments(train[rank::world], made_by["d"], device)
     n = torch.tensor(float(n), dtype=torch.float64, device=device)
-    if world > 1:
-        for x in (total, outer, n):
-            dist.all_reduce(x)
+    for x in (total, outer, n):
+        dist.all_reduce(x)
 
     # 3. the PCA
     if rank == 0:
         finish(shards, total.cpu(), outer.cpu(), int(n), made_by)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -337,14 +337,35 @@ def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def join_ranks(device, longest):
+    """Join the ranks of torchrun, or be the only one; they wait at most `longest` (timedelta)."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo"
+    alone = {}  # torchrun says where the others are; one process needs no port
+    if rank_and_world()[1] == 1:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=longest, **alone)
+
+
+def leave_ranks():
+    """End together with the other ranks."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def gathered(value):
+    """The values of all ranks, in their order. No rank goes on before all have come here."""
+    values = [None] * rank_and_world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_same_everywhere(what, value):
     """Raise SystemExit, on every rank, unless all ranks have the same value."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    differ = [other for other in range(world) if values[other] != values[0]]
+    values = gathered(value)
+    differ = [rank for rank, other in enumerate(values) if other != values[0]]
     if differ:
         raise SystemExit(f"{what} of ranks 0 and {differ[0]} differ: is a file another, or away?")
 

@@ -40,7 +40,17 @@ from endpoint import check_url, key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import read_ahead, see, stream, to_text
 from images import usable_rows
-from launch import Progress, check_choices, claim, pick_device, rank_and_world, show_files, start
+from launch import (
+    Progress,
+    check_choices,
+    claim,
+    join_ranks,
+    leave_ranks,
+    pick_device,
+    rank_and_world,
+    show_files,
+    start,
+)
 from model import encode, load_processor, load_vlm
 from resume import in_order
 from served import Served, ask_all, draw, served_messages
@@ -251,8 +261,7 @@ def sample_all(rows):
     rank, world = rank_and_world()
     key = run_key()
     done = finished(rows, key)
-    if world > 1:
-        dist.barrier()  # every rank has read the files before one appends
+    dist.barrier()  # every rank has read the files before one appends
     # the ranks take turns, so that long questions spread
     left = rows.keep(i for i, row in enumerate(rows) if row["id"] not in done)
     mine = left[rank::world]
@@ -312,19 +321,15 @@ def main():
     check_there(Path(base) / "config.json")
     if url:
         check_url(url)
-    rank, world = rank_and_world()
     claim(Path(out).parent, Path(out).name)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    # ranks share files alone, and may finish hours apart: no GPU waits for another
+    join_ranks(torch.device("cpu"), timedelta(days=7))
     rows = usable_rows(load_examples(data, training=False), skip_unusable)
     sample_all(rows)
-    if world > 1:
-        dist.barrier()  # every rank's file is complete
-    if rank == 0:
-        merged = merge(rows)
-        report(merged)
-    if world > 1:
-        dist.destroy_process_group()
+    dist.barrier()  # every rank's file is complete
+    if rank_and_world()[0] == 0:
+        report(merge(rows))
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -334,6 +334,12 @@ class Lesson(NamedTuple):
 # around what is written: a base that knows several pairs reads between latents' own marks, too
 MARKS = ("vision", "object_ref", "box", "quad")
 
+# A lesson's name is what it asks:
+#   look      the piece at each place; where: the place of each piece
+#   step      one move; steplook: one move, and the piece there
+#   dots      where a storyboard's dots are; dotlook: which pieces are under them
+# and in the words of question_lesson the toy's own question, in that of `question` of one move and
+# answered at once.
 # fmt: off
 # (steps, the lessons of a batch in turn)
 PHASES = [

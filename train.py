@@ -71,6 +71,9 @@ from launch import (
     check_same_everywhere,
     claim,
     clock,
+    gathered,
+    join_ranks,
+    leave_ranks,
     pick_device,
     rank_and_world,
     settings_of,
@@ -567,20 +570,6 @@ def peak_memory(device):
 # --------------------------------------------------------------------------------------------------
 
 
-def start_ranks():
-    """Join the process group, of one process without torchrun; returns this rank's device."""
-    device = pick_device()
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cuda:nccl,cpu:gloo"
-    alone = {}  # torchrun says where the others are; one process needs no port
-    if rank_and_world()[1] == 1:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
-    return device
-
-
 def report_lengths(model, rows):
     """Say how many rows are longer than a micro-batch or the model's context, and the longest."""
     # a million rows take minutes: each rank has a share
@@ -593,8 +582,7 @@ def report_lengths(model, rows):
     context = model.vlm.config.text_config.max_position_embeddings
     limits = {"token_budget": token_budget, "the model's context": context}
     over = {what: sum(n > limit for n in lengths) for what, limit in limits.items()}
-    everyone = [None] * world
-    dist.all_gather_object(everyone, (longest, over))
+    everyone = gathered((longest, over))
     length, i = max(longest for longest, _ in everyone)
     row = rows[-i]
     for what, limit in limits.items():
@@ -638,7 +626,8 @@ def main():
         raise SystemExit("epochs=0 and max_steps=0: nothing to train")
     rank, world = rank_and_world()
     claim(out)
-    device = start_ranks()
+    device = pick_device()
+    join_ranks(device, timedelta(hours=2))
     torch.manual_seed(seed)
 
     # the data, before 16 GB of weights: what is wrong with it is said in seconds
@@ -737,8 +726,7 @@ def main():
             wandb_run.finish()
         if curves:
             draw_own_curves()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":
