@@ -60,9 +60,8 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit(
-            "no picture: matplotlib is not installed; pip install matplotlib, and run plot.py"
-        ) from None
+        advice = "pip install matplotlib"
+        raise SystemExit(f"no picture: matplotlib is not installed; {advice}") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -73,6 +72,14 @@ def pyplot():
 def save(fig, path):
     write_then_rename(path, lambda tmp: fig.savefig(tmp, format="png", dpi=110))
     print(f"wrote {path}")
+
+
+def where_possible(draw, *args):
+    """Draw, or say why there is no picture: matplotlib is optional, and the work is done."""
+    try:
+        draw(*args)
+    except SystemExit as e:
+        print(e)
 
 
 def check_number(names, what):

@@ -13,7 +13,6 @@ Norms are natural logarithms of L2. The state after the last layer is what the f
 paper's 546x and 8.7x); the state after the final norm is what output-as-input systems feed back.
 """
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import check_there, load_examples, write_json, write_then_rename
+from data import check_there, load_examples, write_json
 from decoder import followed_by
 from generate import generate, make_prompts
 from images import open_image, usable_rows
@@ -45,6 +44,7 @@ from model import (
     load_vlm,
     mode_of_targets,
 )
+from plot import pyplot, save, where_possible
 
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a checkpoint folder
@@ -362,11 +362,7 @@ def show(found):
 
 def draw(folder, norms):
     """The two figures: log norms by layer, and of what may be fed back."""
-    import matplotlib  # in requirements-dev.txt only: without it there are no figures
-
-    matplotlib.use("Agg")  # draws without a screen
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     # norms.png: what the layers add to a state, kind by kind
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for kind, stages in norms.items():
@@ -381,7 +377,7 @@ def draw(folder, norms):
         ylabel="log L2 norm, before the final norm",
     )
     ax.legend()
-    write_then_rename(folder / "norms.png", lambda tmp: fig.savefig(tmp, format="png", dpi=150))
+    save(fig, folder / "norms.png")
 
     # latents.png: what a system could feed back, beside what the decoder is used to
     bars = {}
@@ -396,7 +392,7 @@ def draw(folder, norms):
     ax.barh(list(bars), means, xerr=stds)
     ax.invert_yaxis()
     ax.set(xlabel="log L2 norm, mean and standard deviation")
-    write_then_rename(folder / "latents.png", lambda tmp: fig.savefig(tmp, format="png", dpi=150))
+    save(fig, folder / "latents.png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,8 +456,7 @@ def main():
     # a ratio to nothing (latents that are all mu) has no number: null, as JSON knows no NaN
     found = json.loads(json.dumps(found), parse_constant=lambda name: None)
     write_json(Path(out) / "probe.json", found, indent=1)
-    if importlib.util.find_spec("matplotlib"):
-        draw(Path(out), norms)
+    where_possible(draw, Path(out), norms)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ from launch import (
 )
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
-from plot import draw_curves
+from plot import draw_curves, where_possible
 from resume import in_order
 from valr import VaLR
 
@@ -549,14 +549,6 @@ def open_wandb(settings):
         raise SystemExit(f"wandb_project={wandb_project!r}: {e} {advice}") from None
 
 
-def draw_own_curves():
-    """Draw <out>/curves.png, or say what is missing for it."""
-    try:
-        draw_curves([out], Path(out) / "curves.png")
-    except SystemExit as e:  # matplotlib is optional, and the model is written
-        print(e)
-
-
 def peak_memory(device):
     """Most bytes held so far: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -725,7 +717,7 @@ def main():
         if wandb_run:
             wandb_run.finish()
         if curves:
-            draw_own_curves()
+            where_possible(draw_curves, [out], Path(out) / "curves.png")
     leave_ranks()
 
 
