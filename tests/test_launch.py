@@ -1,7 +1,9 @@
 """How a script starts, what its settings may be, and how it stops."""
 
+import ast
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -48,6 +50,26 @@ def test_a_usage_error_waits_for_no_import_of_transformers():
     scripts = "toy, sample_difficulty, fit_pca, train, infer, eval, probe"
     check = f"import sys; import {scripts}; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_imports_go_from_the_lower_rows_of_the_plan_to_the_upper_ones():
+    """And every file has its row in CONTRIBUTING.md. A function may import what it alone needs."""
+    rows = [
+        line.split("|")[2]
+        for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    row_of = {name: n for n, row in enumerate(rows) for name in re.findall(r"`(\w+)\.py`", row)}
+    assert sorted(row_of) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for name, n in row_of.items():
+        for statement in ast.parse((ROOT / f"{name}.py").read_text()).body:
+            imported = []
+            if isinstance(statement, ast.Import):
+                imported = [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.ImportFrom):
+                imported = [statement.module]
+            for other in imported:
+                assert row_of.get(other, -1) < n, f"{name}.py imports {other}.py"
 
 
 def test_unknown_folders(tmp_path, world):
