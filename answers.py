@@ -311,7 +311,7 @@ THING = any_pattern(rf"\b{NAME} {LETTERS}")
 # an item of a list of options opens a line and goes on, or has a mark and opens a sentence
 ITEM = any_pattern(
     rf"^[^\w⒜-Ⓩ\n]{{0,4}}(?:{NOUN} )?\(?({LETTER})(?![).:]*$){TEXT}?[).:]*",
-    rf"(?<=[.;:,!?] )\(?({LETTER}){TEXT}?[).:]",
+    rf"(?<=[.;:,!?] )(?:{NOUN} )?\(?({LETTER}){TEXT}?[).:]",
 )
 LISTED = re.compile(rf"\(Ⓐ⒜(?:{LETTER}{TEXT})+\)")  # (A) red, (B) blue
 SENTENCE_END = re.compile(r"[.!?;](?=\s|\Z)|\n|\Z")
@@ -456,11 +456,13 @@ WEAK_RULES = (
 # --------------------------------------------------------------------------------------------------
 # other kinds of answer
 
+LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 # 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or
-# -2. Not a part of another number: "2√3", "5π", "10^3", "3/4" and "12:30" hold none
+# -2. Not a part of another number: "2√3", "5π", "10^3", "3/4", "12:30" and "2 million" hold none
 NUMBER = (
     r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])"
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)(?![√π^]|[:/]\d)"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)"
+    rf"(?![√π^]|[:/]\d| ?(?:{LARGE})\b)"
 )
 NUMBERS = re.compile(NUMBER, re.ASCII)
 # "is 12" and "= about 12", but not the 12 of "is 12 + 3" and of "are 12 red and 3 blue"
@@ -473,15 +475,19 @@ VALUE = (
     r"(?! ?[-+*/×÷^] ?[\d(]|[^.,;(\n]{0,40}\b(?:and|or|to) \d)"
 )
 STATED = re.compile(VALUE, re.ASCII)
+# an answer before its explanation
+FIRST_LINE = re.compile(rf"\A({NUMBER})(?: ?[a-z°%]+)?\.?\n(?!\W*\d)", re.ASCII)
 DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
 EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
 # "4 red, 5 blue, so 9": a sentence, or what it concludes
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
-# what holds numbers beside the one that is meant: a reason, a time, "of the 20"
+# what holds numbers beside the one that is meant: a reason, a time, "of the 20", "in frame 12"
 ASIDE = any_pattern(
     REASON.pattern,
     r"\b(?:which|after|before)\b[^.,;\n]*",
     r"\b(?:out )?of (?:the |these |those )?\d+\b(?!\.\d)",
+    r"\([^()\n]*\)",
+    r"\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+(?:(?:,|,? and|-) ?\d+)*\b",
 )
 
 
@@ -505,15 +511,16 @@ def find_kind(text, kind):
 def find_number(text):
     """The number that a text gives, digits or a word up to ten, without thousands separators.
 
-    The last that is declared, "the answer is 8"; else, of the last sentence with a number, or of
-    what it concludes, the last that is stated, "it is 10.4 for 3 of them", or the last of all. A
-    refusal gives none.
+    The last that is declared, "the answer is 8"; else one alone on the first line; else, of the
+    last sentence with a number, or of what it concludes, the last that is stated, "it is 10.4 for 3
+    of them", or the last of all. A refusal gives none.
     """
 
     def digits(word):
         return COUNT_WORDS.get(word[0], word[0])
 
-    text = re.sub(r"\bone of\b|[a-z]+", digits, plain(text).lower())
+    # a word with what a hyphen joins to it: "twenty-five" is no 5
+    text = re.sub(r"\bone of\b|[a-z]+(?:-[a-z]+)*", digits, plain(text).lower())
     # an expression is its value
     bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
     if re.search(r"[√π^/*\\]", bare):
@@ -527,11 +534,11 @@ def find_number(text):
         found = declared or STATED.findall(said)
     else:
         parts = [part for part in PARTS.split(said) if NUMBERS.search(part)]
-        part = parts[-1] if parts else ""
+        meant = [part for part in (ASIDE.sub(" ", part) for part in parts) if NUMBERS.search(part)]
+        part = [*parts, *meant][-1] if parts else ""
         if EITHER.search(part):
             return None
-        meant = ASIDE.sub(" ", part)
-        found = STATED.findall(meant) or NUMBERS.findall(meant) or NUMBERS.findall(part)
+        found = FIRST_LINE.findall(said) or STATED.findall(part) or NUMBERS.findall(part)
     return found[-1].replace(",", "") if found else None
 
 
@@ -638,7 +645,7 @@ def without_letters(options):
 def letter_of(text):
     """The option letter that an answer starts with, as in "B", "(b)", "B. 12 cm", or None."""
     # a letter with a mark after it, or alone: "Apples" is no A
-    m = re.match(r"\s*\(?([A-Za-z])(?:\)|[.:)]|\s*$)", text)
+    m = re.match(r"\s*\(?([A-Za-z])(?:[.:)]|\s*$)", text)
     return m[1].upper() if m else None
 
 
@@ -649,7 +656,7 @@ def letter_of(text):
 cached = lru_cache(1000)
 
 # the unit of a number: a word or a sign, perhaps with a power
-UNIT = r"(?:(?!(?:or|and|to|pi)\b)[a-z]{2,}|[mgshl])(?:\^\{?\d\}?)?"
+UNIT = rf"(?:(?!(?:or|and|to|pi|{LARGE})\b)[a-z]{{2,}}|[mgshl])(?:\^\{{?\d\}}?)?"
 
 
 @cached
@@ -731,12 +738,14 @@ def is_correct(answer, row):
         options = lettered(options) if isinstance(options, list) else options
         letter, _ = find_letter(answer, options)
         return letter is not None and letter == option_named(gold, options)
-    gold = normalise(gold)
-    gold = COUNT_WORDS.get(gold, gold)
-    if gold in ("yes", "no"):
-        return find_kind(answer, "yesno") == gold
-    number = find_number(answer) if NUMBERS.fullmatch(gold) else None
-    return same_value(answer, gold) or number is not None and same_text(number, gold)
+    if same_value(answer, gold):
+        return True
+    word = normalise(gold)
+    if word in ("yes", "no"):
+        return find_kind(answer, "yesno") == word
+    word = COUNT_WORDS.get(word, word)
+    number = find_number(answer) if NUMBERS.fullmatch(word) else None
+    return number is not None and same_text(number, word)
 
 
 def option_named(text, options):
@@ -811,8 +820,8 @@ MOST_TOKENS = 100  # longer answers are no values, and nesting stays within Pyth
 @cached
 def latex_value(text):
     r"""The number that an expression of + - * / ^ \frac \sqrt \pi is; None for anything else."""
-    for name, plain in LATEX_SYNONYMS.items():
-        text = text.replace(name, plain)
+    for name, synonym in LATEX_SYNONYMS.items():
+        text = text.replace(name, synonym)
     text = LATEX_LAYOUT.sub("", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)  # \frac12 is a half
     tokens = LATEX_TOKEN.findall(text)

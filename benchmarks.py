@@ -59,12 +59,11 @@ def hidden_options(text):
                 run.append(mark)
         # a lone "(A)" may be a point of the figure that the question is about
         if len(run) > 1:
-            # an option ends where the next one begins
-            ends = [mark.start() for mark in run[1:]] + [len(text)]
-            return {
-                mark[1].upper(): text[mark.end() : end].strip(" ,;\n")
-                for mark, end in zip(run, ends)
-            }
+            # an option ends where the next one begins, the last with its line
+            texts = [text[a.end() : b.start()] for a, b in zip(run, run[1:])]
+            texts.append(text[run[-1].end() :].strip().partition("\n")[0])
+            letters = [mark[1].upper() for mark in run]
+            return {x: option.strip(" ,;\n") for x, option in zip(letters, texts)}
     return {}
 
 
@@ -115,8 +114,12 @@ def literal(cell):
 # it adds to the row or replaces of it. "question" is the whole prompt, as the harness puts it
 
 
-def mcq(r, folder):
-    """VLMEvalKit's default prompt, of its TSV files."""
+# the space and the line break at its end are VLMEvalKit's
+SELECT = "Please select the correct answer from the options above. \n"
+
+
+def mcq(r, folder, ask=SELECT):
+    """VLMEvalKit's default prompt, of its TSV files; `ask` ends it where there are options."""
     # pandas drops a cell that reads as missing, and so the harness drops the option
     options = {letter: r[letter] for letter in "ABCDEFGH" if r.get(letter, "") not in NA}
     prompt = f"Question: {r['question']}\n"
@@ -124,8 +127,6 @@ def mcq(r, folder):
         prompt = f"Hint: {r['hint']}\n" + prompt
     if options:
         listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())
-        # the space and the line break at its end are the harness's
-        ask = "Please select the correct answer from the options above. \n"
         prompt += f"Options:\n{listed}{ask}"
     # some files write the options into the question itself; the last resort is A to D
     return {
@@ -179,8 +180,11 @@ def mathvista(r, folder):
     # the question of the TSV is the whole prompt
     asked = re.search(r"Question:\s*(.*?)\s*(?:\(Unit:|\nChoices:|\Z)", r["question"], re.DOTALL)
     row["asked"] = asked[1] if asked else r["question"]
-    if choice and len(r["answer"]) == 1 and r["answer"] in row["options"]:
-        row["answer"] = row["options"][r["answer"]]  # the official gold is the option's text
+    # the official gold is the option's text, which may be a letter itself
+    if choice and r.get("answer_option", "") in row["options"]:
+        row["answer"] = row["options"][r["answer_option"]]
+    elif choice and r["answer"] not in row["options"].values():
+        row["answer"] = row["options"].get(r["answer"], r["answer"])
     return row
 
 
@@ -188,10 +192,10 @@ def wemath(r, folder):
     # a problem has several rows: only its ID and the step's key together name one
     row = {"id": f"{r['ID']}/{r['key']}", "step": r["key"]}
     if "option" not in r:  # VLMEvalKit's TSV
-        return mcq(r, folder) | row
+        return mcq(r, folder, ask="") | row
     options = options_in_one_text(r["option"])
     listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())
-    # no instruction after the options: VLMEvalKit has none here either
+    # no instruction after the options: VLMEvalKit has none here
     return row | {
         "options": options,
         "images": [folder / r["image_path"]],
@@ -285,8 +289,8 @@ def mathvision(r, folder):
     ask = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
     prompt = ask + r["question"]
     if options:
-        listed = "".join(f"\n{letter}. {text}" for letter, text in options.items())
-        prompt += f"\nChoices:{listed}"
+        listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+        prompt += f"\nChoices: {listed}"
     row = {"options": options, "question": prompt}
     # one file an item, even where a question has several <imageN>
     if "images" not in r:  # of the TSV they are in the table

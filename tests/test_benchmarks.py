@@ -11,9 +11,11 @@ from benchmarks import (
     PUBLISHED,
     benchmarks_named,
     load_benchmark,
+    mathvision,
     mathvista,
     options_in_one_text,
     vstar,
+    wemath,
 )
 from tables import images_of
 
@@ -155,3 +157,31 @@ def test_a_question_is_compared_without_its_prompt():
     text = "What is the material of the glove?\n(A) rubber\n(B) cotton\nAnswer with the letter."
     row = {"text": text, "label": "A", "image": "a.png"}
     assert vstar(row, Path("."))["asked"] == "What is the material of the glove?"
+
+
+def test_an_instruction_is_no_part_of_the_last_option():
+    ask = "Answer with the option's letter from the given choices directly."
+    row = {"text": f"Of what?\n(A) rubber\n(B) leather\n{ask}", "label": "A", "image": "a.png"}
+    assert vstar(row, Path("."))["options"] == {"A": "rubber", "B": "leather"}
+
+
+@pytest.mark.parametrize(
+    "choices, answer, letter, gold",
+    [
+        ("['F', 'B', 'D', 'A']", "D", "C", "D"),
+        ("['F', 'B', 'D', 'A']", "D", None, "D"),
+        ("['1', '2']", "2", "B", "2"),
+        ("['1', '2']", "B", None, "2"),
+    ],
+)
+def test_mathvistas_gold_is_an_options_text(choices, answer, letter, gold):
+    row = {"question_type": "multi_choice", "answer_type": "text", "question": "Question: x"}
+    row |= {"choices": choices, "answer": answer} | ({"answer_option": letter} if letter else {})
+    assert (row | mathvista(row, None))["answer"] == gold
+
+
+def test_prompts_end_as_the_harnesses_do():
+    row = {"ID": "1", "key": "2steps_1", "question": "How many?", "A": "1", "B": "2"}
+    assert wemath(row, None)["question"] == "Question: How many?\nOptions:\nA. 1\nB. 2\n"
+    row = {"question": "How many?", "options": ["1", "2"], "image": "a.png"}
+    assert mathvision(row, Path("."))["question"].endswith("How many?\nChoices: A. 1\nB. 2")
