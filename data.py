@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -33,11 +34,10 @@ from answers import without_letters
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 IMAGE_FIELDS = ("images", "aux_images")
 FIELDS = ("id", "question", "answer", "response", "system", "options", *IMAGE_FIELDS)  # of a row
+OURS = ("instruction", "step", "at_first", "error")  # what stages add to a row: no column of a file
 IMAGE_MARK = "<image>"  # where an image stands in a question that says so
 TAGS = re.compile(r"</?(?:think|latent|parser|answer)>")
-TAG_ORDER = re.compile(
-    r"<think>(?:(?:<latent></latent>)?(?:<parser></parser>)?)*</think><answer></answer>"
-)
+TAG_ORDER = re.compile(r"<think>(?:<latent></latent>|<parser></parser>)*</think><answer></answer>")
 # Qwen's control tokens: in a question or a response they would break the prompt
 RESERVED = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|latent_\w+)\|>"
@@ -216,10 +216,13 @@ def expect_object(value, where):
 
 def in_one_form(raw, training, where):
     """A row as every stage expects it: texts are text, lists are lists, null is absent."""
-    # a null is what a table export writes for a cell without a value, and in a column of the
-    # user's own a NaN, which is unlike itself
-    void = [x for x, value in raw.items() if value is None or value != value and x not in FIELDS]
-    row = {field: value for field, value in raw.items() if field not in void}
+    row = {}
+    for field, value in raw.items():
+        if field not in FIELDS:
+            value = finite(value)
+        # a null is what a table export writes for a cell without a value
+        if field not in OURS and value is not None:
+            row[field] = value
     texts = ["id", "question", "answer"]
     if training:
         texts.append("response")
@@ -256,6 +259,15 @@ def in_one_form(raw, training, where):
     # the prompt needs each mark to have its image
     row["question"] = place_marks(row["question"], len(row["images"]), where)
     return row
+
+
+def finite(value):
+    """What stands in a column of the user's own as JSON has it: null for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: finite(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_text(value, field, where):
@@ -547,12 +559,13 @@ def key_of(value, *files):
 
 def file_digest(path):
     """A hash of a file's content, remembered."""
+    return remembered(path, "sha256", hash_file)
 
-    def compute(path):
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-    return remembered(path, "sha256", compute)
+def hash_file(path):
+    """The same, read now."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 def is_made(path, key):
@@ -619,9 +632,17 @@ def memory_file():
     return Path(folder) / "gap" / "files.jsonl"
 
 
-@cache
+MEMORY_LOCK = threading.Lock()
+
+
 def memory():
-    """{(path, size, time, what): value} of what earlier runs found of files."""
+    """{(path, size, times, what): value} of what runs have found of files."""
+    with MEMORY_LOCK:  # many threads ask at once, and each would read it
+        return read_memory()
+
+
+@cache
+def read_memory():
     known = {}
     try:
         lines = memory_file().read_bytes().split(b"\n")
@@ -637,13 +658,14 @@ def memory():
 
 
 def remembered(path, what, compute):
-    """compute(path), or what it gave before for this path, size and time.
+    """compute(path), or what it gave before for this path, size and times.
 
     100,000 images so cost a stat each. Memory that can not be kept costs time, nothing else.
     """
-    # the path as the system knows it: another spelling of it is the same file
+    # the path as the system knows it: another spelling of it is the same file. Archives and copies
+    # may keep the time of a change; that of the inode they can not set
     stat = os.stat(path)
-    key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, what
+    key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, what
     # another process may have written meanwhile: at worst a file is read twice
     known = memory()
     if key not in known:

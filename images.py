@@ -11,17 +11,18 @@ import io
 import math
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
 
-from data import Rows, remembered
-from launch import Progress, rank_and_world
+from data import Rows, file_digest, read_memory, remembered
+from launch import Progress, gathered, rank_and_world
+from resume import in_order
 
 # what Pillow raises for a broken file
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)
-IMAGE_ERRORS += (Image.DecompressionBombError,)
+IMAGE_ERRORS += (Image.DecompressionBombError, AssertionError)
 MOST_NARROW = 200  # the processor takes no picture whose sides differ more
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 TURNED = {
@@ -98,7 +99,8 @@ def decode_image(source):
     except BadImage:
         raise
     except IMAGE_ERRORS as e:
-        raise BadImage(other_kind(first_bytes(source)) or " ".join(str(e).split())) from None
+        said = " ".join(str(e).split()) or type(e).__name__
+        raise BadImage(other_kind(first_bytes(source)) or said) from None
 
 
 def first_bytes(source):
@@ -207,13 +209,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
     names = list(
         dict.fromkeys(path for row in rows for field in fields for path in row.get(field, ()))
     )
-    # Pillow lets other threads run while it decodes
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = pool.map(image_fault, names)
-        bar = Progress(
-            faults, total=len(names), desc="pictures", unit="image", leave=False, delay=5
-        )
-        fault_of = {name: fault for name, fault in zip(names, bar) if fault}
+    fault_of = faults_of(names)
     if not fault_of:
         return rows
     # all of them in one message: one at a time would take a day to mend
@@ -231,13 +227,28 @@ def usable_rows(rows, leave_out, fields=("images",)):
     return rows.keep(good)
 
 
+def faults_of(names):
+    """{picture: why it can not be used} of those that can not; ranks that joined take shares."""
+    rank, world = rank_and_world() if dist.is_initialized() else (0, 1)
+    mine = names[rank::world]
+    # Pillow lets other threads run while it decodes
+    faults = in_order(image_fault, mine, os.cpu_count())
+    bar = Progress(faults, total=len(mine), desc="pictures", unit="image", leave=False, delay=5)
+    found = {name: fault for name, fault in zip(mine, bar) if fault}
+    if world > 1:
+        found = {name: fault for part in gathered(found) for name, fault in part.items()}
+        read_memory.cache_clear()  # what the others have found is in its file
+    return found
+
+
 def image_fault(path):
-    """Why a picture can not be used; "" if it can.
+    """Why a picture can not be used; "" if it can. Its digest, too, is remembered.
 
     Only what can be used is remembered: a disk that was away for a moment is no fault of a picture.
     """
     try:
         remembered(path, "usable", is_usable)
+        file_digest(path)
     except BadImage as e:
         return str(e)
     return ""

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -13,18 +15,21 @@ from conftest import broken
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 from data import (
+    OURS,
+    TAG_ORDER,
     Row,
     Rows,
     check_fields,
     example_key,
     load_examples,
-    memory,
     memory_file,
     question_key,
     question_text,
     read_json,
     read_lines,
+    read_memory,
     read_safetensors,
     remembered,
     tensors_digest,
@@ -372,6 +377,33 @@ def test_a_json_file_of_another_kind_is_named(tmp_path, text):
         read_json(path, K=int)
 
 
+def test_what_stages_add_to_a_row_is_no_column_of_a_file(tmp_path, world):
+    """An Alpaca-style `instruction` would be in the prompt of some stages alone."""
+    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= dict.fromkeys(OURS, "<|im_end|>")
+        row |= {"images": [str(world / row["images"][0])], "aux_images": []}
+    write_lines(tmp_path / "test.jsonl", rows)
+    for row in load_examples(tmp_path / "test.jsonl", training=False):
+        assert not set(OURS) & row.keys() and question_text(row) == row["question"]
+
+
+def test_numbers_that_json_has_not_can_be_written_again(tmp_path, world):
+    row = json.loads((world / "test.jsonl").read_text().splitlines()[0])
+    row |= {"images": [str(world / row["images"][0])], "aux_images": []}
+    row["x"] = {"y": [1, math.nan, "z"]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | {"score": -math.inf}))
+    (found,) = load_examples(tmp_path / "test.jsonl", training=False)
+    assert found["x"] == {"y": [1, None, "z"]} and "score" not in found
+    write_lines(tmp_path / "again.jsonl", [found])
+
+
+def test_tags_out_of_order_are_found_in_linear_time():
+    pairs = "<latent></latent><parser></parser>" * 3000
+    assert TAG_ORDER.fullmatch(f"<think>{pairs}</think><answer></answer>")
+    assert not TAG_ORDER.fullmatch(f"<think>{pairs}</think><answer>")
+
+
 def test_a_nan_in_a_column_of_ones_own_is_a_cell_without_a_value(tmp_path, world):
     """As pandas writes it; what a row is made of may be none."""
     row = json.loads((world / "train.jsonl").read_text().splitlines()[0])
@@ -466,13 +498,30 @@ def test_a_file_is_read_once(tmp_path):
     assert len(calls) == 1
     with open(memory_file(), "ab") as f:
         f.write(b'["half a li\n\xff\n7\n[]\n[["a"], 1]\n')
-    memory.cache_clear()  # as the next run finds it
+    read_memory.cache_clear()  # as the next run finds it
     assert remembered(path, "size", size) == 3 and len(calls) == 1
     path.write_bytes(b"1234")
     assert remembered(path, "size", size) == 4
     path.write_bytes(b"5678")
     os.utime(path, ns=(0, 10**18))
     assert remembered(path, "size", size) == 4 and len(calls) == 3
+    path.write_bytes(b"9876")  # of one size, and an archive may set the time
+    os.utime(path, ns=(0, 10**18))
+    assert remembered(path, "size", size) == 4 and len(calls) == 4
+
+
+def test_threads_read_the_memory_once(monkeypatch):
+    calls = []
+
+    def read():
+        calls.append(1)
+        time.sleep(0.05)
+        return {}
+
+    monkeypatch.setattr(data, "read_memory", cache(read))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: data.memory(), range(8)))
+    assert len(calls) == 1
 
 
 def test_what_a_row_teaches_is_its_content(tmp_path):

@@ -103,7 +103,16 @@ def test_sources_are_one(tmp_path):
         assert image_size(source) == (40, 24)
 
 
+def without_palette():
+    """A palette PNG whose PLTE chunk (length, name, bytes, checksum) is gone."""
+    content = saved(noise().convert("P"))
+    at = content.index(b"PLTE")
+    size = int.from_bytes(content[at - 4 : at], "big")
+    return content[: at - 4] + content[at + 4 + size + 4 :]
+
+
 BROKEN = {
+    "no palette": without_palette(),
     "cut off": saved(noise(400, 400))[:2000],
     "narrow": saved(noise(2020, 10)),
     "empty": b"",
@@ -131,8 +140,8 @@ def test_all_unusable_pictures_are_listed_once(tmp_path, monkeypatch, capsys):
         rows.append(row)
     with pytest.raises(SystemExit) as e:
         usable_rows(rows, leave_out=False)
-    assert all(f"data.jsonl:{n}: {tmp_path}/{n}.png" in str(e.value) for n in range(1, 6))
-    assert "5 unusable images" in str(e.value)
+    assert all(f"data.jsonl:{n}: {tmp_path}/{n}.png" in str(e.value) for n in range(1, 7))
+    assert "6 unusable images" in str(e.value)
 
     decode, again = images.decode_image, []
 
@@ -142,8 +151,8 @@ def test_all_unusable_pictures_are_listed_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(images, "decode_image", counted)
     assert list(usable_rows(rows, leave_out=True)) == [rows[0], rows[-1]]
-    assert "left out 5 rows" in capsys.readouterr().out
-    assert len(again) == 5  # what can be used is remembered; what can not may have been mended
+    assert "left out 6 rows" in capsys.readouterr().out
+    assert len(again) == 6  # what can be used is remembered; what can not may have been mended
 
 
 ALPHA = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
@@ -212,9 +221,9 @@ def test_a_data_uri_that_holds_no_picture_is_refused(text):
             read(text)
 
 
-@pytest.mark.parametrize("name", [name for name in BROKEN if name != "cut off"])
+@pytest.mark.parametrize("name", ["narrow", "empty", "text", "pointer"])
 def test_a_header_that_is_none_is_named(tmp_path, name):
-    """Of the cut-off picture the header is whole: its pixels are what is missing."""
+    """Of the other pictures the header is whole: pixels or palette are what is missing."""
     path = tmp_path / "a.png"
     path.write_bytes(BROKEN[name])
     with pytest.raises(SystemExit, match="a.png: not a usable image"):
@@ -235,3 +244,16 @@ def test_shared_and_auxiliary_pictures_are_checked_once(tmp_path, monkeypatch, c
     fields = ("images", "aux_images")
     assert list(usable_rows(rows, leave_out=True, fields=fields)) == rows[:5]
     assert sorted(decoded) == sorted(paths)
+
+
+def test_ranks_share_the_pictures_and_know_all_faults(tmp_path, monkeypatch):
+    """A rank opens its own alone; what it remembers of them the others read."""
+    names = [str(tmp_path / f"{n}.png") for n in range(5)]
+    opened = []
+    monkeypatch.setattr(images, "image_fault", lambda name: opened.append(name) or "broken")
+    monkeypatch.setattr(images, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(images, "gathered", lambda mine: [dict.fromkeys(names[::2], "gone"), mine])
+    monkeypatch.setattr(images.dist, "is_initialized", lambda: True)
+    found = images.faults_of(names)
+    assert sorted(opened) == names[1::2]
+    assert found == dict.fromkeys(names[::2], "gone") | dict.fromkeys(names[1::2], "broken")
