@@ -51,7 +51,7 @@ from data import (
     check_fields,
     check_there,
     example_key,
-    file_digest,
+    hash_file,
     key_of,
     load_examples,
     open_append,
@@ -222,17 +222,18 @@ def load_batch(model, rows):
 
 
 def to_device(batch, vlm, device):
-    """Move a micro-batch, and run the frozen tower on its images: "vision" (N, d) or None."""
+    """A micro-batch on the device, "vision" (N, d) or None in place of its images' pixels."""
+    # a new one: what is on the device goes with it, and not with the batch
+    there = {}
     for name, value in batch.items():
-        if torch.is_tensor(value):
-            batch[name] = value.to(device, non_blocking=True)
-    batch["vision"] = None
-    if batch["pixels"] is not None:
-        tower = vlm.model.visual
+        there[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+    pixels, grids = there.pop("pixels"), there.pop("grids")
+    there["vision"] = None
+    if pixels is not None:
+        tower = vlm.model.visual  # frozen
         with torch.no_grad():
-            out = tower(batch["pixels"].to(tower.dtype), grid_thw=batch["grids"])
-        batch["vision"] = out.pooler_output
-    return batch
+            there["vision"] = tower(pixels.to(tower.dtype), grid_thw=grids).pooler_output
+    return there
 
 
 def run_batch(model, batches, counts, device, weights=None):
@@ -370,7 +371,7 @@ def check_space(model, first, total):
         size += p.numel() * (3 * 4 if p.requires_grad else p.element_size())
         exported += p.numel() * getattr(torch, dtype).itemsize
     folder = Path(out) / "ckpt"
-    there = len([*folder.glob("step-*")])
+    there = len(checkpoints())
     coming = sum(is_saved(step, total) for step in range(first, total))
     # two are kept while a third is written; in the end there are these two and the model
     while_saving = min(coming, max(1, 3 - there)) * size
@@ -384,6 +385,12 @@ def check_space(model, first, total):
             f"{out}: {free / 1e9:.1f} GB are free; {room / 1e9:.1f} GB will be needed, for "
             f"checkpoints of {size / 1e9:.1f} GB and a model of {exported / 1e9:.1f} GB"
         )
+
+
+def checkpoints():
+    """The folders ckpt/step-N, the oldest first; a user's copies by other names are none."""
+    found = (Path(out) / "ckpt").glob("step-*")
+    return sorted(path for path in found if path.is_dir() and path.name[5:].isdecimal())
 
 
 def save_checkpoint(model, optimizer, step, settings):
@@ -404,27 +411,28 @@ def save_checkpoint(model, optimizer, step, settings):
         reason = str(e).strip().splitlines()[-1]  # the last line of a whole traceback
         raise SystemExit(f"{tmp}: no checkpoint could be written ({reason}); full disk?") from None
     # torch would not notice a flipped bit
-    sums = {file.name: file_digest(file) for file in tmp.glob(f"__{rank}_*")}
+    sums = {file.name: hash_file(file) for file in tmp.glob(f"__{rank}_*")}
     write_json(tmp / f"checksums.{rank}.json", sums)
     dist.barrier()
     if rank == 0:
         # the rename makes it a checkpoint: a killed save leaves only .tmp
-        write_json(tmp / "checksums.metadata.json", {".metadata": file_digest(tmp / ".metadata")})
+        write_json(tmp / "checksums.metadata.json", {".metadata": hash_file(tmp / ".metadata")})
         write_json(tmp / "settings.json", settings)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
-        for old in sorted(folder.glob("step-*"))[:-2]:
+        for old in checkpoints()[:-2]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def load_checkpoint(model, optimizer, settings):
     """Load the newest whole checkpoint, if any, on any number of ranks; returns finished steps."""
-    found = [path for path in (Path(out) / "ckpt").glob("step-*") if path.name[5:].isdecimal()]
-    for newest in sorted(found, reverse=True):
-        fault = checkpoint_fault(newest)
-        if fault:
-            print(f"{fault}; the checkpoint before it is used, if there is one", file=sys.stderr)
+    for newest in reversed(checkpoints()):
+        faults = [fault for fault in gathered(checkpoint_fault(newest)) if fault]
+        if faults:
+            if rank_and_world()[0] == 0:
+                advice = "the checkpoint before it is used, if there is one"
+                print(f"{faults[0]}; {advice}", file=sys.stderr)
             continue
         check_same_run(newest, settings)
         weights, moments = get_state_dict(model, optimizer)
@@ -435,26 +443,27 @@ def load_checkpoint(model, optimizer, settings):
 
 
 def checkpoint_fault(folder):
-    """What is wrong with a checkpoint's files; "" where all are as they were written."""
+    """What is wrong with a checkpoint's files, of which each rank reads a share; "" for nothing."""
     if not (folder / "settings.json").is_file():
         return f"{folder}: not a whole checkpoint"
     checksums = sorted(folder.glob("checksums.*.json"))
     if not checksums:
         return f"{folder}: no checksums"
-    named = set()
+    sums = {}
     for file in checksums:
         try:
-            sums = read_json(file)
+            sums |= read_json(file)
         except SystemExit as e:
             return str(e)
-        named |= sums.keys()
-        for name, digest in sums.items():
-            path = folder / name
-            if not path.is_file() or file_digest(path) != digest:
-                return f"{path}: damaged or missing"
     for path in [*folder.glob("__*"), folder / ".metadata"]:
-        if path.name not in named:
+        if path.name not in sums:
             return f"{path}: no checksum"
+    rank, world = rank_and_world()
+    for name in sorted(sums)[rank::world]:
+        path = folder / name
+        # read now: a bit that flips changes no time by which a digest is remembered
+        if not path.is_file() or hash_file(path) != sums[name]:
+            return f"{path}: damaged or missing"
     return ""
 
 
@@ -691,6 +700,7 @@ def main():
             "grad_norm": norm,
             "lr": lr_at(step, total, lr),
             "peak_gib": peak_memory(device) / 2**30,
+            # on a CPU that others share, seconds are this process's own; rates are of all ranks
             **rates(amount, each, time.time() - started, device, dtype),
             "seconds": clock(device) - began,
         }

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,12 +126,14 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, inputs, ranks):
     start_and_kill([*args, f"--out={out}"], out, 3, ranks)
     # a save cut off by a kill leaves only a temporary folder
     (out / "ckpt" / ".tmp").mkdir(exist_ok=True)
+    (out / "ckpt" / "step-0000003-mine").mkdir()  # a user's copy, which is none of ours
     run("train.py", *args, f"--out={out}")
     whole, again = (load_file(f / "model.safetensors") for f in (tmp_path / "whole", out))
     for k in whole:
         close(again[k], whole[k], rtol=0.0, atol=0.0 if ranks == 1 else 2e-3)
     assert [r["step"] for r in logged(out)[1:]] == list(range(1, 13))
-    assert sorted(p.name for p in (out / "ckpt").glob("step-*")) == ["step-0000009", "step-0000012"]
+    left = ["step-0000003-mine", "step-0000009", "step-0000012"]
+    assert sorted(p.name for p in (out / "ckpt").glob("step-*")) == left
 
 
 def test_more_ranks_than_rows(tmp_path, inputs):
@@ -267,7 +270,9 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, inputs):
     (shard,) = (checkpoints / "step-0000006").glob("*.distcp")
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 0x40
+    changed = shard.stat().st_mtime_ns
     shard.write_bytes(content)
+    os.utime(shard, ns=(changed, changed))  # as a disk flips it
     text = run("train.py", *args)
     assert f"{shard}: damaged or missing" in text and "6 steps, from 4" in text
     again = load_file(tmp_path / "a" / "model.safetensors")
@@ -347,6 +352,15 @@ def test_every_file_of_a_checkpoint_counts(checkpoint, file, spoil):
     assert train.checkpoint_fault(checkpoint) == ""
     spoil(checkpoint / file)
     assert file in train.checkpoint_fault(checkpoint)
+
+
+def test_ranks_share_the_files_of_a_checkpoint(checkpoint, monkeypatch):
+    flip(checkpoint / "__1_0.distcp")
+    faults = []
+    for rank in range(3):
+        monkeypatch.setattr(train, "rank_and_world", partial(tuple, (rank, 3)))
+        faults.append(train.checkpoint_fault(checkpoint))
+    assert sorted(fault != "" for fault in faults) == [False, False, True]
 
 
 @pytest.mark.parametrize(
