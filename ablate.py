@@ -325,7 +325,7 @@ def settings_for(name, pairs=True):
         "fit_args": fit_args,
         "train_args": train_args,
         "eval_args": eval_args,
-    }
+    } | ({"probe_args": probe_args} if probe_args else {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,10 +569,10 @@ def run_all():
     world = key_of({"weights": weights}, test_data)
     todo = jobs(names, numbers, weights)
     work = Path(out) / weights  # another base has other targets and difficulties
-    difficulty = work / "difficulty.jsonl"
-    if study in WITH_PCA and not difficulty.exists():
-        # whole counts, without early stop: they serve every tau
-        files = {"base": base, "data": data, "out": difficulty}
+    if study in WITH_PCA and todo:
+        # whole counts, without early stop: they serve every tau. What is counted is kept; counts of
+        # other sample_args are refused
+        files = {"base": base, "data": data, "out": work / "difficulty.jsonl"}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")

@@ -89,6 +89,7 @@ def pick(logits, temperature, top_p, u):
         return logits.argmax(-1)
     # float32, so that the sum of 152,064 of them is 1
     p = torch.softmax(logits / temperature, -1)
+    u = u.to(p)
     return from_nucleus(p, top_p, u) if top_p < 1 else from_all(p, u)
 
 
@@ -96,7 +97,7 @@ def from_all(p, u):
     """Columns (R) of p (R, V), not negative, by inverse CDF at u (R)."""
     cdf = p.cumsum(-1)
     # the last column is the total: u < 1 keeps the index on a token of non-zero probability
-    u = u.to(cdf) * cdf[:, -1]
+    u = u * cdf[:, -1]
     drawn = torch.searchsorted(cdf, u[:, None], right=True)[:, 0]
     return drawn.clamp(max=p.shape[-1] - 1)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from data import read_safetensors, write_then_rename
 from images import open_image
-from model import HEAD_FILE
+from model import HEAD_FILE, mode_of_targets
 
 TILE = 32  # pixels a side of a patch
 CHUNK = 4096  # targets that are searched at once: 59 MB in float32 at d = 3584
@@ -53,10 +53,9 @@ def bank_of(model, path=""):
 
     None for a head that was trained without targets: no picture goes with its latents.
     """
-    head_file = Path(model) / HEAD_FILE
-    meta = read_safetensors(head_file)[1] if head_file.is_file() else {}
-    if "bank" not in meta:
+    if mode_of_targets(model) is None:
         return None
+    meta = read_safetensors(Path(model) / HEAD_FILE)[1]
     # moved with the model, or left where it was
     beside = Path(model) / meta.get("bank_beside", meta["bank"])
     there = beside if beside.is_file() else meta["bank"]

@@ -1,6 +1,7 @@
 """How sure is an accuracy, and a difference of two on the same questions?"""
 
 import math
+from functools import cache
 
 from scores import mean
 
@@ -72,9 +73,6 @@ def t_test(x):
     """Exact two-sided p-value of the mean of numbers x being 0, one a seed.
 
     1 for a single one, and for equal ones: nothing is known of their spread.
-
-    By the closed form of Student's t for a whole number of degrees of freedom: with theta =
-    atan(t / sqrt(n)), P(|T| < t) is a finite sum of powers of cos(theta).
     """
     if len(x) == 1:
         return 1.0
@@ -82,7 +80,16 @@ def t_test(x):
     error = math.sqrt(sum((v - m) ** 2 for v in x) / n / len(x))
     if error < 1e-12:  # equal but for the rounding of shares such as 25 / 600 - 24 / 600
         return 1.0
-    theta = math.atan(abs(m) / error / math.sqrt(n))
+    return 1 - t_within(abs(m) / error, n)
+
+
+def t_within(t, n):
+    """P(|T| < t) of Student's t with n degrees of freedom.
+
+    By the closed form for a whole n: with theta = atan(t / sqrt(n)), a finite sum of powers of
+    cos(theta).
+    """
+    theta = math.atan(t / math.sqrt(n))
     sine, square = math.sin(theta), math.cos(theta) ** 2
     odd = n % 2
     term = math.cos(theta) if odd else 1.0
@@ -90,8 +97,19 @@ def t_test(x):
     for i in range(2 + odd, n - 1, 2):
         term *= square * (i - 1) / i
         total += term
-    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
-    return 1 - within
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+@cache
+def t_quantile(share, n):
+    """The t with P(|T| < t) = share: 12.706 of .95 and one degree of freedom. By bisection."""
+    low, high = 0.0, 1.0
+    while t_within(high, n) < share:
+        high *= 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, n) < share else (low, middle)
+    return high
 
 
 def holm(ps):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from data import check_fields, check_there, read_lines, write_then_rename
 from launch import check_choices, start
-from report import SYSTEMS, latest, lines_of, mean_interval, value
+from report import SYSTEMS, latest, lines_of, longest, mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
@@ -490,7 +490,7 @@ def draw_drift(path_of_lines, path):
     names = []
     for (name, seeds), colour in zip(found.items(), COLOURS):
         for kind, style in (("own", "-"), ("forced", "--")):
-            curves = [seed[kind] for seed in seeds]
+            curves = [chain[kind] for chain in longest(seeds)]
             places = range(1, len(curves[0]) + 1)
             means = [sum(at) / len(at) for at in zip(*curves)]
             ax.plot(places, means, style, lw=1.6, color=colour)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from claims import PREDICTING, TABLES
 from data import check_fields, expect_object, read_lines, write_then_rename
-from intervals import difference_p, holm, t_test
+from intervals import difference_p, holm, t_quantile, t_test
 
 # --------------------------------------------------------------------------------------------------
 # what a table reads of the lines
@@ -82,7 +82,7 @@ def right(line, kind, measure, easy):
     answers = []
     # {category: (how many questions, their bits as one hexadecimal number)}
     for category, (n, digits) in line["evals"][kind]["right"].items():
-        group = "easy" if category == easy else "hard"
+        group = "easy" if easy and category == easy else "hard"  # rows may have no category
         if measure in (category, group, "all"):
             bits = f"{int(digits, 16):0{n}b}"  # a bit a question, leading zeros kept
             answers += [int(bit) for bit in bits]
@@ -133,10 +133,6 @@ def values(study, what, measure="hard"):
 # --------------------------------------------------------------------------------------------------
 # statistics over seeds
 
-# Student's t, two-sided 95 %, for 1 to 9 degrees of freedom; the last one serves for more, too,
-# which makes the interval of more than ten seeds a little too wide, never too narrow
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 
 class Difference(NamedTuple):
     """Of two runs, paired by seed: the mean of a - b, its 95 % t-interval and p over seeds."""
@@ -154,9 +150,7 @@ def mean_interval(x):
     # one seed says nothing of what another would give
     if len(x) == 1:
         return mean, -math.inf, math.inf
-    freedom = len(x) - 1
-    t = T975[min(freedom, len(T975)) - 1]
-    half = t * statistics.stdev(x) / math.sqrt(len(x))
+    half = t_quantile(0.95, len(x) - 1) * statistics.stdev(x) / math.sqrt(len(x))
     return mean, mean - half, mean + half
 
 
@@ -228,8 +222,9 @@ def power(study):
 
     def told(seeds):
         """The difference of two runs that so many seeds tell."""
-        # standard errors: the two-sided 5 % of t, and 80 % of it (.98 to .84, by the seeds)
-        return sd * math.sqrt(2 / seeds) * (T975[min(seeds - 1, len(T975)) - 1] + 0.9)
+        # standard errors: the two-sided 5 % of t, and the one-sided 80 %
+        t = t_quantile(0.95, seeds - 1) + t_quantile(0.6, seeds - 1)
+        return sd * math.sqrt(2 / seeds) * t
 
     here = max(2, study.seeds_each())
     enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
@@ -479,9 +474,13 @@ def drift(study):
 def chains_of(study, name):
     """What probe.py found along the chains of a run's seeds, of those with the longest chains."""
     found = [line["probe"].get("along") for line in study.lines.get(name, {}).values()]
-    found = [chain for chain in found if chain]
-    most = max((len(chain["own"]) for chain in found), default=0)
-    return [chain for chain in found if len(chain["own"]) == most]
+    return longest([chain for chain in found if chain])
+
+
+def longest(chains):
+    """Those of the greatest length: a run that writes too few spans has shorter ones."""
+    most = max((len(chain["own"]) for chain in chains), default=0)
+    return [chain for chain in chains if len(chain["own"]) == most]
 
 
 def drift_of(study, name):
@@ -547,7 +546,7 @@ def costs(study):
         what = study.named(starred)
         name, kind = run_and_evaluation(what)
         # no line for what was not run: the tables of accuracies name it
-        if name not in study.lines:
+        if not values(study, what, "tokens"):
             continue
         speed = time = ""
         if kind == "clean":  # of a run's evaluations only this one is timed

@@ -271,6 +271,24 @@ def test_nucleus_is_that_of_a_whole_sort(top_p, k, monkeypatch):
     assert torch.equal(from_nucleus(p, top_p, u, k), from_all(slow, u))
 
 
+class There(torch.Tensor):
+    """A tensor that stands for one of another device, which no tensor of this one may index."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], cls):
+            assert isinstance(args[0], cls), "indexed here by what is there"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_draws_follow_the_logits_to_their_device(monkeypatch):
+    """A flat nucleus, for which more tokens are looked at: on a GPU u comes from the CPU."""
+    logits, u = torch.zeros(3, 1000), torch.tensor([0.1, 0.5, 0.9])
+    here = pick(logits, 1.0, 0.9, u)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, other: x.as_subclass(There))
+    assert pick(logits.as_subclass(There), 1.0, 0.9, u).tolist() == here.tolist()
+
+
 def test_ema_is_the_loop():
     v = torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]])
     close(ema_norm(v, 0.9), 0.9 * (0.9 * 5 + 0.1 * 1) + 0.1 * 10)

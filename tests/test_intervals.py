@@ -5,9 +5,18 @@ import random
 import statistics
 
 import pytest
+from scipy import stats
 from scipy.stats import binomtest, ttest_1samp
 
-from intervals import difference_interval, difference_p, holm, mcnemar, t_test, wilson
+from intervals import (
+    difference_interval,
+    difference_p,
+    holm,
+    mcnemar,
+    t_quantile,
+    t_test,
+    wilson,
+)
 
 
 def test_wilson_against_scipy():
@@ -92,3 +101,9 @@ def test_holm_rejects_what_stepping_down_rejects():
                     break
                 rejected.add(i)
             assert {i for i, p in enumerate(holm(ps)) if p <= level} == rejected
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9, 12, 177])
+@pytest.mark.parametrize("share", [0.01, 0.6, 0.95, 0.999])
+def test_students_quantile_against_scipy(n, share):
+    assert t_quantile(share, n) == pytest.approx(stats.t.ppf((1 + share) / 2, n), rel=1e-6)

@@ -148,11 +148,14 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
         ("GAP", 2, "0111", 10),
         ("GAP", 1, "0001", 10),
         ("output", 1, "1111", 10),
+        ("output", 2, "1111", 10),
         ("GAP n=20", 1, "1111", 10),
         ("no such", 1, "1111", 10),
     ):
         right = {"1 moves": [2, "1"], "2 moves": [4, f"{int(bits, 2):x}"]}
         along = {"own": [0.9, 0.1 * seed], "forced": [0.9, 0.8]}
+        if seed == 2:  # a run that wrote no second span
+            along = {"own": [0.9], "forced": [0.9]}
         line = {"name": name, "seed": seed, "settings": {"examples": examples}}
         line["key"] = f"{name}, {examples}"
         line |= {"evals": {"clean": {"right": right}}}
@@ -162,7 +165,7 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
 
     lines = plot.latest(plot.read_runs(tmp_path / "r.jsonl"))
     found = plot.by_run(lines, ("text", "output", "GAP"), "clean", "hard")
-    assert found == {"output": [1.0], "GAP": [0.25, 0.75]}
+    assert found == {"output": [1.0, 1.0], "GAP": [0.25, 0.75]}
     assert plot.by_run(lines, ("output", "GAP"), "clean", "hard", " n=20") == {"GAP": [1.0]}
     for figure in ("systems", "critics", "drift"):
         out = tmp_path / f"{figure}.png"

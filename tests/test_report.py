@@ -16,7 +16,7 @@ from report import Difference, Study
 
 def test_interval_against_scipy():
     rng = random.Random(0)
-    for n in (2, 3, 5, 10):
+    for n in (2, 3, 5, 10, 13):
         x = [rng.gauss(0.1, 0.05) for _ in range(n)]
         low, high = stats.t.interval(0.95, n - 1, loc=stats.tmean(x), scale=stats.sem(x))
         assert report.mean_interval(x) == pytest.approx((stats.tmean(x), low, high), abs=1e-4)
@@ -140,6 +140,13 @@ def test_seeds_that_find_the_same_questions_hard_are_not_more_questions(study):
     for name, by_seed in study.lines.items():
         study.lines[name] = dict.fromkeys(range(10), by_seed[1])
     assert report.paired_p(study, "GAP", "LH+DA") == pytest.approx(alone)
+
+
+def test_without_an_easy_category_all_questions_are_hard():
+    """Rows that name no category are none of it."""
+    made = line("GAP", 1, {"": "0111"})
+    assert report.value(made, "clean", "hard", "") == 0.75
+    assert report.value(made, "clean", "easy", "") is None
 
 
 def test_every_seed_is_shown():
