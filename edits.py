@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from answers import same_text
+from answers import is_correct, lettered, option_named, same_text
 from data import (
     as_text,
     check_fields,
@@ -93,10 +93,17 @@ def latents_of(line):
 
 def follows(a, b, said):
     """Did the answer change where it should, and stay where it should not?"""
-    one, two = (said[row["id"]]["extracted"] for row in (a, b))
+    one, two = (in_words(row, said[row["id"]]["extracted"]) for row in (a, b))
     if one is None or two is None:  # what could not be read is no answer
         return False
-    return same_text(one, two) == same_text(a["answer"], b["answer"])
+    gold = same_text(in_words(a, a["answer"]), in_words(b, b["answer"]))
+    return is_correct(one, {"answer": two}) == gold
+
+
+def in_words(row, answer):
+    """An answer as a text: that of the option whose letter it is, for their order may differ."""
+    options = lettered(row.get("options") or []) or {}
+    return options.get(option_named(answer, options), answer) if answer else answer
 
 
 def nearer_to_own(v_a, v_b, real_a, real_b):

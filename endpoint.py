@@ -44,8 +44,7 @@ def answered(call, url, tries, first_pause=0.5, key=""):
                 f"HF_HUB_OFFLINE is set, and the client then does not ask {url}; unset it"
             ) from None
         except FAILURES as e:
-            response = getattr(e, "response", None)  # none where no connection came about
-            status = 0 if response is None else response.status_code
+            response, status = getattr(e, "response", None), status_of(e)
             if status in HOPELESS:
                 said = hidden(" ".join(str(e).split()), key)
                 raise SystemExit(
@@ -58,6 +57,12 @@ def answered(call, url, tries, first_pause=0.5, key=""):
             # Retry-After may also be a date; the growing pause does as well
             pause = float(told) if told.isdigit() else first_pause * 2**n
             time.sleep(min(pause, LONGEST_PAUSE) * random.uniform(1, 1.2))  # not all at once
+
+
+def status_of(e):
+    """The HTTP status of a failure; 0 where no connection came about, or the answer was none."""
+    response = getattr(e, "response", None)
+    return 0 if response is None else response.status_code
 
 
 def is_refusal(status):

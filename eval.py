@@ -136,7 +136,7 @@ served_model = ""  # its name there
 served_key = "SERVED_KEY"  # the environment variable with its key, if it wants one
 workers = 64  # questions that it is asked at once
 tries = 7  # of a request
-give_up = 20  # questions in a row without an answer: the server is down
+give_up = 20  # questions in a row without an answer, or judgement: the server is down
 judge_url = ""  # http://localhost:8000/v1, OpenAI-compatible: also judge what no rule can decide
 judge_model = ""
 judge_key = "JUDGE_API_KEY"  # the environment variable with the endpoint's key, if it wants one
@@ -192,19 +192,10 @@ def load_test_set(name):
         rows = usable_rows(load_examples(data, training=False), skip_unusable, fields)
         md5 = file_md5(data)
     # all that a reader of the score must know
-    settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}
-    settings |= {
-        "min_pixels": min_pixels or benchmark.pixels[0],
-        "max_pixels": max_pixels or benchmark.pixels[1],
-        "max_new_tokens": max_new_tokens or benchmark.max_new_tokens,
-        "data": name or data,
-        "md5": md5,
-    }
+    settings = settings_for(benchmark) | {"data": name or data, "md5": md5}
     # contents, not paths; and of a data file only the question itself, in row_key
     made_by = {k: v for k, v in settings.items() if k not in ("model", "donor", "data", "md5")}
     made_by["weights"] = weights_digest(model)
-    if url:  # whose kernels are others, and whose latents are text
-        settings["served_model"] = made_by["served_model"] = served_model
     if donor:
         made_by["donor"] = weights_digest(donor)
     if name:
@@ -218,6 +209,18 @@ def load_test_set(name):
         settings=settings,
         key=key_of(made_by),
     )
+
+
+def settings_for(benchmark):
+    """{setting: value} of what changes an answer to a benchmark's questions in this run."""
+    settings = {setting: globals()[setting] for setting in ANSWER_SETTINGS}
+    if url:  # whose kernels are others, and whose latents are text
+        settings["served_model"] = served_model
+    return settings | {
+        "min_pixels": min_pixels or benchmark.pixels[0],
+        "max_pixels": max_pixels or benchmark.pixels[1],
+        "max_new_tokens": max_new_tokens or benchmark.max_new_tokens,
+    }
 
 
 def row_key(key, row):
@@ -472,8 +475,8 @@ class ServedAnswerer:
 
     def answers(self, rows):
         """As Answerer's, in the order in which the server answers."""
-        for row, line, said in ask_all(self.answer, rows, workers, give_up, self.server):
-            yield row, line or {"error": said}
+        for row, line, e in ask_all(self.answer, rows, workers, give_up, self.server):
+            yield row, line or {"error": str(e)}
 
     def is_whole(self, id, line):
         return True  # without latents
@@ -508,10 +511,12 @@ def answer_all(test, answerer):
     """
     rank, world = rank_and_world()
     # a failed question is tried again, and one whose latents are gone or another run's
-    found = read_predictions(test).items()
-    done = {id for id, line in found if "error" not in line and answerer.is_whole(id, line)}
+    found = read_predictions(test)
+    failed = {id for id, line in found.items() if "error" in line}
+    done = {id for id in found.keys() - failed if answerer.is_whole(id, found[id])}
     # by position in the file, not among the missing: ranks that start late still split alike
     todo = [row for row in test.rows[rank::world] if row["id"] not in done]
+    todo.sort(key=lambda row: row["id"] in failed)  # last: they may fail again
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
     with open_append(test.out / f"predictions.rank{rank}.jsonl") as file, bar:
         for row, line in answerer.answers(todo):
@@ -599,9 +604,10 @@ def score(test, predictions):
             f"{test.out}: all {len(graded)} questions failed, the first with {failures[0]['error']}"
         )
     scores = {"scores": summaries(test.benchmark.score(graded))}
+    write_scores(test, graded, scores, len(missing))
     if judge_url and test.name in JUDGED:
         scores |= judged_scores(test, graded)
-    write_scores(test, graded, scores, len(missing))
+        write_scores(test, graded, scores, len(missing))
 
     print_scores(title_of(test, len(missing)), scores["scores"])
     if "scores_judged" in scores:
@@ -624,7 +630,7 @@ def score(test, predictions):
 def judged_scores(test, graded):
     """The scores with a judge's reading of what no rule could read."""
     # beside the rule's scores, not in their place: another judge gives other numbers
-    endpoint = Endpoint(judge_url, judge_model, judge_key, judge_workers, judge_tries)
+    endpoint = Endpoint(judge_url, judge_model, judge_key, judge_workers, judge_tries, give_up)
     judged = judge(test, graded, endpoint)
     return {
         "scores_judged": summaries(test.benchmark.score(judged)),
@@ -712,16 +718,20 @@ def print_scores(title, scores):
 
 def headlines():
     """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
-    found = {}
-    for path in sorted(Path(out).glob("*/metrics.json")):
+    found, weights = {}, weights_digest(model)
+    for name, benchmark in BENCHMARKS.items():
+        path = Path(out) / name / "metrics.json"
+        if not path.exists():
+            continue
         record = read_json(path, settings=dict, missing=int, scores=dict)
         # the folder may hold runs of other models, or made in other ways
-        run = record["settings"]
-        same = all(run.get(name) == globals()[name] for name in ANSWER_SETTINGS)
+        ours = {x: v for x, v in settings_for(benchmark).items() if x not in ("model", "donor")}
+        same = all(record["settings"].get(x) == v for x, v in ours.items())
+        same = same and record.get("weights") == weights
+        same = same and bool(url) == ("served_model" in record["settings"])
         # a score of some of the answers is no headline
         if same and not record["missing"] and not record.get("limit"):
-            for name, m in record["scores"].items():
-                found[f"{path.parent.name}/{name}"] = m
+            found |= {f"{name}/{metric}": m for metric, m in record["scores"].items()}
     ours = {metric: 100 * m["accuracy"] for metric, m in found.items()}
     for name, parts in (AVERAGES | POOLED).items():
         # over fewer benchmarks than the paper's, an average would compare with nothing

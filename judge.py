@@ -6,15 +6,15 @@ grades beside the rule, never in its place: eval.py prints both.
 """
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
 
-from answers import extract_final, find_kind, find_letter
+from answers import extract_final, find_kind, find_letter, plain
 from data import append, key_of, open_append, read_lines
 from endpoint import FAILURES, answered, hidden, key_in
 from launch import Progress
+from served import ask_all, no_answer
 
 # whose own harness has a judge, and what ours is asked for in its place
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
@@ -53,6 +53,7 @@ class Endpoint(NamedTuple):
     key: str  # the environment variable that holds its key, if it wants one
     workers: int  # questions at once
     tries: int  # of each
+    give_up: int  # so many in a row without a reply: the judge is down
 
 
 def judge(test, graded, endpoint):
@@ -73,7 +74,7 @@ def judge(test, graded, endpoint):
             asked = {"judge": endpoint.model, "url": endpoint.url, "prompt": prompt}
             prompts[row["id"]] = prompt
             keys[row["id"]] = key_of(asked)
-    replies = ask_all(test, prompts, keys, endpoint)
+    replies = replies_to(test, prompts, keys, endpoint)
 
     judged = []
     for row in graded:
@@ -97,32 +98,44 @@ def is_open(row, kind):
     return kind == "rating" or row["extracted"] is None
 
 
-def ask_all(test, prompts, keys, endpoint):
-    """{key: reply} of all prompts {id: text}; those that judge.jsonl lacks are asked and added."""
+def replies_to(test, prompts, keys, endpoint):
+    """{key: reply} of all prompts {id: text}; those that judge.jsonl lacks are asked and added.
+
+    "" where the judge refuses. Raises SystemExit where it gives no reply.
+    """
     # paid replies are kept at once, under what was asked
     path = test.out / "judge.jsonl"
     replies = {line["key"]: line["reply"] for line in read_lines(path, key=str, reply=str)}
-    todo = [id for id in prompts if keys[id] not in replies]
+    todo = [{"id": id} for id in prompts if keys[id] not in replies]
     # from the environment: a command line can be read by everyone on the machine
     api_key = key_in(endpoint.key)
     client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
 
-    def ask(id):
-        return ask_judge(client, prompts[id], endpoint, api_key)
+    def ask(row):
+        return ask_judge(client, prompts[row["id"]], endpoint, api_key)
 
-    with open_append(path) as f, ThreadPoolExecutor(endpoint.workers) as pool:
-        # in the order of todo, however the replies come in
-        new = pool.map(ask, todo)
-        for id in Progress(todo, desc=f"judge {test.name}", unit="answer"):
-            reply = next(new)
-            # by this thread alone, so that no two replies share a line
-            replies[keys[id]] = reply
-            append(f, {"id": id, "key": keys[id], "reply": reply})
+    failed = []
+    bar = Progress(total=len(todo), desc=f"judge {test.name}", unit="answer")
+    with open_append(path) as f, bar:
+        for row, reply, e in ask_all(ask, todo, endpoint.workers, endpoint.give_up, endpoint):
+            bar.update()
+            if e and not e.refused:
+                failed.append(e)
+                continue
+            if e:
+                bar.write(f"{row['id']!r}: the judge refuses, which is no judgement ({e})")
+            replies[keys[row["id"]]] = reply or ""
+            append(f, {"id": row["id"], "key": keys[row["id"]], "reply": reply or ""})
+    if failed:
+        raise SystemExit(
+            f"{endpoint.url}: {len(failed)} answers without a judgement ({failed[0]}); the "
+            "finished ones are kept, run eval.py again"
+        )
     return replies
 
 
 def ask_judge(client, prompt, endpoint, api_key):
-    """One reply of the judge. Raises SystemExit when it gives none: no rule takes its place."""
+    """One reply of the judge. Raises NoAnswer when it gives none: no rule takes its place."""
 
     def call():
         # greedy: who asks again should read the same
@@ -138,16 +151,13 @@ def ask_judge(client, prompt, endpoint, api_key):
     try:
         return hidden(answered(call, endpoint.url, endpoint.tries, key=api_key), api_key)
     except FAILURES as e:
-        said = hidden(f"{type(e).__name__}: {e}", api_key)
-        raise SystemExit(
-            f"{endpoint.url}: no judgement ({said}); the finished ones are kept, run eval.py again"
-        ) from None
+        raise no_answer(e, api_key) from None
 
 
 def rated(row, reply):
     """The row with the rating of a reply; 0 where it gives none or several, as officially."""
     # a judge that repeats its rating gives one; two ratings give none
-    ratings = set(re.findall(r"Rating: ([0-6])\b", reply))
+    ratings = set(re.findall(r"rating:\s*([0-6])\b", plain(reply).lower()))
     rating = int(ratings.pop()) if len(ratings) == 1 else 0
     return row | {"judgement": reply, "rating": rating}
 

@@ -230,15 +230,15 @@ def sample_served(rows):
         return ask_server(server, processor, row)
 
     unanswered = {}
-    for row, found, said in ask_all(tally, rows, workers, give_up, server):
+    for row, found, e in ask_all(tally, rows, workers, give_up, server):
         if found:
             yield found
         else:
-            unanswered[row["id"]] = said
+            unanswered[row["id"]] = e
     if unanswered:
-        id, said = next(iter(unanswered.items()))
+        id, e = next(iter(unanswered.items()))
         raise SystemExit(
-            f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: {said}; run "
+            f"{url}: {len(unanswered)} questions without an answer, the first {id!r}: {e}; run "
             "again to ask for what is missing; what the server refuses has to leave the data"
         )
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import FAILURES, answered, hidden, image_part
+from endpoint import FAILURES, answered, hidden, image_part, is_refusal, status_of
 from images import open_image, png_of
 from model import chat_messages, image_grid
 from resume import each
@@ -20,7 +20,11 @@ TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before 
 
 
 class NoAnswer(Exception):
-    """Why no try of a request gave an answer."""
+    """Why no try of a request gave an answer. `refused`: the server will never give one."""
+
+    def __init__(self, said, refused=False):
+        super().__init__(said)
+        self.refused = refused
 
 
 class Reply(NamedTuple):
@@ -73,9 +77,14 @@ def draw(served, messages, n, seed):
         try:
             replies += answered(call, served.url, served.tries, key=served.key)
         except FAILURES as e:
-            said = hidden(f"{type(e).__name__}: {e}", served.key)
-            raise NoAnswer(" ".join(said.split())[:300]) from None
+            raise no_answer(e, served.key) from None
     return replies[:n]
+
+
+def no_answer(e, key):
+    """The NoAnswer that a failure, one of FAILURES, comes to."""
+    said = hidden(f"{type(e).__name__}: {e}", key)
+    return NoAnswer(" ".join(said.split())[:300], is_refusal(status_of(e)))
 
 
 def ask(served, messages, n, seed):
@@ -100,25 +109,29 @@ def ask(served, messages, n, seed):
 
 
 def ask_all(work, rows, workers, give_up, served):
-    """Yield (row, work(row), "") as they end, or (row, None, why there is no answer).
+    """Yield (row, work(row), None) as they end, or (row, None, the NoAnswer that it raised).
 
     `workers` rows are asked for at once. Raises SystemExit after `give_up` failures in a row, and
-    where no try can help.
+    where no try can help. What a server refuses is no failure of its, once it has answered others.
     """
 
     def outcome(row):
         try:
-            return row, work(row), ""
+            return row, work(row), None
         # returned and not raised: one question must not end the others
         except NoAnswer as e:
-            return row, None, str(e)
+            return row, None, e
 
-    in_a_row = 0
-    for row, found, said in each(outcome, rows, workers):
-        yield row, found, said
-        in_a_row = in_a_row + 1 if said else 0
-        if said and in_a_row == give_up:
+    in_a_row, answers = 0, False
+    for row, found, e in each(outcome, rows, workers):
+        yield row, found, e
+        answers = answers or e is None
+        if e is None or e.refused and answers:
+            in_a_row = 0
+            continue
+        in_a_row += 1
+        if in_a_row == give_up:
             raise SystemExit(
                 f"{served.url}: {give_up} questions in a row without an answer, the last "
-                f"{row['id']!r}: {said}; run again to ask for what is missing"
+                f"{row['id']!r}: {e}; run again to ask for what is missing"
             )

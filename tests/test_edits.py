@@ -28,6 +28,22 @@ def test_a_latent_is_nearer_to_one_of_two_pictures():
     assert nearer_to_own(real_a, real_a, real_a, real_a) is None
 
 
+def test_an_option_is_its_text_wherever_it_stands():
+    """Options in another order: the letters stay, and the answers change; or the other way."""
+    one = {"id": "1", "options": ["red", "blue"], "answer": "red"}
+    two = {"id": "2", "options": ["blue", "red"], "answer": "B"}
+
+    def follows(a, b):
+        said = {"1": {"extracted": a}, "2": {"extracted": b}}
+        return edits.follows(one, two, said)
+
+    assert follows("A", "B") and follows("B", "A")  # both are right, or wrong, alike
+    assert not follows("A", "A") and not follows("A", None)
+    number = {"id": "2", "answer": "4"}
+    said = {"1": {"extracted": "four"}, "2": {"extracted": "4"}}
+    assert edits.follows(number | {"id": "1"}, number, said)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, base, world, inputs):
     out = tmp_path_factory.mktemp("edits") / "m"

@@ -392,16 +392,23 @@ def test_a_file_of_ones_own_is_asked_and_read_as_it_says(world, monkeypatch):
 
 
 def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch):
+    """And of one model, whatever its folder is called."""
     monkeypatch.setattr(evaluate, "out", str(tmp_path))
-    settings = {name: getattr(evaluate, name) for name in evaluate.ANSWER_SETTINGS}
-    whole = {"missing": 0, "limit": 0, "scores": {"overall": {"accuracy": 0.5, "n": 20}}}
-    for name, change in (
-        ("MMStar", {}),
-        ("POPE", {"limit": 20}),
-        ("BLINK", {"missing": 1}),
-        ("MMVP", {"settings": settings | {"instruction": "Think."}}),
+    monkeypatch.setattr(evaluate, "weights_digest", lambda folder: "w")
+    whole = {"missing": 0, "limit": 0, "weights": "w"}
+    whole["scores"] = {"overall": {"accuracy": 0.5, "n": 20}}
+    for name, change, settings in (
+        ("MMStar", {}, {"model": "moved"}),
+        ("POPE", {"limit": 20}, {}),
+        ("BLINK", {"missing": 1}, {}),
+        ("MMVP", {}, {"instruction": "Think."}),
+        ("VStar", {"weights": "of another model"}, {}),
+        ("HRBench4K", {}, {"max_pixels": 50176}),
+        ("WeMath", {}, {"max_new_tokens": 7}),
+        ("VisualPuzzles", {}, {"served_model": "m"}),
     ):
         (tmp_path / name).mkdir()
+        settings = evaluate.settings_for(BENCHMARKS[name]) | settings
         record = {"settings": settings} | whole | change
         (tmp_path / name / "metrics.json").write_text(json.dumps(record))
     assert evaluate.headlines() == {"MMStar/overall": 50.0}

@@ -11,7 +11,9 @@ from huggingface_hub.errors import HTTPError
 from official_files import args_of, plant
 
 import judge
+from data import read_lines
 from endpoint import answered, hidden
+from served import NoAnswer
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -78,7 +80,41 @@ def test_judge(tmp_path, base, bench_root):
     server.server_close()
     (out / "MMStar/judge.jsonl").unlink()
     last = args(score_only=1, judge_url=url, judge_tries=2)
-    assert "no judgement (" in run("eval.py", *last, ok=False, env=ONLINE)
+    rules = metrics("MMStar")["scores"]
+    (out / "MMStar/metrics.json").unlink()
+    assert "without a judgement (" in run("eval.py", *last, ok=False, env=ONLINE)
+    assert metrics("MMStar")["scores"] == rules  # which a judge that is away takes from nobody
+
+
+def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypatch):
+    """The first answer's never comes; another's the judge refuses, which is no judgement."""
+    asked = []
+
+    def ask(client, prompt, endpoint, api_key):
+        asked.append(prompt)
+        if prompt in ("p0", "p3"):
+            raise NoAnswer("HTTPError", refused=prompt == "p3")
+        return "B"
+
+    monkeypatch.setattr(judge, "ask_judge", ask)
+    test = SimpleNamespace(name="MMStar", out=tmp_path)
+    prompts = {f"{n}": f"p{n}" for n in range(40)}
+    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 2, 1, 20)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1 answers without a judgement"):
+            judge.replies_to(test, prompts, prompts, where)
+        kept = {line["id"]: line["reply"] for line in read_lines(tmp_path / "judge.jsonl")}
+        assert kept == {f"{n}": "" if n == 3 else "B" for n in range(1, 40)}
+    assert len(asked) == 40 + 1
+
+
+@pytest.mark.parametrize(
+    "reply, rating",
+    [("It is.\nRating: 5", 5), ("**Rating:** 4", 4), ("Rating: **3**", 3), ("rating: 2", 2)]
+    + [("Rating: 1 or Rating: 2", 0), ("Rating: 7", 0), ("I can not say", 0)],
+)
+def test_a_rating_is_read_as_people_write_it(reply, rating):
+    assert judge.rated({}, reply)["rating"] == rating
 
 
 def test_a_key_that_is_echoed_is_not_shown():
@@ -105,5 +141,5 @@ def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
     """MMHal-Bench's mean is over all questions."""
     test = SimpleNamespace(name="MMHal-Bench", out=tmp_path, benchmark=None)
     graded = [{"id": "1", "method": "truncated"}, {"id": "2", "method": "error", "error": "x"}]
-    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1)
+    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1, 20)
     assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0]

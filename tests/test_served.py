@@ -169,11 +169,22 @@ def test_a_fault_of_ours_is_no_missing_answer():
             raise NoAnswer("HTTPError: 500")
         return {}[row]
 
-    assert list(ask_all(work, ["unanswered"], 1, 9, server)) == [
-        ("unanswered", None, "HTTPError: 500")
-    ]
+    ((row, found, e),) = ask_all(work, ["unanswered"], 1, 9, server)
+    assert (row, found, str(e)) == ("unanswered", None, "HTTPError: 500")
     with pytest.raises(KeyError):
         list(ask_all(work, ["ours"], 1, 9, server))
+
+
+def test_what_is_refused_does_not_hold_the_others_up(server):
+    """A server that has answered is not down; and what failed before is asked for last."""
+    url, folder, rows = server
+    ids, out = list(rows), folder / "e"
+    Server.refused = set(ids[:6])
+    args = [f"--model={TOY}", f"--data={folder}/train.jsonl", f"--out={out}", "--workers=1"]
+    args += [f"--url={url}", "--instruction= Tag it.", "--served_model=m", "--give_up=4"]
+    assert "4 questions in a row" in run("eval.py", *args, env=ONLINE, ok=False)
+    assert "6 questions failed" in run("eval.py", *args, env=ONLINE)
+    assert len(read_lines(out / "scored.jsonl")) == len(ids)
 
 
 def test_an_address_is_one():
