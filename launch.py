@@ -425,8 +425,7 @@ def clock(device):
 # --------------------------------------------------------------------------------------------------
 # one folder, one writer
 
-HELD = []  # open lock files: held until this process ends, however it ends
-CLAIMED = set()  # those that `claim` holds
+HELD = {}  # {path: open lock file}: held until this process ends, however it ends
 
 
 def lock(path):
@@ -440,7 +439,7 @@ def lock(path):
     except OSError as e:  # a network disk without locks
         where = Path(path).parent
         print(f"{where}: no lock can be held here ({e.strerror}); start no second process on it")
-    HELD.append(file)  # the kernel lets go of it when the file is closed
+    HELD[Path(path).absolute()] = file  # the kernel lets go of it when the file is closed
     return True
 
 
@@ -456,9 +455,8 @@ def claim(folder, file=""):
         folder.mkdir(parents=True, exist_ok=True)
         return
     held = folder.absolute() / (f".{file}.lock" if file else ".lock")
-    if held not in CLAIMED and not lock(held):
+    if held not in HELD and not lock(held):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
-    CLAIMED.add(held)
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{file}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""

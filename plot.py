@@ -385,19 +385,26 @@ def draw_accuracies(path_of_lines, path):
 # the main study's figures
 
 
+class Number(NamedTuple):
+    """What is drawn of a run: report.py's `value` of an evaluation by a measure."""
+
+    kind: str
+    measure: str
+    size: str = ""  # " n=2500": of the run by this name with this behind it
+
+
 class Rows(NamedTuple):
     """A figure with a row a run and, in each, a colour a number."""
 
     runs: tuple  # in the order in which they are drawn, from above
-    # {what: (evaluation, measure)} of report.py's `value`, and the end of the runs' names, if any
-    numbers: dict
+    numbers: dict  # {what it is: Number}
     unit: str
 
 
 HARD = "accuracy on hard questions"
 BOTH_SIZES = {
-    "1,250 examples": ("clean", "hard"),
-    "2,500 examples": ("clean", "hard", " n=2500"),
+    "1,250 examples": Number("clean", "hard"),
+    "2,500 examples": Number("clean", "hard", " n=2500"),
 }
 # fmt: off
 ROWS = {
@@ -405,37 +412,37 @@ ROWS = {
     "subspace": Rows(
         ("LH", "LH+PCA", "LH+PCA 99%", "LH+DA", "GAP", "GAP 99%"), BOTH_SIZES, HARD),
     "critics": Rows(("markers", "dummy", *SYSTEMS), {
-        "as trained":        ("clean",   "hard"),
-        "real features":     ("oracle",  "hard"),
-        "another example's": ("shuffle", "hard"),
-        "noise":             ("noise",   "hard"),
-        "the span is empty": ("markers", "hard"),
+        "as trained":        Number("clean",   "hard"),
+        "real features":     Number("oracle",  "hard"),
+        "another example's": Number("shuffle", "hard"),
+        "noise":             Number("noise",   "hard"),
+        "the span is empty": Number("markers", "hard"),
     }, HARD),
     "edits": Rows(SYSTEMS, {
-        "another start":        ("", "edits.start.followed"),
-        "another move":         ("", "edits.move.followed"),
-        "another last piece":   ("", "edits.piece.followed"),
-        "nothing that matters": ("", "edits.elsewhere.followed"),
+        "another start":        Number("", "edits.start.followed"),
+        "another move":         Number("", "edits.move.followed"),
+        "another last piece":   Number("", "edits.piece.followed"),
+        "nothing that matters": Number("", "edits.elsewhere.followed"),
     }, "pairs whose answers change, or stay, as they should"),
     "sparse": Rows(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
-         "first 200", "parser dropped"), {HARD: ("clean", "hard")}, HARD),
+         "first 200", "parser dropped"), {HARD: Number("clean", "hard")}, HARD),
     "valr": Rows(("VaLR", "VaLR n=2500", "long text n=4200", "long VaLR n=4200"), {
-        "as trained":        ("clean",   "hard"),
-        "another example's": ("shuffle", "hard"),
-        "noise":             ("noise",   "hard"),
+        "as trained":        Number("clean",   "hard"),
+        "another example's": Number("shuffle", "hard"),
+        "noise":             Number("noise",   "hard"),
     }, HARD),
 }
 # fmt: on
 DRIFT = ("output", "LH", "LH+PCA")
 
 
-def by_run(lines, names, kind, measure, size=""):
-    """{name: [report.py's `value`, one a seed]} of the runs name + size that have it."""
+def by_run(lines, names, number):
+    """{name: [its Number, one a seed]} of the runs that have it."""
     found = {}
     for name in names:
-        mine = [line for line in lines if line["name"] == name + size]
-        by_seed = {line["seed"]: value(line, kind, measure, easy) for line in mine}
+        mine = [line for line in lines if line["name"] == name + number.size]
+        by_seed = {line["seed"]: value(line, number.kind, number.measure, easy) for line in mine}
         seeds = [by_seed[s] for s in sorted(by_seed) if by_seed[s] is not None]
         if seeds:
             found[name] = seeds
@@ -453,7 +460,7 @@ def draw_rows(rows, path_of_lines, path):
     plt = pyplot()
     names, numbers, unit = rows
     lines = latest(read_runs(path_of_lines))
-    columns = [by_run(lines, names, *number) for number in numbers.values()]
+    columns = [by_run(lines, names, number) for number in numbers.values()]
     there = [name for name in names if any(name in column for column in columns)]
     check_found(there, path_of_lines, names)
     height = 0.6 + 0.3 * len(there)
@@ -483,7 +490,7 @@ def draw_rows(rows, path_of_lines, path):
 def draw_drift(path_of_lines, path):
     """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
     plt = pyplot()
-    found = by_run(latest(read_runs(path_of_lines)), DRIFT, "", "probe.along")
+    found = by_run(latest(read_runs(path_of_lines)), DRIFT, Number("", "probe.along"))
     check_found(found, path_of_lines, DRIFT)
     fig = plt.figure(figsize=(6.4, 2.6))
     ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])

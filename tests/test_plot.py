@@ -11,6 +11,7 @@ from scipy import stats
 
 import plot
 from data import write_lines
+from plot import Number
 from report import mean_interval
 
 
@@ -164,9 +165,10 @@ def test_the_main_studys_figures_are_of_the_lines(tmp_path):
     write_lines(tmp_path / "r.jsonl", lines)
 
     lines = plot.latest(plot.read_runs(tmp_path / "r.jsonl"))
-    found = plot.by_run(lines, ("text", "output", "GAP"), "clean", "hard")
+    found = plot.by_run(lines, ("text", "output", "GAP"), Number("clean", "hard"))
     assert found == {"output": [1.0, 1.0], "GAP": [0.25, 0.75]}
-    assert plot.by_run(lines, ("output", "GAP"), "clean", "hard", " n=20") == {"GAP": [1.0]}
+    more = Number("clean", "hard", " n=20")
+    assert plot.by_run(lines, ("output", "GAP"), more) == {"GAP": [1.0]}
     for figure in ("systems", "critics", "drift"):
         out = tmp_path / f"{figure}.png"
         run("plot.py", f"--results={tmp_path}/r", f"--figure={figure}", f"--out={out}")

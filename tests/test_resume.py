@@ -1,11 +1,11 @@
 """Work that is done ahead comes in order, is bounded, and ends with who asked for it."""
 
+import fcntl
 import threading
 import time
 
 import pytest
 
-from launch import lock
 from resume import each, in_order, run_stage
 
 
@@ -79,8 +79,10 @@ def test_a_stage_has_one_writer(tmp_path):
     def stage(name):
         return run_stage(name, [{"id": "a"}], dict, contents=lambda row: [], **settings)
 
-    assert lock(tmp_path / "work" / ".first.jsonl.lock")
-    with pytest.raises(SystemExit, match="another process is writing here"):
-        stage("first")
+    (tmp_path / "work").mkdir()
+    with open(tmp_path / "work" / ".first.jsonl.lock", "w") as others:
+        fcntl.flock(others, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another process is writing here"):
+            stage("first")
     assert not (tmp_path / "first.jsonl").exists()
     assert stage("second") == stage("second") == [{"id": "a"}]
