@@ -233,7 +233,8 @@ def faults_of(names):
     mine = names[rank::world]
     # Pillow lets other threads run while it decodes
     faults = in_order(image_fault, mine, os.cpu_count())
-    bar = Progress(faults, total=len(mine), desc="pictures", unit="image", leave=False, delay=5)
+    shown = {"desc": "pictures", "unit": "image", "leave": False, "delay": 5}
+    bar = Progress(faults, total=len(mine), disable=rank_and_world()[0] > 0, **shown)
     found = {name: fault for name, fault in zip(mine, bar) if fault}
     if world > 1:
         found = {name: fault for part in gathered(found) for name, fault in part.items()}
