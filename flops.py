@@ -68,12 +68,12 @@ def peak_flops(gpu):
 
 
 def rates(amount, each, seconds, device, dtype):
-    """Of a step: tokens and model FLOPs a second over all ranks; on a known GPU the MFU."""
-    flops = sum(each[name] * amount[name] for name in each) / seconds
-    found = {"tokens_per_s": amount["tokens"] / seconds, "flops_per_s": flops}
+    """Of a step: tokens a second and model FLOPs, over all ranks; on a known GPU the MFU."""
+    flops = sum(each[name] * amount[name] for name in each)
+    found = {"tokens_per_s": amount["tokens"] / seconds, "flops": flops}
     # the peak is bfloat16's
     if device.type == "cuda" and dtype == "bfloat16":
         peak = rank_and_world()[1] * peak_flops(torch.cuda.get_device_name(device))
         if peak:
-            found["mfu"] = flops / peak
+            found["mfu"] = flops / seconds / peak
     return found

@@ -46,7 +46,7 @@ PANELS = {
     "length of latents": ("norm_predicted", "norm_target"),
     "gradient norm": ("grad_norm",),
 }
-NO_CURVE = ("step", "lr", "peak_gib", "tokens_per_s", "flops_per_s", "mfu", "seconds")
+NO_CURVE = ("step", "lr", "peak_gib", "tokens_per_s", "flops", "mfu", "seconds")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 WORST = -1  # R2 of the first steps can be hugely negative, and would flatten what follows

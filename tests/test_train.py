@@ -495,7 +495,7 @@ def test_wandb_offline(tmp_path, inputs):
     run("train.py", *args, env=env)
     (file,) = (tmp_path / "gap" / "wandb").glob("offline-run-*/*.wandb")
     sent = file.read_bytes()
-    for field in (b"latents", b"flops_per_s", b"grad_norm", b"val_ce"):
+    for field in (b"latents", b"tokens_per_s", b"grad_norm", b"val_ce"):
         assert field in sent, field
 
 
