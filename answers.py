@@ -37,6 +37,7 @@ LAYOUT = [
         (r"\\sqrt ?\{(\w+)\}", r"√\1"),
         (r"(?<=\d)\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}", r" \1/\2"),  # three and a half
         (r"\\[dt]?frac ?\{([\w.√]+)\} ?\{([\w.√]+)\}", r"\1/\2"),
+        (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\pi(?![a-z])", "π"),
         (r"\^ ?\{?\\circ\}?|\\degree", "°"),
         (r"\{,\}", ","),
@@ -469,25 +470,36 @@ NUMBERS = re.compile(NUMBER, re.ASCII)
 IS_A_NUMBER = any_of(
     "is are was were be has have equals? makes? making gives? giving costs? takes?"
 )
+MEASURE = any_of("total area size length width height distance")
 ABOUT = any_of("approximately about around only equal to an? the total of exactly roughly")
 VALUE = (
-    rf"(?:\b{IS_A_NUMBER}\b|[=≈:])[\s=≈:]{{0,3}}(?:{ABOUT} ){{0,4}}({NUMBER})"
-    r"(?! ?[-+*/×÷^] ?[\d(]|[^.,;(\n]{0,40}\b(?:and|or|to) \d)"
+    rf"(?:\b{IS_A_NUMBER}\b|\b{MEASURE} of\b|[=≈:])[\s=≈:]{{0,3}}(?:{ABOUT} ){{0,4}}({NUMBER})"
+    r"(?! ?[-+*/×÷^] ?[\d(]|[^.,;:(\n]{0,40}\b(?:and|or|to) \d)"
 )
 STATED = re.compile(VALUE, re.ASCII)
 # an answer before its explanation
-FIRST_LINE = re.compile(rf"\A({NUMBER})(?: ?[a-z°%]+)?\.?\n(?!\W*\d)", re.ASCII)
+FIRST_LINE = re.compile(
+    rf"\A(?:{ABOUT} )?({NUMBER})(?: ?[a-z°%]+(?:\^\d)?){{0,3}}\.?\n(?!\W*(?:\d|and\b|plus\b))",
+    re.ASCII,
+)
 DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
 EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
 # "4 red, 5 blue, so 9": a sentence, or what it concludes
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
-# what holds numbers beside the one that is meant: a reason, a time, "of the 20", "in frame 12"
+# what holds numbers beside the one that is meant: "of the 20", "(2 of them red)", "in frame 12" ...
 ASIDE = any_pattern(
-    REASON.pattern,
-    r"\b(?:which|after|before)\b[^.,;\n]*",
-    r"\b(?:out )?of (?:the |these |those )?\d+\b(?!\.\d)",
-    r"\([^()\n]*\)",
-    r"\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+(?:(?:,|,? and|-) ?\d+)*\b",
+    r"(?:\bout of|\bof (?:the|these|those)|(?<=\d )of|^of) (?:the |these |those )?\d+\b(?!\.\d)",
+    r"\((?!-?[\d.,]+\))[^()\n]*\)",
+    r"(?<!\bthe )(?<!\bthis )\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+"
+    r"(?:(?:,|,? and|-) ?\d+)*\b(?!\.\d)",
+)
+# ... and a reason or a time, if something is left without it
+REASONS = any_pattern(REASON.pattern, r"\b(?:which|after|before)\b[^.,;\n]*")
+
+
+# a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two
+COUNTED = re.compile(
+    r"\bone of\b|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))", re.ASCII
 )
 
 
@@ -519,8 +531,7 @@ def find_number(text):
     def digits(word):
         return COUNT_WORDS.get(word[0], word[0])
 
-    # a word with what a hyphen joins to it: "twenty-five" is no 5
-    text = re.sub(r"\bone of\b|[a-z]+(?:-[a-z]+)*", digits, plain(text).lower())
+    text = COUNTED.sub(digits, plain(text).lower())
     # an expression is its value
     bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
     if re.search(r"[√π^/*\\]", bare):
@@ -529,7 +540,10 @@ def find_number(text):
             return f"{value:.15g}"
     # "two people, whose ages can not be told": numbers before a refusal are of other things
     *before, said = REFUSED.split(text)
-    declared = DECLARED_NUMBER.findall(" ".join([*before, said]))
+    whole = " ".join([*before, said])
+    declared = DECLARED_NUMBER.findall(whole)
+    if not declared and not CONCLUSION.search(said):
+        declared = FIRST_LINE.findall(whole)
     if declared or before:
         found = declared or STATED.findall(said)
     else:
@@ -538,7 +552,8 @@ def find_number(text):
         part = [*parts, *meant][-1] if parts else ""
         if EITHER.search(part):
             return None
-        found = FIRST_LINE.findall(said) or STATED.findall(part) or NUMBERS.findall(part)
+        kept = REASONS.sub(" ", part)
+        found = STATED.findall(kept) or NUMBERS.findall(kept) or NUMBERS.findall(part)
     return found[-1].replace(",", "") if found else None
 
 
@@ -689,7 +704,7 @@ def value_of(text):
     text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
     text = re.sub(r"(?<![\d./])(\d+) (\d+/\d+)\b", r"(\1+\2)", text)  # "3 1/2"
     # two equations have no one value
-    if not re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text):
+    if text.count("=") == 1 or not re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text):
         text = re.split(r"[=≈]|\\approx", text)[-1]
     text = re.sub(r" ?([^a-z ]) ?", r"\1", text)
     return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip(" .")
@@ -738,9 +753,10 @@ def is_correct(answer, row):
         options = lettered(options) if isinstance(options, list) else options
         letter, _ = find_letter(answer, options)
         return letter is not None and letter == option_named(gold, options)
-    if same_value(answer, gold):
-        return True
     word = normalise(gold)
+    # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
+    if same_value(answer, gold) or same_value(answer, word):
+        return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word
     word = COUNT_WORDS.get(word, word)

@@ -219,7 +219,10 @@ def in_one_form(raw, training, where):
     row = {}
     for field, value in raw.items():
         if field not in FIELDS:
-            value = finite(value)
+            try:
+                value = finite(value)
+            except RecursionError:
+                raise SystemExit(f"{where}: field {field!r} is nested too deeply") from None
         # a null is what a table export writes for a cell without a value
         if field not in OURS and value is not None:
             row[field] = value

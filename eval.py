@@ -725,7 +725,7 @@ def headlines():
             continue
         record = read_json(path, settings=dict, missing=int, scores=dict)
         # the folder may hold runs of other models, or made in other ways
-        ours = {x: v for x, v in settings_for(benchmark).items() if x not in ("model", "donor")}
+        ours = {x: v for x, v in settings_for(benchmark).items() if x != "model"}
         same = all(record["settings"].get(x) == v for x, v in ours.items())
         same = same and record.get("weights") == weights
         same = same and bool(url) == ("served_model" in record["settings"])

@@ -114,18 +114,28 @@ def replies_to(test, prompts, keys, endpoint):
     def ask(row):
         return ask_judge(client, prompts[row["id"]], endpoint, api_key)
 
-    failed = []
+    failed, refused = [], []
+
+    def keep(row, reply):
+        replies[keys[row["id"]]] = reply
+        append(f, {"id": row["id"], "key": keys[row["id"]], "reply": reply})
+
     bar = Progress(total=len(todo), desc=f"judge {test.name}", unit="answer")
     with open_append(path) as f, bar:
         for row, reply, e in ask_all(ask, todo, endpoint.workers, endpoint.give_up, endpoint):
             bar.update()
-            if e and not e.refused:
+            if e is None:
+                keep(row, reply)
+            elif e.refused:
+                refused.append((row, e))
+            else:
                 failed.append(e)
-                continue
-            if e:
+        if len(refused) < len(todo):  # a judge that refuses everything is set up wrongly
+            for row, e in refused:
                 bar.write(f"{row['id']!r}: the judge refuses, which is no judgement ({e})")
-            replies[keys[row["id"]]] = reply or ""
-            append(f, {"id": row["id"], "key": keys[row["id"]], "reply": reply or ""})
+                keep(row, "")
+        else:
+            failed += [e for _, e in refused]
     if failed:
         raise SystemExit(
             f"{endpoint.url}: {len(failed)} answers without a judgement ({failed[0]}); the "

@@ -116,8 +116,8 @@ def read_json_lines(path):
     """read_items for JSON lines."""
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
-            if line.strip():
-                text = line.decode("utf-8" if n > 1 else "utf-8-sig", "surrogateescape")
+            text = line.decode("utf-8" if n > 1 else "utf-8-sig", "surrogateescape")
+            if text.strip():
                 item, _, error = parse(read_line, text)
                 yield n, item, error
 
@@ -133,6 +133,8 @@ def may_be_one_object(path):
 def read_object(path):
     """read_items for a file that may be one JSON object."""
     text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
+    if not text.strip():
+        return
     whole, _, error = parse(read_line, text)
     if isinstance(whole, dict):
         for n, item in enumerate(items_of(whole), 1):

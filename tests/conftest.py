@@ -1,6 +1,7 @@
 """What tests share: a tiny Qwen2.5-VL of random weights, a few examples of the toy world, and ways
 to run a script as a user does."""
 
+import contextlib
 import functools
 import io
 import json
@@ -404,11 +405,15 @@ def kill_when(until, script, *args, env=None):
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     with tempfile.TemporaryDirectory() as folder:
         process, pid = begin_warm(argv, environ, 1, folder)
-        while not until():
-            assert Path(f"/proc/{pid}").exists(), f"{script} ended before it could be killed"
-            time.sleep(0.005)
-        os.kill(pid, signal.SIGKILL)
-        assert int(process.stdout.readline()) == -signal.SIGKILL
+        try:
+            while not until():
+                assert Path(f"/proc/{pid}").exists(), f"{script} ended before it could be killed"
+                time.sleep(0.005)
+        finally:  # the next job's lines come after this one's
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            code = int(process.stdout.readline())
+        assert code == -signal.SIGKILL
 
 
 def has_lines(path, n):

@@ -108,6 +108,18 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     assert len(asked) == 40 + 1
 
 
+def test_a_judge_that_refuses_everything_is_asked_again(tmp_path, monkeypatch):
+    def refuse(client, prompt, endpoint, api_key):
+        raise NoAnswer("HTTPError: 422", refused=True)
+
+    monkeypatch.setattr(judge, "ask_judge", refuse)
+    test, prompts = SimpleNamespace(name="MMStar", out=tmp_path), {"1": "p1", "2": "p2"}
+    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1, 20)
+    with pytest.raises(SystemExit, match="2 answers without a judgement .*422"):
+        judge.replies_to(test, prompts, prompts, where)
+    assert read_lines(tmp_path / "judge.jsonl") == []
+
+
 @pytest.mark.parametrize(
     "reply, rating",
     [("It is.\nRating: 5", 5), ("**Rating:** 4", 4), ("Rating: **3**", 3), ("rating: 2", 2)]

@@ -428,6 +428,9 @@ def test_hostile_text(stage, tmp_path):
         return len(kept), [r["id"].split("/")[1] for r in rejects]
 
     cut = f"\ufeff{text}\n{text[:40]}\n{text}".encode()
+    for n, nothing in enumerate((b"", b"\n\n", "\ufeff".encode())):
+        assert outcome(nothing, f"empty{n}.jsonl") == (0, [])
+    assert outcome(f"\ufeff\n{text}\n{text}".encode(), "mark.jsonl") == (2, [])
     assert outcome(f"[{text},\n {text[:-30]}".encode(), "cut.json") == (1, ["cut.json:2"])
     assert outcome(f"[{text}, {text}".encode(), "open.json") == (2, ["open.json:3"])
     assert outcome(cut, "cut.jsonl") == (2, ["cut.jsonl:2"])
