@@ -478,6 +478,9 @@ def one_run(folder, settings, seed, file, rows):
         model = folder / "model"
     line["evals"] = {}
     for kind in settings["evals"]:
+        # a run that opened no span has nothing to give to others
+        if kind == "shuffle" and len([*(folder / "clean" / "latents").glob("*.safetensors")]) < 2:
+            continue
         answered = evaluated(folder, kind, model)
         if kind == "one by one":
             line["ms_per_answer"] = median_ms(answered)

@@ -185,9 +185,11 @@ def data_files():
     if not paths:
         raise SystemExit("data='' names no file; give --data=FILE or several with commas between")
     for path in paths:
-        if not path.is_file() or path.parent.resolve() != Path(out).resolve():
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; data names files with their folder")
+        if path.parent.resolve() != Path(out).resolve():
             raise SystemExit(
-                f"{path}: no such file in out={out!r}; a file from elsewhere comes in by `convert`"
+                f"{path}: not in out={out!r}; give --out={path.parent}, or bring it in by `convert`"
             )
         if [other.resolve() for other in paths].count(path.resolve()) > 1:
             raise SystemExit(f"data={data!r} names {path} twice")

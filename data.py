@@ -106,7 +106,7 @@ def load_examples(path, training=True):
     if path.is_dir():
         raise SystemExit(f"{path}: a folder; expected a data file, JSON lines or a JSON list")
     if not path.exists():
-        by = "`python toy.py data` writes the toy's, build_data.py those of public data"
+        by = "`python toy.py data` writes the toy's, build_data.py train and val of public data"
         raise SystemExit(f"{path}: no such data file; {by}")
     if not path.is_file():  # a pipe can be read only once
         raise SystemExit(f"{path}: no regular file, and rows are read where they stand")

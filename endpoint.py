@@ -12,6 +12,7 @@ FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
 HOPELESS = (401, 402, 403, 404)  # no such key, nothing paid, not allowed, no such page
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
 LONGEST_PAUSE = 60  # seconds
+SHORTEST_KEY = 8  # characters
 NO_KEY = "none"  # never empty: the client would send the user's own hub token instead
 
 
@@ -71,8 +72,11 @@ def is_refusal(status):
 
 
 def hidden(text, key):
-    """A text that an endpoint sent, without the key that it was asked with."""
-    return text.replace(key, "***") if key and key != NO_KEY else text
+    """A text that an endpoint sent, without the key that it was asked with.
+
+    One too short for a secret, as "x" for a server of one's own, stays: it may be part of a word.
+    """
+    return text.replace(key, "***") if len(key) >= SHORTEST_KEY else text
 
 
 def image_part(png):

@@ -324,7 +324,10 @@ def finish(shards, total, outer, n, made_by):
     """Fit the PCA, report, and write it and the index of the targets."""
     index, rejected, thin, norms = read_shards(shards)
     if n < 2:
-        raise SystemExit(f"{data}: {n} usable auxiliary vectors; a PCA needs at least 2")
+        raise SystemExit(
+            f"{data}: {n} usable auxiliary vectors, and a PCA needs at least 2; of {len(index)} "
+            f"examples with auxiliary images {len(rejected)} were rejected as flat (degenerate)"
+        )
     mean, covariance = mean_and_covariance(total, outer, n)
     if not covariance.trace() > 0:
         raise SystemExit(f"{data}: all {n} auxiliary vectors are one and the same: no PCA")

@@ -68,6 +68,7 @@ RANGES = {
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
 RUN_ROOTS = ("out/toy", "data", "out")
 SHARED = ("data_root",)  # the benchmarks' files, which all runs read
+RUN = []  # the name that --run gave, if any
 # 0 has a meaning of its own where the script's default is 0, and none elsewhere
 SIZES = ("max_new_tokens", "min_pixels", "max_pixels")
 
@@ -177,6 +178,7 @@ def override(script, args, n_words=0):
     if len(words) < n_words:
         found = len(words)
         raise SystemExit(f"expected {n_words} words before the settings, found {found}; see --help")
+    RUN[:] = [run] if run else []
     if run:
         move_to_run(script, run, defaults, given)
     # the toy's validation rows are of no use beside one's own data
@@ -209,10 +211,13 @@ def move_to_run(script, run, defaults, given):
 def folder_of(stage, model):
     """Where a stage writes of a model, if no other folder is given.
 
-    out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X.
+    out/eval/gap for out/gap, out/mine/eval/gap for out/mine/gap, out/eval/X for elsewhere/X; below
+    out/NAME with --run=NAME.
     """
     folder = Path(model)
     beside = folder.parent if folder.is_relative_to("out") else Path("out")
+    if RUN:
+        beside = Path("out", *RUN)
     return str(beside / stage / folder.resolve().name)
 
 

@@ -344,6 +344,9 @@ def test_usage(stage, tmp_path):
         stage("filter")
     with pytest.raises(SystemExit, match="no such file"):
         stage("split", data=str(tmp_path / "out/none.jsonl"))
+    (tmp_path / "elsewhere.jsonl").touch()
+    with pytest.raises(SystemExit, match=f"not in out=.*; give --out={tmp_path}, or bring it"):
+        stage("split", data=str(tmp_path / "elsewhere.jsonl"))
 
 
 def test_from_sources_to_training_files_on_the_toy(tmp_path, world):

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 
 import eval as evaluate
+import launch
 from benchmarks import BENCHMARKS, JSONL, PUBLISHED
 from data import load_examples, read_lines, write_lines
 from generate import latents_name
 from intervals import difference_interval
-from launch import folder_of
 from model import load_processor, load_vlm
 
 # --- a JSONL test set
@@ -414,14 +414,18 @@ def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch)
     assert evaluate.headlines() == {"MMStar/overall": 50.0}
 
 
-def test_the_default_folder_follows_the_models_name():
+def test_the_default_folder_follows_the_models_name(monkeypatch):
+    monkeypatch.setattr(launch, "RUN", [])
     for model, out in (
         ("out/gap", "out/eval/gap"),
         ("out/mine/gap", "out/mine/eval/gap"),
         ("toy/base", "out/eval/base"),
         ("/models/Qwen2.5-VL-7B-Instruct/", "out/eval/Qwen2.5-VL-7B-Instruct"),
     ):
-        assert folder_of("eval", model) == out
+        assert launch.folder_of("eval", model) == out
+    launch.RUN[:] = ["mine"]  # wherever the model lies, what is written is the run's own
+    for model in ("out/gap", "out/mine/gap", "/models/gap/"):
+        assert launch.folder_of("eval", model) == "out/mine/eval/gap"
 
 
 # --- an answer belongs to its question and pixels

@@ -131,22 +131,23 @@ def test_a_rating_is_read_as_people_write_it(reply, rating):
 
 def test_a_key_that_is_echoed_is_not_shown():
     """Neither in what an endpoint says nor in why it says nothing."""
-    assert hidden("Bearer sk-1 is wrong", "sk-1") == "Bearer *** is wrong"
+    assert hidden("Bearer sk-12345 is wrong", "sk-12345") == "Bearer *** is wrong"
     assert hidden("none of them", "none") == "none of them"  # what stands for no key
+    assert hidden("in a box", "x") == "in a box"  # a dummy for a server of one's own
 
     class Refused(HTTPError):
         def __init__(self):
             self.response = SimpleNamespace(status_code=401, headers={})
 
         def __str__(self):
-            return "no such key: sk-1"
+            return "no such key: sk-12345"
 
     def call():
         raise Refused
 
     with pytest.raises(SystemExit) as e:
-        answered(call, "http://localhost", 3, key="sk-1")
-    assert "401" in str(e.value) and "sk-1" not in str(e.value)
+        answered(call, "http://localhost", 3, key="sk-12345")
+    assert "401" in str(e.value) and "sk-12345" not in str(e.value)
 
 
 def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
