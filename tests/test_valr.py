@@ -97,8 +97,9 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
     model = method(base)
     # 2, 3 and 4 moves: 8 to 16 latents; and a row of text, which is the longest
     rows = list(load_examples(steps / "train.jsonl")[1:5])
-    rows[3] |= {"aux_images": [], "response": "look at it again. " * 40 + "<answer> a </answer>"}
+    rows[3] |= {"aux_images": [], "response": "look at it again. " * 25 + "<answer> a </answer>"}
     batch = batch_of(model, rows)
+    assert batch["ids"].shape[1] == len(model.encode(rows[3])["ids"])
     before = batch["ids"][:, 1:] == model.latent_id
     slow = torch.cat([step_by_step(model, batch, i) for i in range(3)])
     assert len(slow) == 36 and model.most_latents(batch["ids"] == model.latent_id) == 16
