@@ -143,6 +143,12 @@ RUNS = {"main": [
     # and where few have latents?
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
+    # do twice the data change what the two tokens are worth, or what a first phase mends?
+    *at_sizes({
+        "first 200": {"latents_first": 200},
+        "markers":   NO_DA | {"method": "markers"},
+        "dummy":     NO_DA | {"method": "dummy"},
+    }, SIZES["main"]),
     # what does VaLR need to learn a chain, and is that more than text?
     *at_sizes(LONG_RUNS, (4200,)),
 ], "fresh": [

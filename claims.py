@@ -157,6 +157,21 @@ TABLES = {"main": [
         ("its own latents beat another example's", "long VaLR n=4200", "long VaLR n=4200/shuffle"),
         ("its own latents beat noise",             "long VaLR n=4200", "long VaLR n=4200/noise"),
     ]),
+    Table("The span's tokens, and latents everywhere at first, with 2,500 examples",
+          column="", reference="LH+PCA n=2500", rows={
+        "text n=2500":      "the same data without spans",
+        "markers n=2500":   "trained so: a span opens and ends at once",
+        "dummy n=2500":     "trained so: one learned vector in place of each latent",
+        "LH+PCA n=2500":    "latents on all questions",
+        "GAP n=2500":       "on those that the base fails",
+        "first 200 n=2500": "on all in the first quarter of the steps, then as GAP",
+    }, claims=[
+        ("markers alone beat text", "markers n=2500", "text n=2500"),
+        ("a dummy beats text",      "dummy n=2500",   "text n=2500"),
+        ("latents beat markers",    "LH+PCA n=2500",  "markers n=2500"),
+        ("a first phase with latents everywhere mends what difficulty-aware data costs GAP",
+            "first 200 n=2500", "GAP n=2500"),
+    ]),
 ], "fresh": [
     Table("What the main study left open", column="latents on which questions",
           reference="LH+PCA", rows={
