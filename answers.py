@@ -495,8 +495,6 @@ ASIDE = any_pattern(
 )
 # ... and a reason or a time, if something is left without it
 REASONS = any_pattern(REASON.pattern, r"\b(?:which|after|before)\b[^.,;\n]*")
-
-
 # a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two
 COUNTED = re.compile(
     r"\bone of\b|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))", re.ASCII
@@ -549,6 +547,7 @@ def find_number(text):
     else:
         parts = [part for part in PARTS.split(said) if NUMBERS.search(part)]
         meant = [part for part in (ASIDE.sub(" ", part) for part in parts) if NUMBERS.search(part)]
+        # the last that says more than an aside, or the last
         part = [*parts, *meant][-1] if parts else ""
         if EITHER.search(part):
             return None

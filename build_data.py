@@ -396,9 +396,9 @@ def check_name(name, paths):
 class Items:
     """The items of a source's files, each with an id, the folder of its images, and its error.
 
-    They are read anew each time they are gone through, for those that hold their pictures, as
-    Zebra-CoT's do, fill no memory. The id is the item's own, or its place where it has none or
-    shares it with another.
+    They are read anew each time they are gone through: where they hold their pictures, as
+    Zebra-CoT's do, no memory holds them all. The id is the item's own, or its place where it has
+    none or shares it with another.
     """
 
     def __init__(self, paths, name):
