@@ -130,7 +130,7 @@ def replies_to(test, prompts, keys, endpoint):
                 refused.append((row, e))
             else:
                 failed.append(e)
-        if len(refused) < len(todo):  # a judge that refuses everything is set up wrongly
+        if len(failed) + len(refused) < len(todo):  # else the judge may be set up wrongly
             for row, e in refused:
                 bar.write(f"{row['id']!r}: the judge refuses, which is no judgement ({e})")
                 keep(row, "")

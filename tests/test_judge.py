@@ -108,9 +108,10 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     assert len(asked) == 40 + 1
 
 
-def test_a_judge_that_refuses_everything_is_asked_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("refused", ["p1 p2", "p2"])
+def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refused):
     def refuse(client, prompt, endpoint, api_key):
-        raise NoAnswer("HTTPError: 422", refused=True)
+        raise NoAnswer("HTTPError: 422", refused=prompt in refused)
 
     monkeypatch.setattr(judge, "ask_judge", refuse)
     test, prompts = SimpleNamespace(name="MMStar", out=tmp_path), {"1": "p1", "2": "p2"}
