@@ -67,6 +67,44 @@ def test_untrained_base_counts_for_every_seed(tmp_path, monkeypatch):
     assert all(line == lines[1] for line in found["base"].values())
 
 
+@pytest.mark.parametrize("n_files", [0, 1, 2])
+def test_a_run_that_opened_no_span_has_nothing_to_shuffle(tmp_path, monkeypatch, n_files):
+    """With one answer's latents a question might be fed its own; and the study goes on."""
+    latents = tmp_path / "clean" / "latents"
+    latents.mkdir(parents=True)
+    for n in range(n_files):
+        (latents / f"{n}.safetensors").touch()
+    monkeypatch.setattr(ablate, "evaluated", lambda folder, kind, model: folder / kind)
+    monkeypatch.setattr(ablate, "answers", lambda folder, rows: folder.name)
+    monkeypatch.setattr(ablate, "probed", lambda folder, model: {})
+    settings = {"run": None, "evals": ["clean", "shuffle", "noise"]}
+    found = ablate.one_run(tmp_path, settings, 1, "", [])["evals"]
+    assert list(found) == ["clean", *["shuffle"] * (n_files == 2), "noise"]
+
+
+def test_counts_of_the_base_are_asked_for_whenever_a_run_is_due(tmp_path, monkeypatch):
+    """sample_difficulty.py keeps what is counted and refuses other sample_args; none of it here."""
+    calls = []
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    changes = {"base": str(tmp_path), "results": str(tmp_path / "r"), "out": str(tmp_path / "o")}
+    changes |= {"data": str(tmp_path / "train.jsonl"), "test_data": str(tmp_path / "test.jsonl")}
+    for name, value in changes.items():
+        monkeypatch.setattr(ablate, name, value)
+    monkeypatch.setattr(ablate, "load_examples", lambda path, training: [])
+    monkeypatch.setattr(ablate, "call", lambda script, extra, **given: calls.append(script))
+    todo = []
+    monkeypatch.setattr(ablate, "jobs", lambda *args: todo)
+    ablate.run_all()
+    assert calls == []
+    todo.append(ablate.Job("GAP", 1, "", {}, "k"))
+    monkeypatch.setattr(ablate, "lock", lambda path: False)  # another process is at it
+    (tmp_path / "o" / ablate.key_of({})).mkdir(parents=True)
+    (tmp_path / "o" / ablate.key_of({}) / "difficulty.jsonl").touch()
+    ablate.run_all()
+    assert calls == ["sample_difficulty.py"]
+
+
 def sitting(monkeypatch, *args):
     """A call of ablate.py with these settings, whose scripts have their imports already."""
     with monkeypatch.context() as patch:
