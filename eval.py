@@ -472,10 +472,12 @@ class ServedAnswerer:
         self.limit, self.processor = test.settings["max_new_tokens"], processor
         key = key_in(served_key)
         self.server = Served(url, served_model, key, tries, self.limit, temperature, top_p)
+        self.has_answered = any("error" not in line for line in read_predictions(test).values())
 
     def answers(self, rows):
         """As Answerer's, in the order in which the server answers."""
-        for row, line, e in ask_all(self.answer, rows, workers, give_up, self.server):
+        asked = ask_all(self.answer, rows, workers, give_up, self.server, self.has_answered)
+        for row, line, e in asked:
             yield row, line or {"error": str(e)}
 
     def is_whole(self, id, line):

@@ -108,11 +108,12 @@ def ask(served, messages, n, seed):
     return [Reply(text, end, tokens) for text, end in zip(texts, finished)]
 
 
-def ask_all(work, rows, workers, give_up, served):
+def ask_all(work, rows, workers, give_up, served, answers=False):
     """Yield (row, work(row), None) as they end, or (row, None, the NoAnswer that it raised).
 
     `workers` rows are asked for at once. Raises SystemExit after `give_up` failures in a row, and
-    where no try can help. What a server refuses is no failure of its, once it has answered others.
+    where no try can help. What a server refuses is no failure of its once it has answered others,
+    now or earlier (`answers`).
     """
 
     def outcome(row):
@@ -122,7 +123,7 @@ def ask_all(work, rows, workers, give_up, served):
         except NoAnswer as e:
             return row, None, e
 
-    in_a_row, answers = 0, False
+    in_a_row = 0
     for row, found, e in each(outcome, rows, workers):
         yield row, found, e
         answers = answers or e is None
