@@ -48,9 +48,9 @@ from imagine import save_bank
 from launch import (
     Progress,
     check_choices,
+    check_each,
     check_same_everywhere,
     claim,
-    gathered,
     join_ranks,
     leave_ranks,
     pick_device,
@@ -179,13 +179,14 @@ def check_indexed():
     """Refuse, on every rank, a target file that is not what an earlier run wrote a digest of."""
     index = Path(out) / "targets" / "index.json"
     digests = read_json(index, shards=dict)["shards"] if index.exists() else {}
-    there = [name for name in sorted(digests) if index.with_name(name).exists()]
-    rank, world = rank_and_world()
-    mine = there[rank::world]
-    other = [name for name in mine if tensors_digest(index.with_name(name)) != digests[name]]
-    for name in sum(gathered(other), []):
+
+    def fault(name):
         path = index.with_name(name)
-        raise SystemExit(f"{path}: damaged or exchanged since it was made; delete it")
+        if path.exists() and tensors_digest(path) != digests[name]:
+            return f"{path}: damaged or exchanged since it was made; delete it"
+        return ""
+
+    check_each(sorted(digests), fault)
 
 
 def forget_index(shards):

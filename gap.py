@@ -31,7 +31,7 @@ from data import (
     weights_digest,
 )
 from images import usable_rows
-from launch import check_choices
+from launch import check_choices, check_each
 from method import Method, idle, weights_of
 from model import (
     HEADS,
@@ -161,12 +161,18 @@ class Targets:
 
     def check_files(self):
         """Refuse target files that are not those that fit_pca.py indexed."""
-        for name, digest in self.index["shards"].items():
+        shards = self.index["shards"]
+
+        def fault(name):
             path = self.folder / name
-            if not path.is_file() or tensors_digest(path) != digest:
-                raise SystemExit(f"{path}: not the targets that index.json names; run fit_pca.py")
+            if not path.is_file() or tensors_digest(path) != shards[name]:
+                return f"{path}: not the targets that index.json names; run fit_pca.py"
+            return ""
+
+        check_each([*shards], fault)
+        for name in shards:
             # held open: a file that is replaced while this one trains is another one
-            self.open[path] = safe_open(path, "pt")
+            self.open[self.folder / name] = safe_open(self.folder / name, "pt")
 
     def has(self, row):
         """Are there targets of a row's auxiliary images? SystemExit if not, or of other ones."""

@@ -13,11 +13,10 @@ import os
 import struct
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
 
 from data import Rows, file_digest, read_memory, remembered
-from launch import Progress, gathered, rank_and_world
+from launch import Progress, faults_among, rank_and_world
 from resume import in_order
 
 # what Pillow raises for a broken file
@@ -209,7 +208,9 @@ def usable_rows(rows, leave_out, fields=("images",)):
     names = list(
         dict.fromkeys(path for row in rows for field in fields for path in row.get(field, ()))
     )
-    fault_of = faults_of(names)
+    fault_of = faults_among(names, image_faults)
+    if rank_and_world()[1] > 1:
+        read_memory.cache_clear()  # what the other ranks have found is in its file
     if not fault_of:
         return rows
     # all of them in one message: one at a time would take a day to mend
@@ -227,19 +228,12 @@ def usable_rows(rows, leave_out, fields=("images",)):
     return rows.keep(good)
 
 
-def faults_of(names):
-    """{picture: why it can not be used} of those that can not; ranks that joined take shares."""
-    rank, world = rank_and_world() if dist.is_initialized() else (0, 1)
-    mine = names[rank::world]
+def image_faults(names):
+    """Of each picture why it can not be used, "" if it can, in their order."""
     # Pillow lets other threads run while it decodes
-    faults = in_order(image_fault, mine, os.cpu_count())
+    faults = in_order(image_fault, names, os.cpu_count())
     shown = {"desc": "pictures", "unit": "image", "leave": False, "delay": 5}
-    bar = Progress(faults, total=len(mine), disable=rank_and_world()[0] > 0, **shown)
-    found = {name: fault for name, fault in zip(mine, bar) if fault}
-    if world > 1:
-        found = {name: fault for part in gathered(found) for name, fault in part.items()}
-        read_memory.cache_clear()  # what the others have found is in its file
-    return found
+    return Progress(faults, total=len(names), disable=rank_and_world()[0] > 0, **shown)
 
 
 def image_fault(path):

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import tokenize
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -365,6 +365,25 @@ def gathered(value):
     values = [None] * rank_and_world()[1]
     dist.all_gather_object(values, value)
     return values
+
+
+def faults_among(names, look):
+    """{name: what is wrong with it} of names; ranks that have joined look at a share each.
+
+    look(names): gives a text for each, "" for no fault. Every rank knows all faults in the end.
+    """
+    rank, world = rank_and_world() if dist.is_initialized() else (0, 1)
+    mine = names[rank::world]
+    found = {name: fault for name, fault in zip(mine, look(mine)) if fault}
+    parts = gathered(found) if world > 1 else [found]
+    return {name: fault for part in parts for name, fault in part.items()}
+
+
+def check_each(names, fault):
+    """Raise SystemExit, on every rank, with the first text that fault(name) gives; "" is none."""
+    faults = faults_among(names, partial(map, fault))
+    if faults:
+        raise SystemExit(next(iter(faults.values())))
 
 
 def check_same_everywhere(what, value):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import images
+import launch
 from data import Row
 from images import BadImage, decode_image, image_size, open_image, usable_rows
 
@@ -251,9 +252,9 @@ def test_ranks_share_the_pictures_and_know_all_faults(tmp_path, monkeypatch):
     names = [str(tmp_path / f"{n}.png") for n in range(5)]
     opened = []
     monkeypatch.setattr(images, "image_fault", lambda name: opened.append(name) or "broken")
-    monkeypatch.setattr(images, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(images, "gathered", lambda mine: [dict.fromkeys(names[::2], "gone"), mine])
-    monkeypatch.setattr(images.dist, "is_initialized", lambda: True)
-    found = images.faults_of(names)
+    monkeypatch.setattr(launch, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(launch, "gathered", lambda mine: [dict.fromkeys(names[::2], "gone"), mine])
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    found = launch.faults_among(names, images.image_faults)
     assert sorted(opened) == names[1::2]
     assert found == dict.fromkeys(names[::2], "gone") | dict.fromkeys(names[1::2], "broken")
