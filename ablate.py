@@ -323,7 +323,9 @@ def pairs_file():
 def settings_for(name, pairs=True):
     """What determines a run, its seed and files apart; without pairs nothing is asked of them."""
     run = next(group[name] for group in RUNS[study] if name in group)
-    return {
+    # named where there are some: what was run without them keeps its line
+    probing = {"probe_args": probe_args} if probe_args else {}
+    return probing | {
         "run": run,
         "examples": (run or {}).get("examples", examples),
         "evals": [kind for kind in evals_of(name) if pairs or kind != "edits"],
@@ -331,7 +333,7 @@ def settings_for(name, pairs=True):
         "fit_args": fit_args,
         "train_args": train_args,
         "eval_args": eval_args,
-    } | ({"probe_args": probe_args} if probe_args else {})
+    }
 
 
 # --------------------------------------------------------------------------------------------------

@@ -463,7 +463,7 @@ LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 NUMBER = (
     r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)"
-    rf"(?![√π^]|[:/]\d| ?(?:{LARGE})\b)"
+    rf"(?![√π^]|[:/]\d| ?{LARGE}\b)"
 )
 NUMBERS = re.compile(NUMBER, re.ASCII)
 # "is 12" and "= about 12", but not the 12 of "is 12 + 3" and of "are 12 red and 3 blue"

@@ -214,7 +214,7 @@ def load_data():
             for field in ("images", "aux_images"):
                 row[field] = [os.path.relpath(p, out) for p in row[field]]
             rows.append(row)
-    return [rows[i] for i in drawn(len(rows))]
+    return draw_rows(rows)
 
 
 def unlike(id, path, seen):
@@ -223,6 +223,11 @@ def unlike(id, path, seen):
         id = f"{path.stem}/{id}"
     seen.add(id)
     return id
+
+
+def draw_rows(rows):
+    """At most `limit` of the rows, drawn by the seed, in their old order."""
+    return [rows[i] for i in drawn(len(rows))]
 
 
 def drawn(n):
@@ -677,8 +682,7 @@ def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
     check_choices(globals(), mode=("pool", "resize"))
     check_outputs("filtered.jsonl")
-    rows = read_unchecked()
-    rows = [rows[i] for i in drawn(len(rows))]
+    rows = draw_rows(read_unchecked())
     tower = None
     if base:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

@@ -346,8 +346,11 @@ class Answerer:
         self.head = head
         self.donors = donors  # latents files, in the order of their names
 
-    def answers(self, rows):
-        """Yield (row, what its line of the predictions says); one that failed has an error."""
+    def answers(self, rows, has_answered=False):
+        """Yield (row, what its line of the predictions says); one that failed has an error.
+
+        has_answered: other questions of the test set; only of a server does it tell anything.
+        """
         failed = []
         questions = Waiting(self.prepared(rows, failed))
         while True:
@@ -472,11 +475,10 @@ class ServedAnswerer:
         self.limit, self.processor = test.settings["max_new_tokens"], processor
         key = key_in(served_key)
         self.server = Served(url, served_model, key, tries, self.limit, temperature, top_p)
-        self.has_answered = any("error" not in line for line in read_predictions(test).values())
 
-    def answers(self, rows):
+    def answers(self, rows, has_answered):
         """As Answerer's, in the order in which the server answers."""
-        asked = ask_all(self.answer, rows, workers, give_up, self.server, self.has_answered)
+        asked = ask_all(self.answer, rows, workers, give_up, self.server, has_answered)
         for row, line, e in asked:
             yield row, line or {"error": str(e)}
 
@@ -521,7 +523,7 @@ def answer_all(test, answerer):
     todo.sort(key=lambda row: row["id"] in failed)  # last: they may fail again
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
     with open_append(test.out / f"predictions.rank{rank}.jsonl") as file, bar:
-        for row, line in answerer.answers(todo):
+        for row, line in answerer.answers(todo, has_answered=bool(found.keys() - failed)):
             append(file, {"id": row["id"], "key": row_key(test.key, row)} | line)
             bar.update()
 

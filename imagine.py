@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from data import read_safetensors, write_then_rename
 from images import open_image
-from model import HEAD_FILE, mode_of_targets
+from model import meta_of_targets
 
 TILE = 32  # pixels a side of a patch
 CHUNK = 4096  # targets that are searched at once: 59 MB in float32 at d = 3584
@@ -34,10 +34,11 @@ CHUNK = 4096  # targets that are searched at once: 59 MB in float32 at d = 3584
 def save_bank(path, examples, K, meta):
     """Write a bank of [(row, v)], the targets v (m, K, d) of a row's m auxiliary images."""
     tiles, aspect = [], []
-    for name in [name for row, _ in examples for name in row["aux_images"]]:
-        picture = open_image(name)  # one at a time: two thousand photos would take 40 GB
-        tiles.append(tiles_of(picture, K))
-        aspect.append(picture.width / picture.height)
+    for row, _ in examples:
+        for name in row["aux_images"]:
+            picture = open_image(name)  # one at a time: two thousand photos would take 40 GB
+            tiles.append(tiles_of(picture, K))
+            aspect.append(picture.width / picture.height)
     tensors = {
         "v": torch.cat([v for _, v in examples]).contiguous(),
         "tiles": torch.stack(tiles),
@@ -53,9 +54,9 @@ def bank_of(model, path=""):
 
     None for a head that was trained without targets: no picture goes with its latents.
     """
-    if mode_of_targets(model) is None:
+    meta = meta_of_targets(model)
+    if not meta:
         return None
-    meta = read_safetensors(Path(model) / HEAD_FILE)[1]
     # moved with the model, or left where it was
     beside = Path(model) / meta.get("bank_beside", meta["bank"])
     there = beside if beside.is_file() else meta["bank"]

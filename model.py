@@ -734,12 +734,17 @@ def mode_of_targets(folder):
 
     None without a head file, or with a head that was trained without targets.
     """
+    return meta_of_targets(folder).get("mode")
+
+
+def meta_of_targets(folder):
+    """What a folder's head file says of the targets that its head was trained on; {} without."""
     path = Path(folder) / HEAD_FILE
     if not path.exists():
-        return None
+        return {}
     meta = read_safetensors(path)[1]
     head = HEADS.get(meta.get("kind"))
-    return meta.get("mode") if head and head.targets_fed else None
+    return meta if head and head.targets_fed else {}
 
 
 def spread(v):

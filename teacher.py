@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append
-from endpoint import answered, hidden, image_part, is_refusal
+from endpoint import answered, hidden, image_part, is_refusal, status_of
 from resume import Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs
@@ -59,8 +59,7 @@ def usable(served, call):
 
 def failed(error, key):
     """The Reject of a refused request; the Unanswered of one that may be answered another day."""
-    response = getattr(error, "response", None)
-    status = response.status_code if response is not None else 0
+    status = status_of(error)
     # refused for what it is, such as an image that a filter dislikes: another day changes nothing
     if is_refusal(status):
         return Reject("refused by the endpoint", status, hidden(str(error), key))
