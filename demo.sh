@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+# not all of it compiled, but what is imported, when it first is: half a minute less
+unset PYTHONDONTWRITEBYTECODE
+.venv/bin/pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 run() { echo; echo "\$ python $*"; .venv/bin/python "$@"; }
 
 untrained() {
