@@ -74,14 +74,18 @@ COUNTED = ("id", "base", "row", "n", "correct", "n_options", "lower_bound")  # w
 
 
 def read_counts(path):
-    """{id: line} of a finished difficulty file. Raises SystemExit for an id that occurs twice."""
+    """{id: {question key: line}} of a finished difficulty file.
+
+    Questions of several data files may share an id. Raises SystemExit for one that occurs twice.
+    """
     counts = {}
     for n, line in enumerate(read_count_lines(path), 1):
-        if line["id"] in counts:
+        of_id = counts.setdefault(line["id"], {})
+        if line["row"] in of_id:
             raise SystemExit(f"{path}:{n}: id {line['id']!r} occurs before")
         # of a million lines no more than is needed
         line = {name: line[name] for name in COUNTED}
-        counts[line["id"]] = line | {"base": sys.intern(line["base"])}
+        of_id[line["row"]] = line | {"base": sys.intern(line["base"])}
     return counts
 
 
@@ -116,14 +120,14 @@ def solved_by(counts, examples, base, settings):
     # what is left keeps its latents
     solved = set()
     for row in examples:
-        line = counts[row["id"]]
-        if line["base"] != base:
-            raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
-        if line["row"] != question_key(row):
+        line = counts[row["id"]].get(question_key(row))
+        if line is None:
             raise SystemExit(
                 f"{path}: {row['id']!r} was sampled with another question, answer or picture than "
                 f"{row.where} has; {again}"
             )
+        if line["base"] != base:
+            raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
         if not needs_latents(line, tau, rule):
             # a share that depends on the ids alone
             if seed_of("easy", row["id"]) >= kept * 2**63:
@@ -272,8 +276,8 @@ class GAP(Method):
     # --- which rows, and how a row becomes numbers
 
     def rows(self, examples, training):
-        if self.settings["skip_unusable"]:  # fit_pca.py has left these out, too
-            examples = usable_rows(examples, True, ("aux_images",))
+        # as fit_pca.py did; their digests are made here, a share a rank
+        examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
         if training and self.settings["difficulty"]:
             counts = read_counts(self.settings["difficulty"])
             base = weights_digest(self.settings["base"])

@@ -278,17 +278,18 @@ def sample_all(rows):
 def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them.
 
-    Questions that the data no longer has keep their lines, behind. Returns the others.
+    Questions that this data file does not have keep their lines, behind. Returns the others.
     """
     # of all ranks, this launch's and earlier ones'
     found = finished(rows, run_key())
     merged = [found[row["id"]] for row in rows]
-    asked = {line["id"] for line in merged}
-    # work that is done: another data file may ask for it again
+    # work that is done: another data file, with other questions by the same ids, has asked for it
     files = [out, *part_files()]
-    others = {line["id"]: line for path in files for line in read_count_lines(path)}
-    write_lines(out, [*merged, *(line for id, line in others.items() if id not in asked)])
-    # a kill before this costs nothing: a line that stands in two files is one line, by its id
+    lines = {(line["id"], line["row"]): line for path in files for line in read_count_lines(path)}
+    for line in merged:
+        lines.pop((line["id"], line["row"]))
+    write_lines(out, [*merged, *lines.values()])
+    # a kill before this costs nothing: a line that stands in two files is one line
     for path in part_files():
         path.unlink()
     return merged
