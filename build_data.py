@@ -34,6 +34,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ from data import (
     load_examples,
     open_append,
     place_marks,
+    question_text,
     read_json,
     read_lines,
     weights_digest,
@@ -68,7 +70,7 @@ from data import (
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
 from images import BadImage, decode_image, orientation, other_kind, png_of
-from launch import Progress, check_choices, pick_device, start
+from launch import Progress, check_choices, claim, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
 from resume import Reject, Unanswered, clean, run_stage
@@ -84,7 +86,7 @@ from sources import (
     source_of,
     wrapped,
 )
-from teacher import Served, edit_image, usable, write_text
+from teacher import Replies, Served, ask_teacher, edit_image, usable
 
 # --------------------------------------------------------------------------------------------------
 out = "data"  # the folder that everything is written to
@@ -196,10 +198,11 @@ def data_files():
     return paths
 
 
-def check_outputs(*names):
-    """Raise SystemExit if a command would write over what it reads."""
-    for path in data_files():
-        if path.name in names:
+def check_outputs(paths, *names):
+    """Raise SystemExit if a command would write over one of the files that it reads."""
+    written = {(Path(out) / name).resolve() for name in names}
+    for path in paths:
+        if Path(path).resolve() in written:
             raise SystemExit(
                 f"{path} would be written over by what is made of it: give the file another name"
             )
@@ -375,12 +378,14 @@ def convert():
             f"files={files!r} matches no file; give --files=FILE, or a pattern in quotes"
         )
     name = label or source
+    rejects = f"rejects.{name}.jsonl"
+    check_outputs(paths, f"{name}.jsonl", rejects)
     items = Items(paths, name)
     check_columns(items.columns)
     check_name(name, paths)
+    uses = CONVERT_USES + ["FIELDS"] * (source in NEEDED)  # where columns are found by it
     # whose pictures lie elsewhere yet: what has arrived, changed or gone is converted anew
-    rejects = f"rejects.{name}.jsonl"
-    work_through(name, items, convert_one, CONVERT_USES, rejects, stamps_of)
+    work_through(name, items, convert_one, uses, rejects, stamps_of)
 
 
 def check_name(name, paths):
@@ -592,12 +597,17 @@ def synthesise():
     began = time.monotonic()
     for url in (teacher_url, image_url):
         check_url(url)
-    costs = cost_file()
-    open_append(costs).close()  # a line that a kill cut in two is gone before the next is written
-    drawn = work_through("drawn", load_data(), draw_image, DRAWN_USES, "rejects.drawn.jsonl")
-    work_through("synthesised", drawn, write_response, WRITTEN_USES, "rejects.synthesised.jsonl")
+    check_outputs(data_files(), "drawn.jsonl", "synthesised.jsonl")
+    rows = load_data()
+    claim(cost_file().parent, cost_file().name)
+    open_append(cost_file()).close()  # a line that a kill cut in two is gone before the next
+    # a row that has another id, place or category now is asked for nothing again
+    replies = Replies(cost_file().with_name("replies.jsonl"))
+    draw, write = partial(draw_image, replies), partial(write_response, replies)
+    drawn = work_through("drawn", rows, draw, DRAWN_USES, "rejects.drawn.jsonl")
+    work_through("synthesised", drawn, write, WRITTEN_USES, "rejects.synthesised.jsonl")
 
-    lines = read_lines(costs)
+    lines = read_lines(cost_file())
     asked = sum(line["prompt_tokens"] for line in lines)
     written = sum(line["completion_tokens"] for line in lines)
     seconds = sum(line["seconds"] for line in lines)
@@ -617,19 +627,20 @@ def served(url, model, key_name):
     return Served(url, model, key_in(key_name), tries, first_pause, timeout, cost_file())
 
 
-def draw_image(row):
+def draw_image(replies, row):
     """The row with an auxiliary image: its own, or one that is drawn over the first query image."""
     if row["aux_images"]:
         return row
     image_server = served(image_url, image_model, image_key)
     prompt = filled(image_prompt, row)
+    query = picture(row["images"][0])
 
     def call():
-        query = picture(row["images"][0])
         content = edit_image(image_server, prompt, png_of(query))
         return content, *decode(content)
 
-    drawn = store(*usable(image_server, call))
+    sent = [image_model, prompt, file_digest(Path(out) / row["images"][0])]
+    drawn = replies.to(sent, lambda: store(*usable(image_server, call)))
     response = wrapped(LATENT_SPAN, row["answer"])  # to be written by the teacher
     return row | {"aux_images": [drawn], "response": response}
 
@@ -643,11 +654,12 @@ def picture(name):
 
 
 def filled(prompt, row):
-    """A prompt with a row's question and answer in it; other braces are its own."""
-    return re.sub(r"\{(question|answer)\}", lambda name: row[name[1]], prompt)
+    """A prompt with a row's question, its options too, and answer; other braces are its own."""
+    values = {"question": question_text(row), "answer": row["answer"]}
+    return re.sub(r"\{(question|answer)\}", lambda name: values[name[1]], prompt)
 
 
-def write_response(row):
+def write_response(replies, row):
     """The row with a response of the teacher, who sees all its images, question and answer."""
     if len(row["aux_images"]) != 1:
         raise Reject("teacher writes for one auxiliary image", len(row["aux_images"]))
@@ -660,12 +672,13 @@ def write_response(row):
         pngs.append(png_of(image))
 
     def call():
-        text = write_text(teacher, prompt, pngs, max_tokens, temperature)
-        written = row | {"response": in_our_tags(text)}
-        check_example(written)
-        return written
+        text = ask_teacher(teacher, prompt, pngs, max_tokens, temperature)
+        check_example(row | {"response": in_our_tags(text)})
+        return text
 
-    return usable(teacher, call)
+    sent = [teacher_model, prompt, max_tokens, temperature, send_side, *digests_of(row)]
+    text = replies.to(sent, lambda: usable(teacher, call))
+    return row | {"response": in_our_tags(text)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -681,7 +694,7 @@ FILTER_USES = (
 def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
     check_choices(globals(), mode=("pool", "resize"))
-    check_outputs("filtered.jsonl")
+    check_outputs(data_files(), "filtered.jsonl", "rejects.jsonl")
     rows = draw_rows(read_unchecked())
     tower = None
     if base:
@@ -774,7 +787,7 @@ def audit():
         raise SystemExit(
             "benchmarks='' names no test set; give --benchmarks=FILE or several with commas between"
         )
-    check_outputs("audit.jsonl", "audited.jsonl")
+    check_outputs(data_files(), "audit.jsonl", "audited.jsonl")
     rows = load_data()
     tests = load_tests([name.strip() for name in benchmarks.split(",") if name.strip()], data_root)
     files = files_of(rows)
@@ -802,7 +815,7 @@ def audit():
 
 def split():
     """Write train.jsonl and val.jsonl without a shared image, and print what they are made of."""
-    check_outputs("train.jsonl", "val.jsonl")
+    check_outputs(data_files(), "train.jsonl", "val.jsonl")
     rows = load_data()
     files = files_of(rows)
     groups = groups_of(rows, prints_of(files, len(files), "images"))

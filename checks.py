@@ -16,6 +16,7 @@ from data import (
     TAG_ORDER,
     TAGS,
     as_one_text,
+    is_place,
     strip_latents,
     strip_parser,
 )
@@ -35,6 +36,8 @@ def check_example(row):
             raise Reject(f"{field} is empty")
     if len(row.get("options", [])) > 26:
         raise Reject("more options than letters", len(row["options"]))
+    if is_place(row):
+        raise Reject("answer is the place of an option", None, row["answer"])
     for field in ("question", "response", "options"):
         # in a text it would become a special token: an image or a latent where none is
         if found := RESERVED.search(as_one_text(row.get(field, ""))):

@@ -1,8 +1,8 @@
 """What of the test sets is in the training data? Questions, images, and what looks like these.
 
-A copy of a question or of all pixels is a fact, and its example can be left out. A question that
-several test rows ask is a template, and no copy without its picture. A near copy, by the perceptual
-hash, is for a person to judge, on a page that shows both images.
+A copy of a question or of all pixels is a fact, and its example can be left out. A question that a
+test set asks of several pictures is a template, and no copy without one of them. A near copy, by
+the perceptual hash, is for a person to judge, on a page that shows both images.
 """
 
 import re
@@ -59,10 +59,22 @@ def find_copies(rows, tests, ours, theirs, near):
     by_question = defaultdict(list)
     for key, row in tests.items():
         by_question[asked_in(row)].append(key)
-    # where two test rows share an image, the last stands for both
+    # where test rows share an image, the last stands for all; `rows_of` has them all
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
+    rows_of, pictures_of = defaultdict(set), defaultdict(set)
+    for (benchmark, id, _), (pixels, _) in theirs.items():
+        rows_of[pixels].add((benchmark, id))
+        pictures_of[benchmark, id].add(pixels)
     # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
+
+    def is_template(asked):
+        """Does one of the test sets ask it of several pictures? HRBench asks each four times."""
+        pictures = defaultdict(set)
+        for key in asked:
+            pictures[key[0]].add(frozenset(pictures_of[key]))
+        return any(len(of) > 1 for of in pictures.values())
+
     findings = []
     for row in rows:
         # auxiliary images, too: they are what the latents are trained on
@@ -70,10 +82,11 @@ def find_copies(rows, tests, ours, theirs, near):
         asked = by_question.get(asked_in(row))
         if asked:
             # "Is there a person in the image?" is a copy of none, unless the picture is
-            of_images = [by_pixels.get(ours[name][0]) for name in names if name in ours]
-            of_images += [by_hash[name][0] for name in names if name in by_hash]
-            seen = [where[:2] for where in of_images if where and where[:2] in asked]
-            kind = "question" if seen or len(asked) == 1 else "template"
+            same = [ours[name][0] for name in names if name in ours]
+            same += [theirs[by_hash[name][0]][0] for name in names if name in by_hash]
+            shown = set().union(*(rows_of.get(pixels, ()) for pixels in same))
+            seen = [key for key in asked if key in shown]
+            kind = "template" if not seen and is_template(asked) else "question"
             # a question is no image of the test's row: None
             findings.append(finding(kind, row, None, (*(seen or asked)[-1], None), None))
         for name in names:

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from answers import without_letters
+from answers import lettered, option_named, without_letters
 
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 IMAGE_FIELDS = ("images", "aux_images")
@@ -259,9 +259,25 @@ def in_one_form(raw, training, where):
         else:
             check_strings(value, field, where)
             row[field] = value
+    if is_place(row):
+        raise SystemExit(
+            f"{where}: answer {row['answer']!r} is none of the {len(row['options'])} options; if "
+            "it is the place of one, write its letter"
+        )
     # the prompt needs each mark to have its image
     row["question"] = place_marks(row["question"], len(row["images"]), where)
     return row
+
+
+def is_place(row):
+    """Is the gold answer the place of an option, and neither its letter nor its text?
+
+    ScienceQA's and AI2D's count from 0: nothing that a model says would ever be right.
+    """
+    options, answer = row.get("options"), row["answer"].strip()
+    if not options or not answer.isdecimal() or int(answer) > len(options):
+        return False
+    return option_named(answer, lettered(options)) is None
 
 
 def finite(value):

@@ -4,12 +4,13 @@ import base64
 import os
 import random
 import time
+from urllib.parse import urlsplit
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 # what a client raises for a failed request, and what reading an answer of another protocol raises
 FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
-HOPELESS = (401, 402, 403, 404)  # no such key, nothing paid, not allowed, no such page
+HOPELESS = (401, 402, 404)  # no such key, nothing paid, no such page
 TRY_AGAIN = (408, 409, 425, 429)  # of the 4xx: a time-out, a conflict, too early, too many requests
 LONGEST_PAUSE = 60  # seconds
 SHORTEST_KEY = 8  # characters
@@ -18,8 +19,13 @@ NO_KEY = "none"  # never empty: the client would send the user's own hub token i
 
 def check_url(url):
     """Raise SystemExit for an address that is none."""
-    # the client would take anything else for the name of a model on the hub
-    if not url.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(url)
+        # the client would take anything else for the name of a model on the hub
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_one = False
+    if not is_one:
         raise SystemExit(
             f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1"
         )
@@ -27,15 +33,20 @@ def check_url(url):
 
 def key_in(name):
     """The key that the environment variable `name` holds; NO_KEY for none."""
-    return os.environ.get(name) or NO_KEY
+    key = os.environ.get(name, "").strip()  # of a line of a file, with its end
+    # a header holds nothing else, and what refuses it would show it
+    if not key.isascii() or not key.isprintable():
+        raise SystemExit(f"{name}: the key in it has characters that no request can carry")
+    return key or NO_KEY
 
 
 def answered(call, url, tries, first_pause=0.5, key=""):
     """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
-    Raises SystemExit where no try can help (offline, 401 to 404), else the last error, one of
+    Raises SystemExit where no try can help (offline, HOPELESS), else the last error, one of
     FAILURES. `key` appears in no message, even where the endpoint echoes it.
     """
+    unreadable = 0
     for n in range(tries):
         try:
             return call()
@@ -51,7 +62,9 @@ def answered(call, url, tries, first_pause=0.5, key=""):
                 raise SystemExit(
                     f"{url} answers {status}: {said}; check endpoint, model name and key"
                 ) from None
-            last = n + 1 == tries
+            # an answer that can not be read is paid for: one more may be better, and no third
+            unreadable += not isinstance(e, HTTPError)
+            last = n + 1 == tries or unreadable == 2
             if last or is_refusal(status):
                 raise
             told = "" if response is None else response.headers.get("retry-after", "")

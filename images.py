@@ -24,6 +24,7 @@ IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struc
 IMAGE_ERRORS += (Image.DecompressionBombError, AssertionError)
 MOST_NARROW = 200  # the processor takes no picture whose sides differ more
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
+BITS = 0x0102  # TIFF's tag for the bits of a sample
 TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -175,7 +176,8 @@ def as_rgb(image):
     """A decoded picture of any mode as RGB."""
     # scans, depth maps and medical pictures; convert() would clip them to white
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(as_bytes(np.asarray(image))).convert("RGB")
+        bits = image.tag_v2.get(BITS, (16,)) if image.format == "TIFF" else (16,)
+        return Image.fromarray(as_bytes(np.asarray(image), bits[0])).convert("RGB")
     if image.has_transparency_data:  # on white: RGB alone would show what lies beneath
         layer = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
@@ -183,16 +185,19 @@ def as_rgb(image):
     return image.convert("RGB")
 
 
-def as_bytes(grey):
-    """Grey values (h, w) of 0 to 1, of 8 or of 16 bits as 0 to 255; other ranges are stretched."""
-    # what a range means is not stored anywhere: 0 to 1, 8 bits and 16 bits are told by it
+def as_bytes(grey, bits):
+    """Grey values (h, w) of 0 to 1, of 8 or of `bits` bits as 0 to 255; other ranges are stretched.
+
+    bits: those of a camera or scanner, 12 for example, where the file says so.
+    """
+    # else what a range means is not stored anywhere: 0 to 1, 8 bits and 16 bits are told by it
     low, high = float(grey.min()), float(grey.max())
     if not math.isfinite(high - low):
         raise BadImage("grey values that are not finite")
     if low < 0 or high > 65535:
         grey = (grey - low) * (255 / max(high - low, 1e-12))
     elif high > 255:
-        grey = grey // 256
+        grey = grey // 2 ** (max(8, min(bits, 16)) - 8)
     elif high < 2:  # resampling overshoots 1 a little
         grey = grey.clip(max=1) * 255
     return grey.astype(np.uint8)

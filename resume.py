@@ -6,11 +6,12 @@ that is a hash of the item and of the settings that matter; a later run uses the
 still occur.
 """
 
+import threading
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
-from data import append, key_of, open_append, read_lines, write_lines
+from data import append, each_line, key_of, open_append, write_lines
 from launch import Progress, claim
 
 
@@ -25,6 +26,14 @@ class Reject(Exception):
 class Unanswered(Reject):
     """An endpoint failed: the item is left out of this run, and tried again by the next."""
 
+    refused = False
+
+
+class Refused(Unanswered):
+    """It says no to this item: another prompt, another limit of the server may change that."""
+
+    refused = True
+
 
 def clean(text):
     """One line of text that any file can hold, of at most 500 characters."""
@@ -32,10 +41,34 @@ def clean(text):
     return " ".join(str(text).encode("utf-8", "replace").decode().split())[:500]
 
 
+class Patience:
+    """Ends a run after `give_up` failures of an endpoint in a row, whose threads all report here.
+
+    answers: has it ever answered? What it refuses then is no failure of its.
+    """
+
+    def __init__(self, give_up, answers=False):
+        self.give_up, self.answers = give_up, answers
+        self.in_a_row, self.lock = 0, threading.Lock()
+
+    def answered(self):
+        with self.lock:
+            self.answers, self.in_a_row = True, 0
+
+    def failed(self, refused, message):
+        """Count a failure. Raises SystemExit with the message where it is one too many."""
+        with self.lock:
+            known = refused and self.answers
+            self.in_a_row = 0 if known else self.in_a_row + 1
+            if self.in_a_row >= self.give_up:
+                raise SystemExit(message)
+
+
 def each(work, items, workers):
     """Yield work(item) as they end, `workers` at a time.
 
     Few items are held at a time, so `items` may be a generator that reads them as they are needed.
+    What one raises is raised after the results of those that are under way then.
     """
     # not `with`, which would wait for all that was submitted even where the caller has stopped
     pool = ThreadPoolExecutor(workers)
@@ -47,9 +80,16 @@ def each(work, items, workers):
             if len(running) >= 2 * workers:
                 ended, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from results(ended)
-        # no more items: what still runs, as it ends
-        yield from results(as_completed(running))
-    finally:  # also where the caller stops early: what has not begun never does
+        while running:  # no more items: what still runs, as it ends
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from results(ended)
+    except GeneratorExit:  # the caller takes no more
+        raise
+    except BaseException:  # Ctrl-C, too: what is under way may have been paid for
+        begun = [future for future in running if not future.cancel()]
+        yield from (f.result() for f in as_completed(begun) if not f.exception())
+        raise
+    finally:  # what has not begun never does
         pool.shutdown(cancel_futures=True)
 
 
@@ -101,14 +141,15 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)
-    done = {line["key"]: line for line in read_lines(path) if line["key"] in wanted}
+    before = each_line(path) if path.exists() else ()
+    done = {line["key"]: line for line in before if line["key"] in wanted}
     # what an earlier run has finished is not asked, and not paid, again
     n_done = sum(key in done for key in keys)
     todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
-    unanswered, in_a_row = {}, 0
+    unanswered, patience = {}, Patience(give_up)
 
     def outcome(item):
-        return outcome_of(work, *item)
+        return outcome_of(work, *item, patience)
 
     bar = Progress(desc=name, unit="item", total=len(keys), initial=n_done)
     with open_append(path) as f, bar:
@@ -116,14 +157,9 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
             bar.update()
             if "again" in line:  # not written down, so the next run asks again
                 unanswered[line["key"]] = line
-                in_a_row += 1
-                # in a row: a few failures are normal, and so many mean that nobody is there
-                if in_a_row == give_up:
-                    raise SystemExit(endpoint_is_down(give_up, line["reject"]))
             else:
                 append(f, line)
                 done[line["key"]] = line
-                in_a_row = 0
 
     # they ended in any order
     lines = [done.get(key) or unanswered[key] for key in keys]
@@ -136,30 +172,31 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     return kept
 
 
-def outcome_of(work, key, row):
+def outcome_of(work, key, row, patience):
     """The line that says what became of a row."""
     try:
-        return {"key": key, "row": work(row)}
+        line = {"key": key, "row": work(row)}
     # returned and not raised: one bad item must not end the others' run
+    except Unanswered as e:
+        said = f"{patience.give_up} items in a row had no answer ({e.reason}: {clean(e.detail)})"
+        advice = "what is finished is kept: mend the endpoint and run the same command again"
+        patience.failed(e.refused, f"{said}; {advice}")
+        # the mark is for run_stage; such a line is never written
+        return {"key": key, "reject": reject_of(row, e), "again": True}
     except Reject as e:
-        reject = {
-            "id": clean(row["id"]),
-            "reason": e.reason,
-            "number": e.number,
-            "detail": clean(e.detail),
-        }
-        line = {"key": key, "reject": reject}
-        if isinstance(e, Unanswered):
-            line["again"] = True  # a mark for run_stage; such a line is never written
-        return line
+        line = {"key": key, "reject": reject_of(row, e)}
+    patience.answered()
+    return line
 
 
-def endpoint_is_down(give_up, reject):
-    """What a run says that ends because nobody answers."""
-    return (
-        f"{give_up} items in a row had no answer ({reject['reason']}: {reject['detail']}); what is "
-        "finished is kept: mend the endpoint and run the same command again"
-    )
+def reject_of(row, e):
+    """A line of the file of rejects."""
+    return {
+        "id": clean(row["id"]),
+        "reason": e.reason,
+        "number": e.number,
+        "detail": clean(e.detail),
+    }
 
 
 def print_outcome(name, kept, rejected, unanswered):

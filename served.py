@@ -14,7 +14,7 @@ from PIL import Image
 from endpoint import FAILURES, answered, hidden, image_part, is_refusal, status_of
 from images import open_image, png_of
 from model import chat_messages, image_grid
-from resume import each
+from resume import Patience, each
 
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
 
@@ -116,23 +116,20 @@ def ask_all(work, rows, workers, give_up, served, answers=False):
     now or earlier (`answers`).
     """
 
+    patience = Patience(give_up, answers)
+
     def outcome(row):
         try:
-            return row, work(row), None
+            found = work(row)
         # returned and not raised: one question must not end the others
         except NoAnswer as e:
-            return row, None, e
-
-    in_a_row = 0
-    for row, found, e in each(outcome, rows, workers):
-        yield row, found, e
-        answers = answers or e is None
-        if e is None or e.refused and answers:
-            in_a_row = 0
-            continue
-        in_a_row += 1
-        if in_a_row == give_up:
-            raise SystemExit(
+            patience.failed(
+                e.refused,
                 f"{served.url}: {give_up} questions in a row without an answer, the last "
-                f"{row['id']!r}: {e}; run again to ask for what is missing"
+                f"{row['id']!r}: {e}; run again to ask for what is missing",
             )
+            return row, None, e
+        patience.answered()
+        return row, found, None
+
+    yield from each(outcome, rows, workers)

@@ -302,7 +302,8 @@ def with_options(example, options):
             raise ValueError(f"options that are no list: {options[:80]!r}") from None
     if isinstance(options, dict):
         options = [options[letter] for letter in sorted(options)]
-    texts = [text_of(option) for option in options or ()]
+    # a parquet table has null where a question has fewer options than others
+    texts = [text_of(option) for option in options or () if option is not None]
     if len(texts) == 1:
         raise ValueError(f"a single option: {texts[0]!r}")
     return example | ({"options": texts} if texts else {})
@@ -413,7 +414,7 @@ def from_viscot(item):
 
 def from_lvr(item):
     """LVR: LLaVA's conversations, <lvr> for each box in `bboxes` (shares of the image's sides)."""
-    question = item["conversations"][0]["value"]
+    question = text_of(item["conversations"][0]["value"])
     text = item["conversations"][1]["value"]
     answer = extract_answer(text)[0] or ""
     return {

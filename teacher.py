@@ -2,7 +2,7 @@
 
 They are asked over OpenAI's HTTP protocol: /chat/completions, with images in the message, and
 /images/edits. endpoint.py tries a request that fails again; here, an answer that comes but can not
-be used is asked for anew, too.
+be used is asked for anew, too. What was answered is kept by what was sent, and never paid again.
 """
 
 import base64
@@ -15,11 +15,11 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from data import SURROGATE, append
+from data import SURROGATE, append, key_of, open_append, read_lines
 from endpoint import answered, hidden, image_part, is_refusal, status_of
-from resume import Reject, Unanswered
+from resume import Refused, Reject, Unanswered
 
-# many threads ask at once, and all write into one file of costs
+# many threads ask at once, and all write into one file of costs, and into one of replies
 LOCK = threading.Lock()
 
 
@@ -33,6 +33,25 @@ class Served(NamedTuple):
     first_pause: float  # seconds, then twice as long each time
     timeout: float  # seconds
     costs: Path  # a JSONL file: a line for each request
+
+
+class Replies:
+    """What was paid for: a line of JSONL each, under a key of all that was sent."""
+
+    def __init__(self, path):
+        self.known = {line["sent"]: line["reply"] for line in read_lines(path, sent=str, reply=str)}
+        self.file = open_append(path)
+
+    def to(self, sent, ask):
+        """The reply (a text) to what was sent (a JSON value): one that is known, else ask()."""
+        key = key_of(sent)
+        # two threads may ask the same at once: both have paid, and the last counts
+        if key not in self.known:
+            reply = ask()
+            with LOCK:
+                append(self.file, {"sent": key, "reply": reply})
+                self.known[key] = reply
+        return self.known[key]
 
 
 def usable(served, call):
@@ -58,11 +77,11 @@ def usable(served, call):
 
 
 def failed(error, key):
-    """The Reject of a refused request; the Unanswered of one that may be answered another day."""
+    """The Unanswered of a request that failed."""
     status = status_of(error)
-    # refused for what it is, such as an image that a filter dislikes: another day changes nothing
+    # for what it is, such as an image that a filter dislikes, or by a limit that can be mended
     if is_refusal(status):
-        return Reject("refused by the endpoint", status, hidden(str(error), key))
+        return Refused("refused by the endpoint", status, hidden(str(error), key))
     detail = hidden(f"{type(error).__name__}: {error}", key)
     return Unanswered("no answer from the endpoint", status or None, detail)
 
@@ -82,11 +101,14 @@ def edit_image(served, prompt, png):
     finally:  # a request that fails has cost time, too
         log_cost(served, start)
     hf_raise_for_status(response)
+    drawn = response.json()["data"][0]
+    if "b64_json" not in drawn:  # a link, which is not followed
+        raise ValueError(f"no b64_json in the answer; there is {', '.join(sorted(drawn))}")
     # strictly: else signs that do not belong there are dropped, and broken pixels come out
-    return base64.b64decode(response.json()["data"][0]["b64_json"], validate=True)
+    return base64.b64decode(drawn["b64_json"], validate=True)
 
 
-def write_text(served, prompt, pngs, max_tokens, temperature):
+def ask_teacher(served, prompt, pngs, max_tokens, temperature):
     """What a teacher writes who sees images (PNGs), then a prompt. One request; raises Reject."""
     content = [*map(image_part, pngs), {"type": "text", "text": prompt}]
     client = InferenceClient(base_url=served.url, api_key=served.key, timeout=served.timeout)

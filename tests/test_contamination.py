@@ -153,25 +153,32 @@ def test_questions_are_compared_without_marks_and_options():
 
 
 def test_a_template_is_no_copy_without_its_picture(stage, tmp_path):
-    """One that a single test row asks is; an unknown test set is refused with those there are."""
+    """A question of one picture is a copy; an unknown test set is refused with those there are."""
     folder, asked = tmp_path / "bench", "Is there a dog?"
     lines = []
-    for n, question in enumerate([asked, asked, "Is there a rare thing?"]):
-        saved(folder / f"{n}.png", photo(n))
-        row = {"id": f"t{n}", "images": [f"{n}.png"], "question": question, "answer": "no"}
+    # the first picture under two dogs' rows, and a question that one picture is asked four times
+    rare, turned = "Is there a rare thing?", "Where is the cup?"
+    for n, question in enumerate([asked, asked, rare, *[turned] * 4, asked, "What is it?"]):
+        picture = f"{ {4: 3, 5: 3, 6: 3, 7: 0, 8: 0}.get(n, n) }.png"
+        saved(folder / picture, photo(int(picture[:-4])))
+        row = {"id": f"t{n}", "images": [picture], "question": question, "answer": "no"}
         lines.append(json.dumps(row) + "\n")
     (folder / "test.jsonl").write_text("".join(lines))
     rows = [
         example(id="other", question=asked, images=[photo(50)], aux_images=[photo(51)]),
         example(id="copy", question=asked, images=[photo(1)], aux_images=[photo(52)]),
-        example(id="rare", question="Is there a rare thing?", images=[photo(53)]),
+        example(id="rare", question=rare, images=[photo(53)]),
+        example(id="turned", question=turned, images=[photo(54)]),
+        example(id="shared", question=asked, images=[photo(0)], aux_images=[photo(55)]),
     ]
     data = write_data(tmp_path, rows)
     kept = stage("audit", "audited", data=data, benchmarks=str(folder / "test.jsonl"))
     assert [row["id"] for row in kept] == ["other"]
     found = {(f["id"], f["kind"]) for f in read_lines(tmp_path / "out/audit.jsonl")}
-    expected = {("other", "template"), ("copy", "question"), ("copy", "pixels")}
-    assert found == expected | {("rare", "question")}
+    expected = {("other", "template"), ("rare", "question"), ("turned", "question")}
+    for id in ("copy", "shared"):
+        expected |= {(id, "question"), (id, "pixels")}
+    assert found == expected
     with pytest.raises(SystemExit, match="'MMstar' is neither a file nor one of .*MMStar"):
         stage("audit", data=data, benchmarks="MMstar")
 

@@ -90,10 +90,10 @@ EVERYDAY = [  # a row as written, and what it is read as
     ({"images": "a.png"}, {"question": "What?"}),
     ({"aux_images": None}, {"aux_images": []}),
     ({"options": None}, {"question": "What?"}),
-    ({"options": [1, 2.5, "x"]}, {"options": ["1", "2.5", "x"]}),
-    ({"options": ["A. red", "B. blue"]}, {"options": ["red", "blue"]}),
-    ({"options": ["(a) red", "(b) blue"]}, {"options": ["red", "blue"]}),
-    ({"options": ["A. red", "blue"]}, {"options": ["A. red", "blue"]}),
+    ({"options": [1, 2.5, 3]}, {"options": ["1", "2.5", "3"]}),
+    ({"options": ["A. 3", "B. blue"]}, {"options": ["3", "blue"]}),
+    ({"options": ["(a) red", "(b) 3"]}, {"options": ["red", "3"]}),
+    ({"options": ["A. red", "3"]}, {"options": ["A. red", "3"]}),
     ({"question": "<image>\nWhat?"}, {"question": "What?"}),
     ({"question": "Is <image> red?"}, {"question": "Is <image> red?"}),
     ({"category": None, "system": 5}, {"system": "5"}),
@@ -123,6 +123,7 @@ REFUSED = [
     (json.dumps(ROW | {"options": "red"}), "'options'"),
     (json.dumps(ROW | {"options": ["<|image_pad|>", "b"]}), "'options'"),
     (json.dumps(ROW | {"options": [f"option {i}" for i in range(27)]}), "27 options"),
+    (json.dumps(ROW | {"options": ["cat", "dog"], "answer": 1}), "answer '1' is none of the 2"),
     (json.dumps(ROW | {"images": ["x" * 300 + ".png"]}), "no such image"),
     (json.dumps(ROW | {"images": ["no\0.png"]}), "no such image"),
     (json.dumps(ROW | {"answer": "x"}).replace('"x"', "NaN"), "'answer'"),
@@ -343,7 +344,7 @@ def test_files_that_are_no_data_are_refused_with_their_place(tmp_path, text, wor
 )
 def test_letters_of_options_are_no_part_of_them(tmp_path, options, bare):
     (tmp_path / "a.png").touch()
-    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"options": options}))
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"options": options, "answer": "?"}))
     assert load_examples(tmp_path / "data.jsonl")[0]["options"] == bare
 
 

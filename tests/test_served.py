@@ -165,14 +165,14 @@ def test_a_fault_of_ours_is_no_missing_answer():
     server = Served("http://localhost:1/v1", "m", "none", 1, 9, 1.0, 1.0)
 
     def work(row):
-        if row == "unanswered":
+        if row["id"] == "unanswered":
             raise NoAnswer("HTTPError: 500")
-        return {}[row]
+        return row["ours"]
 
-    ((row, found, e),) = ask_all(work, ["unanswered"], 1, 9, server)
-    assert (row, found, str(e)) == ("unanswered", None, "HTTPError: 500")
+    ((row, found, e),) = ask_all(work, [{"id": "unanswered"}], 1, 9, server)
+    assert (row["id"], found, str(e)) == ("unanswered", None, "HTTPError: 500")
     with pytest.raises(KeyError):
-        list(ask_all(work, ["ours"], 1, 9, server))
+        list(ask_all(work, [{"id": "ours"}], 1, 9, server))
 
 
 def test_what_is_refused_does_not_hold_the_others_up(server):

@@ -24,7 +24,8 @@ from conftest import (
 from PIL import Image
 
 import build_data as b
-from data import load_examples, read_lines
+from data import load_examples, read_lines, write_lines
+from endpoint import key_in
 
 
 class Endpoint:
@@ -113,13 +114,14 @@ class Endpoint:
         status, headers = 200, {"content-type": "application/json"}
         reply = self.chat_reply if kind == "chat" else self.image_reply
         content = json.dumps(reply(question, fault)).encode()
-        if fault in ("429", "500", "503", "400", "401"):
+        if fault in ("429", "500", "503", "400", "401", "402", "403"):
             status, content = int(fault), b'{"error": {"message": "no"}}'
             headers["retry-after"] = "0"
         content = {
             "no json": b"<html>gateway</html>",
             "other json": b'[{"a": 1}]',
             "no choices": b'{"choices": []}',
+            "link": b'{"data": [{"url": "https://a.b/c.png"}]}',
         }.get(fault, content)
         if fault == "time-out":
             with self.lock:  # the client is off after a second
@@ -218,9 +220,9 @@ def test_synthesise_with_an_endpoint_that_misbehaves(stage, tmp_path, monkeypatc
     # again: only what had no answer is asked for, and the image model is left in peace
     n = len(server.seen)
     kept = stage("synthesise", "synthesised", **settings)
-    assert [s["key"] for s in server.seen[n:]] == [("chat", "always down")]
-    answered = [q for q in names if q not in hopeless or q == "always down"]
-    assert [row["question"] for row in kept] == answered
+    again = {("chat", "always down"), ("chat", "refused")}
+    assert {s["key"] for s in server.seen[n:]} == again and len(server.seen) == n + 2
+    assert [row["question"] for row in kept] == [q for q in names if q != "always untagged"]
     # a server that has moved is paid for nothing again
     moved = Endpoint()
     assert stage("synthesise", "synthesised", **settings | endpoints(moved)) == kept
@@ -257,12 +259,90 @@ def test_synthesise_keeps_crops_and_stops_early(stage, tmp_path, monkeypatch):
     locked = Endpoint({("chat", "q0"): ["401"]})
     with pytest.raises(SystemExit, match="answers 401.*key"):
         stage("synthesise", **endpoints(locked))
-    with pytest.raises(SystemExit, match="'localhost:8000' is no endpoint"):
-        stage("synthesise", teacher_url="localhost:8000")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(b, "teacher_url", locked.url)
     with pytest.raises(SystemExit, match="HF_HUB_OFFLINE"):
         stage("synthesise", data=questions(tmp_path, ["new"], aux=True))
+
+
+def test_what_was_answered_is_never_paid_for_again(stage, tmp_path):
+    """Not under another id, in another order, nor in another category."""
+    server = Endpoint()
+    data = questions(tmp_path, ["a", "b"])
+    kept = stage("synthesise", "synthesised", data=data, **endpoints(server))
+    rows = [row | {"id": f"new {row['id']}", "category": "new"} for row in read_lines(data)[::-1]]
+    write_lines(data, rows)
+    again = stage("synthesise", "synthesised", data=data, **endpoints(server))
+    assert sorted(server.count("chat")) == sorted(server.count("images")) == ["a", "b"]
+    assert [row["id"] for row in again] == ["new x1", "new x0"]
+    assert [row["response"] for row in again] == [row["response"] for row in kept[::-1]]
+    assert {row["category"] for row in again} == {"new"}
+
+
+def test_what_an_endpoint_refuses_is_asked_again(stage, tmp_path):
+    """A limit of the server that refuses all can be mended; one flagged item stops no other."""
+    names = [f"q{n}" for n in range(6)]
+    data = questions(tmp_path, names, aux=True)
+    strict = Endpoint({("chat", q): ["400"] * 9 for q in names})
+    settings = {"data": data, "give_up": 4, "workers": 1}
+    with pytest.raises(SystemExit, match="4 items in a row had no answer.*refused.*mend"):
+        stage("synthesise", **settings | endpoints(strict))
+    assert len(strict.seen) < len(names)
+    flagged = Endpoint({("chat", "q4"): ["403"] * 9})
+    kept = stage("synthesise", "synthesised", **settings | endpoints(flagged))
+    assert [row["question"] for row in kept] == [q for q in names if q != "q4"]
+    (reject,) = read_lines(tmp_path / "out/rejects.synthesised.jsonl")
+    assert (reject["id"], reject["number"]) == ("x4", 403)
+    assert len(stage("synthesise", "synthesised", **settings | endpoints(Endpoint()))) == 6
+
+
+def test_answers_under_way_when_a_run_ends_are_kept(stage, tmp_path):
+    names = [f"q{n}" for n in range(8)]
+    data = questions(tmp_path, names, aux=True)
+    unpaid = Endpoint({("chat", "q3"): ["402"]}, delay=0.05)
+    with pytest.raises(SystemExit, match="answers 402"):
+        stage("synthesise", data=data, workers=3, **endpoints(unpaid))
+    stage("synthesise", "synthesised", data=data, workers=3, **endpoints(unpaid))
+    asked = unpaid.count("chat")
+    assert sorted(asked) == sorted([*names, "q3"])
+
+
+def test_an_answer_of_another_protocol_is_bought_twice_at_most(stage, tmp_path):
+    server = Endpoint({("images", "a"): ["link"] * 9})
+    data = questions(tmp_path, ["a", "b"])
+    settings = endpoints(server) | {"tries": 6}
+    kept = stage("synthesise", "synthesised", data=data, **settings)
+    assert [row["question"] for row in kept] == ["b"] and server.count("images").count("a") == 2
+    (reject,) = read_lines(tmp_path / "out/rejects.drawn.jsonl")
+    assert "no b64_json in the answer; there is url" in reject["detail"]
+
+
+def test_options_are_part_of_the_question_that_is_sent(stage, tmp_path):
+    server = Endpoint()
+    data = questions(tmp_path, ["a"])
+    write_lines(data, [read_lines(data)[0] | {"options": ["blue", "red"], "answer": "B"}])
+    stage("synthesise", data=data, **endpoints(server))
+    for seen in server.seen:
+        text = seen["prompt"].replace("\r\n", "\n")
+        assert "Question: a\nA. blue\nB. red" in text
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "http://localhost:8000v1", "https:///v1", "ftp://a/v1"]
+)
+def test_an_address_that_is_none_is_said_at_once(stage, url):
+    with pytest.raises(SystemExit, match="is no endpoint"):
+        stage("synthesise", teacher_url=url)
+
+
+def test_a_key_is_what_a_header_can_carry(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret\r\n")
+    assert key_in("TEACHER_KEY") == "sk-secret"
+    for key in ("sk\rsecret", "sk-secr\u00e9t"):
+        monkeypatch.setenv("TEACHER_KEY", key)
+        with pytest.raises(SystemExit, match="TEACHER_KEY: the key in it has characters") as e:
+            key_in("TEACHER_KEY")
+        assert "sk" not in str(e.value)
 
 
 def test_synthesise_resumes_after_a_kill(tmp_path, monkeypatch):
