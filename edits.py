@@ -37,15 +37,13 @@ from data import (
 from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
-from model import grid_features, load_head, load_processor, load_vlm, mode_of_targets
+from model import load_head, load_vlm, meta_of_targets, real_features
 from scores import mean
 
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # the folder that answered
 data = "out/toy/edits.jsonl"  # the pairs
 answers = "out/eval/edits"  # eval.py's `out`
-min_pixels = 56 * 56  # of an image, as in training
-max_pixels = 1280 * 28 * 28
 # --------------------------------------------------------------------------------------------------
 
 SAME = 0.1  # features that differ by no more of their norm are of one place
@@ -93,11 +91,20 @@ def latents_of(line):
 
 def follows(a, b, said):
     """Did the answer change where it should, and stay where it should not?"""
-    one, two = (in_words(row, said[row["id"]]["extracted"]) for row in (a, b))
-    if one is None or two is None:  # what could not be read is no answer
+    gold = [in_words(row, row["answer"]) for row in (a, b)]
+    lines = [said[row["id"]] for row in (a, b)]
+    if any(line["extracted"] is None for line in lines):  # what could not be read is no answer
         return False
-    gold = same_text(in_words(a, a["answer"]), in_words(b, b["answer"]))
-    return is_correct(one, {"answer": two}) == gold
+    # a right answer is the gold one, however it was put
+    one, two = (
+        right if line["correct"] == 1 else in_words(row, line["extracted"])
+        for row, line, right in zip((a, b), lines, gold)
+    )
+    if a.get("options") or b.get("options"):
+        same = same_text(one, two)
+    else:
+        same = is_correct(one, {"answer": two}) or is_correct(two, {"answer": one})
+    return same == same_text(*gold)
 
 
 def in_words(row, answer):
@@ -123,23 +130,12 @@ def nearer_to_own(v_a, v_b, real_a, real_b):
     return float(both.float().mean())
 
 
-class Features:
-    """The real features of a row's auxiliary images, as the targets were made."""
-
-    def __init__(self):
-        self.mode, self.K = mode_of_targets(model), None
-        if self.mode:  # else no latent was trained to be one
-            self.vlm, tokenizer = load_vlm(model, device=pick_device())
-            self.processor = load_processor(model, min_pixels, max_pixels)
-            self.K = load_head(model, self.vlm, tokenizer, 1).K
-
-    @torch.inference_mode()
-    def of(self, row):
-        """(m, d)."""
-        images = [open_image(path) for path in row["aux_images"]]
-        return (
-            grid_features(self.vlm, self.processor, images, self.K, self.mode).flatten(0, 1).cpu()
-        )
+def load_features():
+    """real_features of the model; None where no latent was trained to be one."""
+    if not meta_of_targets(model):
+        return None
+    vlm, tokenizer = load_vlm(model, device=pick_device())
+    return real_features(model, vlm, load_head(model, vlm, tokenizer, 1).K)
 
 
 def compare(a, b, said, features):
@@ -154,8 +150,11 @@ def compare(a, b, said, features):
     if v_a is None or v_b is None or v_a.shape != v_b.shape:
         return found
     found["cosine"] = float(F.cosine_similarity(v_a, v_b, dim=-1).mean())
-    if features.K and a.get("aux_images") and b.get("aux_images"):
-        real_a, real_b = features.of(a), features.of(b)
+    if features and a.get("aux_images") and b.get("aux_images"):
+        real_a, real_b = (
+            features([open_image(path) for path in row["aux_images"]]).flatten(0, 1)
+            for row in (a, b)
+        )
         if real_a.shape == v_a.shape == real_b.shape:
             found["own"] = nearer_to_own(v_a, v_b, real_a, real_b)
     return found
@@ -177,7 +176,7 @@ def main():
     missing = [row["id"] for pair in pairs for row in pair if row["id"] not in said]
     if missing:
         raise SystemExit(f"{answers}: no answer to {missing[0]!r}; run eval.py on {data}")
-    features = Features()
+    features = load_features()
     by_category = {}
     for a, b in Progress(pairs, desc="edits", unit="pair"):
         category = a.get("category") or b.get("category") or "all"

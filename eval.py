@@ -89,11 +89,10 @@ from launch import (
 from model import (
     HEAD_FILE,
     encode,
-    grid_features,
     load_head,
     load_processor,
     load_vlm,
-    mode_of_targets,
+    real_features,
 )
 from pages import coloured, figure, write_page
 from scores import mean
@@ -452,13 +451,10 @@ class Answerer:
             return [self.donated(row) for row in rows]
         if not intervention.startswith("oracle"):
             return [None] * len(rows)
-        # as fit_pca.py made the targets that the head was trained on: pool or resize
-        mode = mode_of_targets(model)
         images = [open_image(path) for row in rows for path in row["aux_images"]]
-        with torch.inference_mode():
-            # (M, K, d): the M images of all rows, as grids of K features
-            features = grid_features(self.vlm, self.processor, images, self.head.K, mode)
-        return list(features.cpu().split([len(row["aux_images"]) for row in rows]))
+        # (M, K, d): the M images of all rows, as grids of K features
+        features = real_features(model, self.vlm, self.head.K)(images)
+        return list(features.split([len(row["aux_images"]) for row in rows]))
 
     def donated(self, row):
         """The latents of another example: of the next file by name. Names are hashes of ids."""
@@ -819,12 +815,9 @@ class Imaginer:
 
     def __init__(self, test, vlm, head, memory):
         self.folder = test.out / "latents"
-        self.vlm = vlm
-        pixels = test.settings["min_pixels"], test.settings["max_pixels"]
-        self.processor = load_processor(model, *pixels)
         self.head = head
         self.memory = memory  # a bank of imagine.py; None: no picture goes with these latents
-        self.mode = mode_of_targets(model)
+        self.features = real_features(model, vlm, head.K) if memory else None
 
     def figures(self, row):
         """An answer's spans as HTML: what each imagined, beside the real auxiliary images."""
@@ -835,7 +828,7 @@ class Imaginer:
                 drawn, cosine = imagine(latents, self.memory)
                 caption = f"imagined {i}: cosine {mean(cosine.tolist()):.2f} with its patches"
                 if picture is not None:
-                    v = self.features(picture)
+                    (v,) = self.features([picture])
                     match = F.cosine_similarity(latents, v, dim=-1)
                     caption += f", {float(match.mean()):.2f} with the real features"
                 figures.append(figure(drawn, caption))
@@ -849,12 +842,6 @@ class Imaginer:
         if self.memory is None or not is_made(path, row.get("key")):
             return []
         return load_latents_file(path, self.head)
-
-    @torch.inference_mode()
-    def features(self, picture):
-        """The features (K, d) of a real auxiliary image, as the targets were made."""
-        v = grid_features(self.vlm, self.processor, [picture], self.head.K, self.mode)
-        return v[0].cpu()
 
 
 def answer_sheet(test, graded, imaginer):

@@ -172,7 +172,8 @@ def calibrate(v, n_bar):
     """EMA norm calibration: n_bar v / ||v|| for latents v (M, d), n_bar (M); as it is where 0."""
     # 0 for a question without images: nothing to be calibrated to
     scale = n_bar[:, None] / v.norm(dim=-1, keepdim=True)
-    return torch.where(scale > 0, v * scale, v)
+    # a zero latent has no direction
+    return torch.where((scale > 0) & scale.isfinite(), v * scale, v)
 
 
 class Tokens:
@@ -566,6 +567,8 @@ def check_intervention(intervention, head):
         raise SystemExit(f"intervention {intervention!r} is not one of {there}")
     if intervention == "markers" and head and head.before_answer:
         raise SystemExit("slots before the answer have no markers: take them away by 'zero'")
+    if intervention.startswith("oracle") and head and not head.targets_fed:
+        raise SystemExit(f"{intervention} feeds real features, which {head.kind!r} never had")
     # without one, latents are no vision embeddings: neither their mean nor real ones are at home
     needs_pca = intervention in ("mean", "oracle", "oracle_pca")
     if needs_pca and head and not head.basis.numel():
@@ -621,17 +624,19 @@ def save_latents_file(path, latents, head, key=""):
     if not whole:
         Path(path).unlink(missing_ok=True)
         return
-    tensors = {"latents": latents[:whole].contiguous()}
-    write_then_rename(path, lambda tmp: save_file(tensors, tmp, {"key": key}))
+    tensors, meta = {"latents": latents[:whole].contiguous()}, {"key": key, "K": str(unit)}
+    write_then_rename(path, lambda tmp: save_file(tensors, tmp, meta))
 
 
 def load_latents_file(path, head):
     """Latents (m, K, d) to feed to a model with this head. Raises SystemExit if they do not fit."""
-    latents = read_safetensors(path, ("latents",))[0]["latents"]
-    unit, d = span_unit(head), head.mean.shape[0]
-    if not len(latents) or latents.shape[1] != d or len(latents) % unit:
-        shape = tuple(latents.shape)
+    tensors, meta = read_safetensors(path, ("latents",))
+    latents, unit, d = tensors["latents"], span_unit(head), head.mean.shape[0]
+    # spans of 36 would go into a head of 4 as nine each
+    theirs = meta.get("K", str(unit))
+    if not len(latents) or latents.shape[1] != d or len(latents) % unit or theirs != str(unit):
         raise SystemExit(
-            f"{path}: latents of shape {shape}; the model's head writes spans of {unit} x {d}"
+            f"{path}: latents of shape {tuple(latents.shape)}, in spans of {theirs}; the model's "
+            f"head writes spans of {unit} x {d}"
         )
     return latents.view(-1, unit, d)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import read_safetensors, write_then_rename
+from data import check_there, read_safetensors, write_then_rename
 from images import open_image
 from model import meta_of_targets
 
@@ -52,15 +52,19 @@ def save_bank(path, examples, K, meta):
 def bank_of(model, path=""):
     """The bank of a model folder: at `path`, or where the head file says that it lies.
 
-    None for a head that was trained without targets: no picture goes with its latents.
+    None for a head that was trained without targets: no picture goes with its latents. Raises
+    SystemExit for a bank that is not there, or not its.
     """
     meta = meta_of_targets(model)
     if not meta:
+        if path:
+            raise SystemExit(f"{model}: its latents had no targets, so no bank goes with them")
         return None
     # moved with the model, or left where it was
     beside = Path(model) / meta.get("bank_beside", meta["bank"])
-    there = beside if beside.is_file() else meta["bank"]
-    return load_bank(path or there, meta.get("targets"))
+    there = path or (beside if beside.is_file() else meta["bank"])
+    check_there(there, "fit_pca.py leaves it beside its PCA; --bank=FILE names another place")
+    return load_bank(there, meta.get("targets"))
 
 
 def load_bank(path, targets):

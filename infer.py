@@ -2,22 +2,32 @@
 
 Asks a trained model about images and prints the answer as it comes, a latent span as ⟨latent xK⟩.
 
-Reads a model folder and images; nothing else is needed. Writes, if asked:
+Reads a model folder and images. Writes, if asked:
   --show=file.png             the picture that each span's latents draw (imagine.py), beside the
-                              real one (--aux) and where in the query images they are found
+                              real one (--aux) and where in the query images they are found; it is
+                              made of the bank that fit_pca.py left (--bank, if that has moved)
   --latents=file.safetensors  the latents that were fed, (m * K, d), m spans
 
     python infer.py
     python infer.py --images=board.png --question="Start at nw. Moves: mirror. ..." --show=where.png
 """
 
+import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import RESERVED, check_there, load_examples, place_marks, write_then_rename
+from data import (
+    Row,
+    check_text,
+    check_there,
+    load_examples,
+    place_marks,
+    question_text,
+    write_then_rename,
+)
 from generate import (
     INTERVENTIONS,
     check_intervention,
@@ -32,18 +42,18 @@ from launch import check_choices, pick_device, show_files, start
 from model import (
     HEAD_FILE,
     encode_images,
-    grid_features,
     latent_ids,
     load_head,
     load_processor,
     load_vlm,
-    mode_of_targets,
+    real_features,
 )
 
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # a folder written by train.py
 images = "out/toy/test/3.png"  # several: a.png,b.png
-question = ""  # "": the question of out/toy/test.jsonl that goes with the image
+question = ""  # "": the row that goes with the image, of <folder of images>.jsonl
+system = ""  # the prompt's system text; "": the row's, or Qwen's own
 show = ""  # file.png: what the latents look like
 bank = ""  # for show; "": where the model folder says
 latents = ""  # file.safetensors: the latents
@@ -115,33 +125,36 @@ def paths_of(text):
 
     Raises SystemExit for one that is not there.
     """
-    if Path(text).is_file():
+    # not Path.is_file(), which raises where the whole list is longer than a name may be
+    if os.path.isfile(text):
         return [text]
     paths = [path.strip() for path in text.split(",") if path.strip()]
     for path in paths:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise SystemExit(f"{path}: no such image")
     return paths
 
 
-def get_question(paths):
-    """The question to ask. Raises SystemExit if there is none, or if it holds a reserved token."""
-    asked = question or toy_question(paths[0] if paths else "")
-    asked = place_marks(asked, len(paths), "--question")
-    reserved = RESERVED.search(asked)
-    if reserved:
-        raise SystemExit(f"--question contains the reserved token {reserved[0]!r}")
-    return asked
+def row_to_ask(paths):
+    """The row to ask. Raises SystemExit if there is none, or if it holds a reserved token."""
+    if question:
+        row = Row(images=paths, question=place_marks(question, len(paths), "--question"))
+        row.where = "infer.py"
+    else:
+        row = row_of(paths[0] if paths else "")
+    row |= {"system": system or row.get("system", "")}
+    check_text(row)
+    return row
 
 
-def toy_question(path):
-    """The question of a toy image, from the JSONL beside its folder."""
+def row_of(path):
+    """The row whose first image a file is, of the JSONL beside its folder, as the toy's lie."""
     folder = Path(path).parent
     data = folder.parent / f"{folder.name}.jsonl"
     if data.exists():
         for row in load_examples(data, training=False):
             if Path(path).resolve() in [Path(image).resolve() for image in row["images"][:1]]:
-                return row["question"]
+                return row
     raise SystemExit("infer.py needs --question")
 
 
@@ -158,16 +171,14 @@ def check_feed():
         check_there(donor, "infer.py --latents=FILE writes one")
 
 
-def latents_to_feed(vlm, processor, head):
+def latents_to_feed(vlm, head):
     """What an intervention feeds in place of the model's own latents: [(m, K, d)], or None.
 
     oracle: the features of the real auxiliary images. shuffle: another example's latents.
     """
     if intervention.startswith("oracle"):
-        mode = mode_of_targets(model)
         pictures = [open_image(path) for path in paths_of(aux)]
-        with torch.inference_mode():
-            return [grid_features(vlm, processor, pictures, head.K, mode).cpu()]
+        return [real_features(model, vlm, head.K)(pictures)]
     if intervention == "shuffle":
         return [load_latents_file(donor, head)]
     return None
@@ -267,11 +278,10 @@ def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     show_files(reads=[model, images, aux, donor], writes=[show, latents])
     check_there(Path(model) / "config.json")
-    paths = paths_of(images)
     check_feed()
-    if show and not paths:
+    row = row_to_ask(paths_of(images))
+    if show and not row["images"]:
         raise SystemExit("--show needs a query image")
-    asked = get_question(paths)
     memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
 
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
@@ -281,10 +291,10 @@ def main():
         raise SystemExit(f"{model} has no {HEAD_FILE}: it writes no latents")
     check_intervention(intervention, head)
 
-    prompts = make_prompts(vlm, tokenizer, processor, [{"images": paths, "question": asked}])
-    fed = latents_to_feed(vlm, processor, head)
+    prompts = make_prompts(vlm, tokenizer, processor, [row])
+    fed = latents_to_feed(vlm, head)
 
-    print(f"{asked}\n")
+    print(f"{question_text(row)}\n")
     printer = Printer(tokenizer)
     answers = generate(
         vlm,
@@ -302,7 +312,10 @@ def main():
     )
     printer.end()
 
-    found = answers[0][0]["latents"]  # (m * K, d), of the only sample of the only question
+    answer = answers[0][0]  # the only sample of the only question
+    if not answer["finished"]:
+        print(f"cut off: raise max_new_tokens={max_new_tokens}")
+    found = answer["latents"]  # (m * K, d)
     if not (show or latents):
         return
     if not len(found):
@@ -318,7 +331,8 @@ def main():
         save_latents_file(latents, found, head)
         print(f"wrote {latents}: {sum(map(len, spans))} latents")
     if show:
-        show_spans(show, vlm, processor, spans, [open_image(path) for path in paths], memory)
+        pictures = [open_image(path) for path in row["images"]]
+        show_spans(show, vlm, processor, spans, pictures, memory)
         print(f"wrote {show}")
 
 

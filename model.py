@@ -729,12 +729,22 @@ def grid_features(vlm, processor, images, K, mode):
     return torch.stack(features)
 
 
-def mode_of_targets(folder):
-    """How the targets of a folder's head were made of images: fit_pca.py's mode.
+def real_features(folder, vlm, K):
+    """A function of PIL images that gives their features (n, K, d), on the CPU.
 
-    None without a head file, or with a head that was trained without targets.
+    They are made as the targets of the folder's head were: fit_pca.py's mode and pixel limits,
+    which may be others than those of the questions' images. None for a head without targets.
     """
-    return meta_of_targets(folder).get("mode")
+    meta = meta_of_targets(folder)
+    if not meta:
+        return None
+    processor = load_processor(folder, int(meta["min_pixels"]), int(meta["max_pixels"]))
+
+    @torch.inference_mode()
+    def features(images):
+        return grid_features(vlm, processor, images, K, meta["mode"]).cpu()
+
+    return features
 
 
 def meta_of_targets(folder):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from data import check_there, load_examples, write_json
 from decoder import followed_by
-from generate import generate, make_prompts
+from generate import calibrate, ema_norm, generate, make_prompts
 from images import open_image, usable_rows
 from launch import (
     Progress,
@@ -36,13 +36,12 @@ from launch import (
 )
 from model import (
     embed,
-    grid_features,
     latent_ids,
     load_head,
     load_pca,
     load_processor,
     load_vlm,
-    mode_of_targets,
+    real_features,
 )
 from plot import pyplot, save, where_possible
 
@@ -248,11 +247,14 @@ def norms_of_answer(vlm, prompt, answer, pad):
 
 
 def said_of_real(vlm, head, prompt, ids, real, pad):
-    """What the head says (m, d) at an answer's latents if those before are real (m, d)."""
+    """What is written (m, d) at an answer's latents if those before are real (m, d)."""
     ids, x, pos = inputs_of(vlm, prompt, ids, real, pad)
     out = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False)
     before = (ids == pad).nonzero()[:, 0] - 1
-    return head(out.last_hidden_state[0, before].float()).cpu()
+    v = head(out.last_hidden_state[0, before].float())
+    if ema_beta:  # as what is fed is, where it writes by itself
+        v = calibrate(v, torch.tensor([ema_norm(prompt["vision"], ema_beta)], device=v.device))
+    return v.cpu()
 
 
 def moments_of(logs):
@@ -273,7 +275,7 @@ def measure(rows, vlm, head, tokenizer, processor):
     moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
     written, pairs, chains = [], [], []
     _, pad, _ = latent_ids(tokenizer)
-    mode = mode_of_targets(model)
+    features = real_features(model, vlm, head.K) if head else None
     bar = Progress(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]
@@ -290,9 +292,8 @@ def measure(rows, vlm, head, tokenizer, processor):
             spans = spans_of(answer["ids"], answer["latents"], pad)
             written += spans
             # the k-th span is held against the k-th auxiliary image
-            if mode and spans and row.get("aux_images"):
-                images = [open_image(path) for path in row["aux_images"][: len(spans)]]
-                real = grid_features(vlm, processor, images, head.K, mode).cpu()
+            if features and spans and row.get("aux_images"):
+                real = features([open_image(path) for path in row["aux_images"][: len(spans)]])
                 # the token limit may cut a last span
                 whole = [(span, v) for span, v in zip(spans, real) if len(span) == head.K]
                 pairs += whole

@@ -5,16 +5,31 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TOY, method_args, run
 from safetensors.torch import save_file
 
 import edits
 import toy
-from data import load_examples, read_json, weights_digest, write_json, write_lines
+from data import (
+    load_examples,
+    read_json,
+    read_safetensors,
+    weights_digest,
+    write_json,
+    write_lines,
+)
 from edits import nearer_to_own
 from generate import latents_name
 from images import open_image
-from model import encode_images, load_head, load_processor, load_vlm
+from model import (
+    HEAD_FILE,
+    encode_images,
+    load_head,
+    load_processor,
+    load_vlm,
+    real_features,
+)
 
 
 def test_a_latent_is_nearer_to_one_of_two_pictures():
@@ -34,14 +49,36 @@ def test_an_option_is_its_text_wherever_it_stands():
     two = {"id": "2", "options": ["blue", "red"], "answer": "B"}
 
     def follows(a, b):
-        said = {"1": {"extracted": a}, "2": {"extracted": b}}
+        said = {
+            "1": {"extracted": a, "correct": a == "A"},
+            "2": {"extracted": b, "correct": b == "B"},
+        }
         return edits.follows(one, two, said)
 
     assert follows("A", "B") and follows("B", "A")  # both are right, or wrong, alike
     assert not follows("A", "A") and not follows("A", None)
-    number = {"id": "2", "answer": "4"}
-    said = {"1": {"extracted": "four"}, "2": {"extracted": "4"}}
-    assert edits.follows(number | {"id": "1"}, number, said)
+
+
+@pytest.mark.parametrize(
+    "gold, options, extracted, correct, follows",
+    [
+        (("4", "4"), None, ("four", "4"), (1, 1), True),
+        (("yes", "yes"), None, ("Yes, there is a car.", "Yes."), (1, 1), True),
+        (("3", "3"), None, ("There are three blocks.", "It is 3."), (1, 1), True),
+        (("3", "3"), None, ("There are five.", "5"), (0, 0), True),  # wrong, and the same
+        (("3", "3"), None, ("5", "3"), (0, 1), False),
+        (("3", "4"), None, ("5", "five"), (0, 0), False),
+        (("B", "A"), ["Yes", "Yes, partly", "No"], ("B", "A"), (1, 1), True),
+    ],
+)
+def test_an_answer_is_the_same_however_it_was_put(gold, options, extracted, correct, follows):
+    """Which row of a pair comes first does not count."""
+    rows = [{"id": str(i), "answer": answer, "options": options} for i, answer in enumerate(gold)]
+    lines = [{"extracted": x, "correct": c} for x, c in zip(extracted, correct)]
+    for order in (slice(None), slice(None, None, -1)):
+        a, b = rows[order]
+        said = {row["id"]: line for row, line in zip(rows, lines)}
+        assert edits.follows(a, b, said) == follows
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +96,7 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     toy.write_edits()
     rows = load_examples(tmp_path / "edits.jsonl")
     monkeypatch.setattr(edits, "model", str(trained))
-    features = edits.Features()
+    features = edits.load_features()
 
     # answers: right to every question but one of "start" and one of "elsewhere"; latents: the real
     # features, but for "move" the other question's
@@ -72,7 +109,8 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
         answer = "no idea" if row["id"] in wrong else row["answer"].upper()
         said.append({"id": row["id"], "extracted": answer, "correct": row["id"] not in wrong})
         said[-1] |= {"key": f"answer to {row['id']}", "latents": 4}
-        v = features.of(other[row["id"]] if row["category"] == "move" else row)
+        shown = other[row["id"]] if row["category"] == "move" else row
+        v = features([open_image(path) for path in shown["aux_images"]]).flatten(0, 1)
         name = tmp_path / "e" / "latents" / latents_name(row["id"])
         save_file({"latents": v.contiguous()}, name, {"key": said[-1]["key"]})
     write_lines(tmp_path / "e" / "scored.jsonl", said)
@@ -118,13 +156,19 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     assert "has 1 rows, expected 2" in run("edits.py", *args, ok=False)
 
 
-def test_real_features_are_those_of_the_targets(trained, world, monkeypatch):
-    """As the bank of pictures has them: K a picture, in the mode of the head's file."""
-    monkeypatch.setattr(edits, "model", str(trained))
-    row = load_examples(world / "test.jsonl")[2]
+def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
+    """Made of pictures as small or large as fit_pca.py saw them, as the head's file says."""
+    pictures = [open_image(load_examples(world / "train.jsonl")[0]["aux_images"][0])]
     vlm, tokenizer = load_vlm(trained)
-    processor = load_processor(trained, edits.min_pixels, edits.max_pixels)
     K = load_head(trained, vlm, tokenizer, 1).K
-    (v,), _ = encode_images(vlm, processor, [open_image(row["aux_images"][0])])
-    torch.testing.assert_close(edits.Features().of(row), v.detach(), rtol=1e-4, atol=1e-4)
-    assert len(v) == K
+    side = pictures[0].width
+    for least in (56 * 56, (2 * side) ** 2):
+        folder = tmp_path / str(least)
+        shutil.copytree(trained, folder)
+        tensors, meta = read_safetensors(trained / HEAD_FILE)
+        save_file(tensors, folder / HEAD_FILE, meta | {"min_pixels": str(least)})
+        (v,), (grid,) = encode_images(vlm, load_processor(trained, least, 10**6), pictures)
+        plane = v.detach().T.view(1, -1, *(grid[1:] // 2))
+        want = F.adaptive_avg_pool2d(plane, 2)[0].flatten(1).T
+        torch.testing.assert_close(real_features(folder, vlm, K)(pictures)[0], want)
+    assert real_features(TOY, vlm, K) is None

@@ -89,7 +89,7 @@ def test_a_bank_that_does_not_belong(stages, tmp_path):
     args = [f"--model={stages['gap']}", "--show=x.png", "--question=?", "--images=toy/base"]
     args[-1] = f"--images={stages['world']}/test/0.png"
     text = run("infer.py", *args, f"--bank={tmp_path}/bank.safetensors", ok=False)
-    assert f"{tmp_path}/bank.safetensors: no such file; fit_pca.py writes it" in text
+    assert f"{tmp_path}/bank.safetensors: no such file; fit_pca.py leaves it" in text
     tensors = load_file(stages["pca"] / "bank.safetensors")
     meta = {"targets": "others", "pictures": "[]"}
     save_file(tensors, tmp_path / "others", meta)

@@ -1,12 +1,15 @@
 """What does it answer, and what did it imagine? With a model that has latents, and the base."""
 
+import json
+
 import pytest
 import torch
-from conftest import run
+from conftest import noise, run, saved
 from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 import infer
+from data import question_text
 from model import LATENT_END, LATENT_PAD, LATENT_START
 
 
@@ -97,8 +100,28 @@ def test_where_is_where_the_embeddings_are():
 def test_marks_stand_as_in_all_stages(monkeypatch):
     """LLaVA's leading mark is no text of the prompt; marks and images are counted."""
     monkeypatch.setattr(infer, "question", "<image>\nWhat is on the sign?")
-    assert infer.get_question(["a.png"]) == "What is on the sign?"
+    assert infer.row_to_ask(["a.png"])["question"] == "What is on the sign?"
     monkeypatch.setattr(infer, "question", "Is <image> in <image>?")
-    assert infer.get_question(["a.png", "b.png"]) == "Is <image> in <image>?"
+    assert infer.row_to_ask(["a.png", "b.png"])["question"] == "Is <image> in <image>?"
     with pytest.raises(SystemExit, match="--question: .* 2 <image> marks for 1 images"):
-        infer.get_question(["a.png"])
+        infer.row_to_ask(["a.png"])
+
+
+def test_a_row_is_asked_whole(tmp_path, monkeypatch):
+    """Without a question, that of the image's row, its options and system text and all images."""
+    names = [f"picture with a long name {n}.png" for n in range(20)]
+    for name in names:
+        saved(tmp_path / "test" / name, noise(1))
+    row = {"id": "1", "images": [f"test/{name}" for name in names], "question": "Which?"}
+    row |= {"answer": "B", "options": ["red", "blue"], "system": "Answer with a letter."}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    paths = infer.paths_of(",".join(row["images"]))  # longer than a file's name may be
+    asked = infer.row_to_ask(paths[:1])
+    assert question_text(asked) == "Which?\nA. red\nB. blue"
+    assert asked["system"] == "Answer with a letter." and len(asked["images"]) == len(paths) == 20
+    monkeypatch.setattr(infer, "system", "Think.")
+    assert infer.row_to_ask(paths)["system"] == "Think."
+    monkeypatch.setattr(infer, "system", "<|im_end|>")
+    with pytest.raises(SystemExit, match="'system' contains the reserved token"):
+        infer.row_to_ask(paths)

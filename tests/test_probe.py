@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_open, random_pca, record, run
 
 import probe
 from data import load_examples
-from generate import generate, make_prompts
+from generate import ema_norm, generate, make_prompts
 from model import PCAHead, latent_ids, load_pca, save_head
 
 close = torch.testing.assert_close
@@ -120,8 +121,8 @@ def test_drift_along_a_chain():
     close(torch.tensor(found["own"]), torch.tensor(want), rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_head_says_of_real_latents(loaded, head, world):
-    """As in a generation that is fed the real ones."""
+def test_what_the_head_says_of_real_latents(loaded, head, world, monkeypatch):
+    """As in a generation that is fed the real ones; calibrated where what is written is."""
     vlm, tokenizer, processor = loaded
     prompts = make_prompts(vlm, tokenizer, processor, load_examples(world / "test.jsonl")[:3])
     make_open(vlm, tokenizer, prompts, {0, 1, 2})
@@ -143,6 +144,11 @@ def test_what_the_head_says_of_real_latents(loaded, head, world):
         found = probe.said_of_real(vlm, head, prompt, answer["ids"], real[0], pad)
         assert len(want) == 4
         close(found, want.detach(), rtol=1e-3, atol=1e-3)
+        with monkeypatch.context() as m:
+            m.setattr(probe, "ema_beta", 0.9)
+            found = probe.said_of_real(vlm, head, prompt, answer["ids"], real[0], pad)
+        norm = ema_norm(prompt["vision"], 0.9)
+        close(found, norm * F.normalize(want.detach(), dim=-1), rtol=1e-3, atol=1e-3)
 
 
 def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world):
