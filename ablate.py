@@ -12,9 +12,10 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     python toy.py edits $T --data_folder=out/ablate/toy
     python ablate.py                    # goes on where it stopped
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
-    python ablate.py --study=fresh --results=results/fresh --seeds=6,7,8,9,10,11,12,13
+    python ablate.py --study=fresh --seeds=6,7,8,9,10,11,12,13
     python ablate.py --report=1         # only rewrite the tables
-    python ablate.py --study=valr --results=out/valr --base=out/cot --data=out/steps/train.jsonl
+    python ablate.py --study=valr --base=out/cot --data=out/steps/train.jsonl \
+        --val_data=out/steps/val.jsonl --test_data=out/steps/test.jsonl
     python ablate.py --launch="torchrun --nproc-per-node 8" \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """
@@ -35,6 +36,7 @@ import torch
 from data import (
     append,
     check_there,
+    is_list,
     key_of,
     load_examples,
     open_append,
@@ -52,7 +54,7 @@ data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` line
 val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
 out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
-results = "results/toy"  # .jsonl and .md
+results = ""  # .jsonl and .md; "": results/<study>, and results/toy of main
 edit_data = ""  # pairs for edits.py; "": edits.jsonl beside test_data, if there is one
 examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
@@ -380,6 +382,8 @@ def first_lines(n, file):
     It lies beside that, to which image paths are relative. Raises SystemExit if there are fewer.
     """
     check_there(file)
+    if is_list(file):
+        raise SystemExit(f"{file}: a JSON list; expected JSON lines: a run takes the first")
     lines = file.read_bytes().splitlines(keepends=True)
     if n > len(lines):
         raise SystemExit(f"{file} has {len(lines)} examples; a run needs {n}")
@@ -394,7 +398,9 @@ def first_lines(n, file):
 
 def fitted(work, file, fit):
     """The folder of targets and PCA for a data file and settings of fit_pca.py, made once."""
-    folder = work / f"pca-{key_of(fit | {'args': fit_args}, file)}"
+    # val_data's targets are made, too
+    files = [file, *([val_data] if val_data else [])]
+    folder = work / f"pca-{key_of(fit | {'args': fit_args}, *files)}"
     if not (folder / "pca.safetensors").exists():
         call("fit_pca.py", fit_args, base=base, data=file, val_data=val_data, out=folder, **fit)
     return folder
@@ -410,7 +416,7 @@ def trained(folder, run, seed, file):
     settings = {
         "base": base,
         "data": file,
-        "val_data": laid_out(val_data, run),
+        "val_data": val_data and laid_out(val_data, run),
         "out": model,
         "seed": seed,
         "eval_every": 0,  # validate at the end only
@@ -455,7 +461,7 @@ def answers(folder, rows):
     for row in rows:
         if row["id"] not in correct:  # --eval_args=--limit=N: not asked
             continue
-        category = row.get("category", "")
+        category = str(row.get("category", ""))
         bit = "1" if correct[row["id"]] else "0"
         bits[category] = bits.get(category, "") + bit
     overall = json.loads((folder / "metrics.json").read_text())["scores"]["overall"]
@@ -595,7 +601,7 @@ def run_all():
             if not lock(work / f".{folder.name}.lock"):  # another process is at it
                 continue
             line = {"name": job.name, "seed": job.seed, "key": job.key, "settings": job.settings}
-            line["world"] = world
+            line |= {"world": world, "data": key_of({}, job.file)}
             line |= one_run(folder, job.settings, job.seed, job.file, rows)
             append(f, four_digits(line))
             shutil.rmtree(folder)
@@ -646,7 +652,12 @@ def write_report():
 
 
 def main():
+    global results
     check_choices(globals(), study=RUNS)
+    if study == "gap" and interventions_at not in (0, *SIZES["gap"]):
+        there = ", ".join(map(str, SIZES["gap"]))
+        raise SystemExit(f"interventions_at={interventions_at} is none of 0, {there}")
+    results = results.removesuffix(".jsonl") or f"results/{'toy' if study == 'main' else study}"
     if not report:
         run_all()
     write_report()

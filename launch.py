@@ -54,6 +54,7 @@ RANGES = {
     "longest": (2, math.inf),
     "first_phase": (0, 4),
     **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
+    **dict.fromkeys(("examples", "interventions_at"), (0, math.inf)),
     **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
     **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
     **dict.fromkeys(

@@ -315,9 +315,14 @@ def draw_field(ax, log, field, look):
 
 
 def read_runs(path_of_lines):
-    """The lines of ablate.py."""
+    """The lines of ablate.py that go together."""
     check_there(path_of_lines)
-    return lines_of(path_of_lines)
+    lines = lines_of(path_of_lines)
+    used = latest(lines)
+    if len(used) < len(lines):
+        why = "earlier settings, other data or another base than the last line by that name has"
+        print(f"{path_of_lines}: {len(lines) - len(used)} lines left out: {why}")
+    return used
 
 
 def accuracies(lines, file=""):
@@ -326,10 +331,9 @@ def accuracies(lines, file=""):
     for number, line in enumerate(lines, 1):
         check_fields(line["settings"], {"examples": int}, f"{file}:{number}")
     # examples=0: all that there were, which is no number
-    used = [line for line in latest(lines) if line["settings"]["examples"]]
+    used = [line for line in lines if line["settings"]["examples"]]
     if len(used) < len(lines):
-        left_out = len(lines) - len(used)
-        print(f"{file}: {left_out} lines left out: earlier settings, another base or no known size")
+        print(f"{file}: {len(lines) - len(used)} lines left out: of no known size")
     by_seed = {}
     for line in used:
         name, _, _ = line["name"].partition(" n=")
@@ -459,7 +463,7 @@ def draw_rows(rows, path_of_lines, path):
     """Of some Rows each seed a dot, the mean a line, and its 95 % t-interval."""
     plt = pyplot()
     names, numbers, unit = rows
-    lines = latest(read_runs(path_of_lines))
+    lines = read_runs(path_of_lines)
     columns = [by_run(lines, names, number) for number in numbers.values()]
     there = [name for name in names if any(name in column for column in columns)]
     check_found(there, path_of_lines, names)
@@ -490,7 +494,7 @@ def draw_rows(rows, path_of_lines, path):
 def draw_drift(path_of_lines, path):
     """R2 of the i-th latent, fed with the model's own before it (lines) and real ones (dashes)."""
     plt = pyplot()
-    found = by_run(latest(read_runs(path_of_lines)), DRIFT, Number("", "probe.along"))
+    found = by_run(read_runs(path_of_lines), DRIFT, Number("", "probe.along"))
     check_found(found, path_of_lines, DRIFT)
     fig = plt.figure(figsize=(6.4, 2.6))
     ax = fig.add_axes([0.1, 0.17, 0.76, 0.8])

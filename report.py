@@ -77,13 +77,13 @@ def are_bits(bits):
 def right(line, kind, measure, easy):
     """Right (1) and wrong (0) answers of an evaluation, in the test set's order within a category.
 
-    `measure` picks the questions: hard, easy, all, or a category by its name.
+    `measure` picks the questions: hard, easy, all, or "category:" and the name of one.
     """
     answers = []
     # {category: (how many questions, their bits as one hexadecimal number)}
     for category, (n, digits) in line["evals"][kind]["right"].items():
         group = "easy" if easy and category == easy else "hard"  # rows may have no category
-        if measure in (category, group, "all"):
+        if measure in (f"category:{category}", group, "all"):
             bits = f"{int(digits, 16):0{n}b}"  # a bit a question, leading zeros kept
             answers += [int(bit) for bit in bits]
     return answers
@@ -92,18 +92,27 @@ def right(line, kind, measure, easy):
 def latest(lines):
     """Those of ablate.py's lines that go together.
 
-    Of the last line's base and test set, and with their run's latest settings and training data.
+    Of the last line's base and test set, with their run's latest settings, and of the training data
+    that the last run of their size and layout had.
     """
     lines = [line for line in lines if line.get("world") == lines[-1].get("world")]
     keys = {line["name"]: line["key"] for line in lines}
-    return [line for line in lines if line["key"] == keys[line["name"]]]
+    lines = [line for line in lines if line["key"] == keys[line["name"]]]
+
+    def size(line):
+        settings = line["settings"]
+        return settings.get("examples"), (settings.get("run") or {}).get("layout")
+
+    # a line of an earlier revision does not say
+    data = {size(line): line["data"] for line in lines if "data" in line}
+    return [line for line in lines if line.get("data") in (None, data.get(size(line)))]
 
 
 def value(line, kind, measure, easy):
     """One number of a line, or None where it has no such number.
 
-    `measure` is a mean cost of the evaluation (tokens, latents), an accuracy (hard, easy, all, or a
-    category), or a path into the line (val_r2, probe.real.cosine).
+    `measure` is a mean cost of the evaluation (tokens, latents), an accuracy (of what `right`
+    picks) or a path into the line (val_r2, probe.real.cosine).
     """
     evaluation = line["evals"].get(kind)
     if evaluation:
@@ -172,7 +181,8 @@ def over_seeds(gaps):
 
 def paired_p(study, a, b):
     """p of the hard questions' mean difference, each question's over all common seeds."""
-    seeds = study.lines[run_and_evaluation(a)[0]].keys() & study.lines[run_and_evaluation(b)[0]]
+    # a run that opened no span has no answers with another example's latents
+    seeds = values(study, a).keys() & values(study, b).keys()
 
     def shares_right(what):
         """Of each question, in which share of the seeds it is answered."""
@@ -325,13 +335,13 @@ def scores(study, table):
             absent.append(what)
             continue
         # what was logged is the run's: an evaluation shows that of its run
-        hard = each_seed(values(study, what))
-        measures = ["easy", *(field for _, field in table.logged)]
-        numbers = [hard, *(mean_sd(values(study, what, measure)) for measure in measures)]
+        found = values(study, what)
+        others = [values(study, what, m) for m in ("easy", *(field for _, field in table.logged))]
+        numbers = [each_seed(found), *map(mean_sd, others)]
         # the reference against itself, or runs without a common seed: no difference, and no test
         d = difference(study, what, reference) if what != reference else None
         p = p_shown(paired_p(study, what, reference)) if d else ""
-        cells.append([what, len(study.lines[name]), *numbers, shown(d), p, last])
+        cells.append([what, len(found), *numbers, shown(d), p, last])
     easy = study.easy or "easy"
     logged = [heading for heading, _ in table.logged]
     head = ["run", "seeds", "hard", easy, *logged, f"hard, minus {reference}", "p", table.column]
@@ -430,9 +440,10 @@ def by_category(study):
             found |= line["evals"]["clean"]["right"].keys()
     categories = sorted(found)  # on the toy: the number of moves
     there = [name for name in SYSTEMS if name in study.lines]
-    rows = [[name, *(mean_sd(values(study, name, c)) for c in categories)] for name in there]
+    measures = [f"category:{category}" for category in categories]
+    rows = [[name, *(mean_sd(values(study, name, m)) for m in measures)] for name in there]
     claims = [
-        (f"{pca} beats {full} on {category}", pca, full, category)
+        (f"{pca} beats {full} on {category}", pca, full, f"category:{category}")
         for pca, full in PCA_AGAINST_FULL
         for category in categories
     ]
@@ -445,13 +456,17 @@ def by_category(study):
 
 def drift(study):
     """Does the subspace stop the drift? R2 of the latents by their place in the longest chains."""
-    there = [name for name in PREDICTING if chains_of(study, name)]
-    if not there:
+    chains = {name: chains_of(study, name) for name in PREDICTING}
+    lengths = {name: len(found[0]["own"]) for name, found in chains.items() if found}
+    if not lengths:
         return []
+    # a run that writes too few spans has no last place to compare
+    there = [name for name in lengths if lengths[name] == max(lengths.values())]
+    short = [name for name in lengths if name not in there]
     rows = []
     for name in there:
         for kind, title in (("own", "its own latents"), ("forced", "the real ones")):
-            places = zip(*(chain[kind] for chain in chains_of(study, name)))
+            places = zip(*(chain[kind] for chain in chains[name]))
             means = [f"{statistics.fmean(place):.2f}" for place in places]
             rows.append([f"{name}, fed {title}", *means])
     gaps = [drift_of(study, name) for name in there]
@@ -467,6 +482,7 @@ def drift(study):
         "R2 of the i-th latent against its real feature, of the questions with most latents: fed "
         "with the latents that the model wrote before it, and with the real ones.",
         *markdown(["run", *range(1, len(rows[0]))], rows),
+        *([f"Too few spans: {', '.join(short)}.", ""] if short else []),
         *each,
     ]
 

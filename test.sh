@@ -3,7 +3,7 @@
 # all, in two processes, or those named.
 set -euo pipefail
 cd "$(dirname "$0")"
-[ -x .venv-test/bin/python ] || python3 -m venv .venv-test
+[ -x .venv-test/bin/pip ] || python3 -m venv .venv-test
 # not all of it compiled, but what is imported, when it first is: half a minute less
 unset PYTHONDONTWRITEBYTECODE
 .venv-test/bin/pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt

@@ -184,7 +184,7 @@ def micro_batches(lengths, world, budget):
 
     Returns lists of row indices, the longest first; micro-batch i belongs to rank i % world. Rows
     of like length share one, so little is padding. A list is empty only where there are fewer rows
-    than ranks.
+    than lists.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     parts = []
@@ -420,8 +420,11 @@ def save_checkpoint(model, optimizer, step, settings):
         write_json(tmp / "settings.json", settings)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
-        for old in checkpoints()[:-2]:
-            shutil.rmtree(old)
+        # those above this one were damaged, else it had begun there
+        kept = [folder for folder in checkpoints() if folder.name <= final.name][-2:]
+        for old in checkpoints():
+            if old not in kept:
+                shutil.rmtree(old)
     dist.barrier()
 
 

@@ -31,6 +31,7 @@ def test_a_run_is_trained_with_what_it_is_named_for(tmp_path, monkeypatch):
         ablate, "call", lambda script, extra, **given: calls.append((script, given))
     )
     monkeypatch.setattr(ablate, "read_lines", lambda path: [])
+    monkeypatch.setattr(ablate, "val_data", str(file))
     for name in ablate.RUNS:
         monkeypatch.setattr(ablate, "study", name)
         for changes in [x for group in ablate.RUNS[name] for x in group.values() if x]:
@@ -174,6 +175,35 @@ def test_table_grows_over_sittings(tmp_path, base, world, monkeypatch, capsys):
     text = run("ablate.py", *args, f"--edit_data={tmp_path}/none.jsonl", ok=False)
     assert "none.jsonl: no such file" in text
     assert "needs 99" in run("ablate.py", *args, "--only=GAP", "--examples=99", ok=False)
+    assert "makes no sense" in run("ablate.py", *args, "--examples=-1", ok=False)
+    text = run("ablate.py", *args, "--study=gap", "--interventions_at=2000", ok=False)
+    assert "interventions_at=2000 is none of 0, 500, 1000" in text
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    (world / "list.json").write_text(json.dumps(rows))
+    assert "a JSON list" in run("ablate.py", *args, f"--data={world}/list.json", ok=False)
+
+
+@pytest.mark.parametrize("study, results", [("main", "toy"), ("gap", "gap"), ("fresh", "fresh")])
+def test_a_study_has_tables_of_its_own(monkeypatch, study, results):
+    """By whatever name its file is given."""
+    for given, wanted in (("", f"results/{results}"), ("out/x.jsonl", "out/x"), ("out/x", "out/x")):
+        monkeypatch.setattr(ablate, "study", study)
+        monkeypatch.setattr(ablate, "results", given)
+        monkeypatch.setattr(ablate, "report", True)
+        monkeypatch.setattr(ablate, "write_report", lambda: None)
+        ablate.main()
+        assert ablate.results == wanted
+
+
+def test_a_run_without_validation_data_has_none(tmp_path, monkeypatch):
+    calls, file = {}, tmp_path / "f.jsonl"
+    file.touch()
+    monkeypatch.setattr(ablate, "call", lambda script, _, **given: calls.update({script: given}))
+    monkeypatch.setattr(ablate, "read_lines", lambda path: [])
+    monkeypatch.setattr(ablate, "val_data", "")
+    with pytest.raises(SystemExit, match="holds no steps"):
+        ablate.trained(tmp_path / "work" / "run", {"layout": "named"}, 1, file)
+    assert calls["train.py"]["val_data"] == calls["fit_pca.py"]["val_data"] == ""
 
 
 def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):

@@ -381,6 +381,13 @@ def test_no_command_writes_over_what_it_reads(stage, tmp_path):
         path = write_data(tmp_path, [example(0)], name) if name != "train" else train
         with pytest.raises(SystemExit, match=f"{name}.jsonl would be written over"):
             stage(command, data=path, benchmarks=path)
+    path = write_data(tmp_path, [example(0)], "synthesised")
+    with pytest.raises(SystemExit, match="synthesised.jsonl would be written over"):
+        stage("synthesise", data=path)
+    for name in ("qa", "rejects.qa"):  # a source in the folder itself
+        path = write_data(tmp_path, [example(0)], name)
+        with pytest.raises(SystemExit, match=f"{name}.jsonl would be written over"):
+            stage("convert", source="qa", files=str(path))
     assert open(train).read() == before
     rows = write_data(tmp_path, [example(i) for i in range(9)])
     with pytest.raises(SystemExit, match="names .*rows.jsonl twice"):

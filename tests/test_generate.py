@@ -15,18 +15,20 @@ from conftest import (
     record,
     run,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import decoder
 import generate as generate_file
 from data import LATENT_SPAN, load_examples, read_lines
 from generate import (
+    calibrate,
     ema_norm,
     from_all,
     from_nucleus,
     generate,
     intervene,
     latents_name,
+    load_latents_file,
     make_prompts,
     pick,
     save_latents_file,
@@ -303,6 +305,11 @@ def test_ema_is_the_weighted_sum(beta):
     assert ema_norm(v, beta) == pytest.approx(slow, rel=1e-6)
 
 
+def test_a_zero_latent_has_no_norm_to_set():
+    v = torch.tensor([[3.0, 4], [0, 0], [3, 4]])
+    close(calibrate(v, torch.tensor([10.0, 10, 0])), torch.tensor([[6.0, 8], [0, 0], [3, 4]]))
+
+
 @pytest.mark.parametrize("beta", [0.9])
 def test_ema_calibration_sets_the_norm(loaded, head, world, beta):
     vlm, tokenizer, processor = loaded
@@ -498,6 +505,11 @@ def test_no_latents_of_an_earlier_answer_stay(tmp_path, head):
     path, v = tmp_path / "a.safetensors", torch.randn(2 * head.K + 1, head.mean.shape[0])
     save_latents_file(path, v, head)
     close(load_file(path)["latents"], v[:-1])
+    assert load_latents_file(path, head).shape == (2, head.K, v.shape[1])
+    # a file of a head whose spans are longer is none of this one's
+    save_file({"latents": v[: 2 * head.K]}, path, {"K": str(2 * head.K)})
+    with pytest.raises(SystemExit, match=f"in spans of {2 * head.K}"):
+        load_latents_file(path, head)
     save_latents_file(path, v[: head.K - 1], head)
     assert not path.exists()
 

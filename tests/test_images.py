@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -194,6 +195,21 @@ def test_big_endian_and_bilevel_pictures():
     assert np.abs(np.asarray(decode_image(saved(big, "TIFF")), int) - GREY[..., None]).max() <= 1
     bits = decode_image(saved(Image.fromarray(GREY > 99)))
     assert np.array_equal(np.asarray(bits), np.repeat((GREY > 99)[..., None] * np.uint8(255), 3, 2))
+
+
+def test_a_tiff_says_how_many_bits_it_has():
+    """12 of a camera, packed: two values in three bytes."""
+    grey = np.arange(0, 4096, 16)[:256]
+    packed = int("".join(f"{value:012b}" for value in grey), 2).to_bytes(384, "big")
+    # the tags of size, bits, compression, kind, place, samples and rows
+    short, long = 3, 4
+    tags = [(256, short, 16), (257, short, 16), (258, short, 12), (259, short, 1), (262, short, 1)]
+    tags += [(273, long, 8), (277, short, 1), (278, short, 16), (279, long, 384)]
+    content = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed
+    content += struct.pack("<H", len(tags))
+    content += b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    decoded = np.asarray(decode_image(content + bytes(4)), int)
+    assert np.array_equal(decoded[..., 0].flatten(), grey // 16)
 
 
 def test_what_grey_values_mean_is_told_by_their_range():

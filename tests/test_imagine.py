@@ -98,3 +98,5 @@ def test_a_bank_that_does_not_belong(stages, tmp_path):
     save_file(load_file(stages["gap"] / HEAD_FILE), tmp_path / "head")
     with pytest.raises(SystemExit, match="head: lacks"):
         bank_of(stages["gap"], tmp_path / "head")
+    with pytest.raises(SystemExit, match="no bank goes with them"):
+        bank_of(stages["base"], tmp_path / "others")

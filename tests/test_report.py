@@ -74,7 +74,12 @@ def study():
 
 def test_what_is_read_of_a_line(study):
     second = study.lines["GAP"][2]
-    assert report.right(second, "clean", "3 moves", "1 moves") == [0, 1, 1, 1]  # leading zero kept
+    assert report.right(second, "clean", "category:3 moves", "1 moves") == [
+        0,
+        1,
+        1,
+        1,
+    ]  # leading zero kept
     assert report.values(study, "GAP") == {1: 6 / 8, 2: 5 / 8, 3: 5 / 8}
     assert report.values(study, "GAP", "easy") == {1: 0.5, 2: 0.5, 3: 0.5}
     assert report.values(study, "GAP/noise") == {}
@@ -130,6 +135,27 @@ def test_runs_on_other_data_do_not_go_together():
     """Of equal settings, but of another key: those of the last line stay."""
     old, new, last = (line("GAP", seed, {"2 moves": "01"}) for seed in (1, 2, 3))
     assert report.latest([old | {"key": "of another data file"}, new, last]) == [new, last]
+    # nor runs of another name, where both say what they were trained on
+    other = line("LH", 1, {"2 moves": "01"})
+    said = [other | {"data": "before"}, other | {"seed": 2, "data": "now"}, last | {"data": "now"}]
+    assert report.latest(said) == said[1:] and report.latest([other, said[2]]) == [other, said[2]]
+
+
+def test_a_run_may_lack_an_evaluation(study):
+    """One that opened no span has no answers with another example's latents."""
+    for name, seed in (("GAP", 1), ("GAP", 2), ("LH+DA", 1), ("LH+DA", 2)):
+        evals = study.lines[name][seed]["evals"]
+        if (name, seed) != ("GAP", 2):
+            evals["shuffle"] = evals["clean"]
+    made = report.difference(study, "GAP", "GAP/shuffle")
+    assert (made.mean, made.seeds) == (0.0, 1) and report.paired_p(study, "GAP", "GAP/shuffle") == 1
+    assert report.paired_p(study, "GAP/shuffle", "LH+DA/shuffle") < 1
+
+
+def test_a_category_may_be_called_as_a_group_is():
+    made = line("GAP", 1, {"easy": "11", "hard": "00", "all": "01"})
+    read = [report.value(made, "clean", x, "") for x in ("hard", "category:hard", "category:easy")]
+    assert read == [0.5, 0.0, 1.0] and report.value(made, "clean", "category:all", "") == 0.5
 
 
 def test_seeds_that_find_the_same_questions_hard_are_not_more_questions(study):
@@ -194,6 +220,11 @@ def test_drift_and_edits_are_read_of_the_lines():
     assert "| output, fed its own latents | 0.90 | 0.28 |" in said
     assert "- output loses by its own latents: **yes**" in said
     assert "- LH loses by its own latents: **undecided**" in said
+    # one that writes too few spans has no last place
+    for made in lines["output"].values():
+        made["probe"]["along"] = {"own": [0.9], "forced": [0.9]}
+    said = "\n".join(report.drift(study))
+    assert "Too few spans: output." in said and "fed its own latents | 0.90 |" not in said
     table = "\n".join(report.edits(study))
     assert "| LH | 0.53 ± 0.02 |" in table and "| both right |" in table
     assert "cosine |" not in table

@@ -541,7 +541,15 @@ def test_a_picture_in_a_chat_may_have_any_name():
 
 
 @pytest.mark.parametrize(
-    "options", [["red", "blue"], "['red', 'blue']", {"A": "red", "B": "blue"}, ("red", "blue")]
+    "options",
+    [
+        ["red", "blue"],
+        "['red', 'blue']",
+        {"A": "red", "B": "blue"},
+        ("red", "blue"),
+        ["red", "blue", None],
+        {"A": "red", "B": "blue", "C": None},
+    ],
 )
 def test_options_are_read_in_every_layout(options):
     assert sources.with_options({}, options) == {"options": ["red", "blue"]}
