@@ -1,4 +1,4 @@
-"""Which variants are run, and how? The papers' tables in miniature, with controls and seeds.
+r"""Which variants are run, and how? The papers' tables in miniature, with controls and seeds.
 
 For each run and seed of a study: fit_pca.py (GAP's), train.py, eval.py for each of its evaluations,
 probe.py.
@@ -636,7 +636,12 @@ def write_report():
     """Write <results>.md from <results>.jsonl alone."""
     lines = read_results()
     if not lines:
-        raise SystemExit(f"{results}.jsonl has no run with these settings yet; run ablate.py first")
+        others = len(lines_of(results + ".jsonl"))
+        again = "give --report=1 beside the settings that they were made with"
+        raise SystemExit(
+            f"{results}.jsonl has no run with these settings yet"
+            + (f", and {others} with others: {again}" if others else "; run ablate.py first")
+        )
     found = Study(
         name=study,
         lines=lines,

@@ -34,9 +34,9 @@ LAYOUT = [
         (r"<<|>>", " "),  # before the tags: "<<blue>>" holds none
         (MARKUP, "\n"),
         (WRAPPED, r"\1"),
-        (r"\\sqrt ?\{(\w+)\}", r"√\1"),
-        (r"(?<=\d)\\[dt]?frac ?\{(\d+)\} ?\{(\d+)\}", r" \1/\2"),  # three and a half
-        (r"\\[dt]?frac ?\{([\w.√]+)\} ?\{([\w.√]+)\}", r"\1/\2"),
+        (r"\\sqrt ?\{ ?(\w+) ?\}", r"√\1"),
+        (r"(?<=\d)\\[dt]?frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r" \1/\2"),  # three and a half
+        (r"\\[dt]?frac ?\{ ?([\w.√]+) ?\} ?\{ ?([\w.√]+) ?\}", r"\1/\2"),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\pi(?![a-z])", "π"),
         (r"\^ ?\{?\\circ\}?|\\degree", "°"),
@@ -124,15 +124,17 @@ def any_of(words):
 
 LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
 SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?"
-# options that are named together
-AND = r"(?:,? (?:and|or|nor|to|&) (?:option |choice )?|, ?| ?/ ?| ?(?:和|与|及|或|还是) ?| )"
-TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}(?! (?:is|was|has)\b))+")
+# options that are named together; of "A, B is" only the last one is
+AND = r"(?:,? (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是) ?)"
+TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
 
-# what may not stand beside a mention: "art" is not in "start", nor 5 in 15, 1.5 and 5 + 2
+LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
+GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b"  # after what is part of a number: "5√3", "3 1/2"
+# what may not stand beside a mention: "art" is not in "start", nor 5 in 15, 1.5, 5√3 and 5 + 2
 WORD_EDGES = r"(?<![A-Za-z0-9_])(?<!\w-)", r"(?![A-Za-z0-9_]|-\w)"
 NUMBER_EDGES = (
     r"(?<![A-Za-z0-9_^√/-])(?<!\d[.,:+*×÷])(?<!\d [-+*/×÷:] )",
-    r"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷^=:] ?\d)",
+    rf"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷=:] ?[\d√π(\\]|{GOES_ON})",
 )
 # a variable is no letter of an option: "A = 5", "A(1, 2)", "∠A"
 LETTER_EDGES = r"(?<![A-Za-z0-9_°∠△^])(?<!\w[-.'])", r"(?![A-Za-z0-9_^+]|['-]\w| ?=|\(\d)"
@@ -140,9 +142,10 @@ BESIDE = any_of("in on at of for from between among than near next_to behind abo
 # nor is the article that opens a sentence, "A dog"; but no article stands before one of these words
 NO_NOUN = any_of(
     "is are was were has had would should could does looks seems appears and or nor but because as "
-    f"since so to with when while where which that then only also not {BESIDE}"
+    f"since so to with when while where which that then only also not {BESIDE} "
+    "the it this there point option therefore"
 )
-ARTICLE = rf"(?<![A-Za-z,;] )A (?!{NO_NOUN}\b)[a-z]"
+ARTICLE = rf"(?<![A-Za-z,;] )A (?!(?i:{NO_NOUN})\b)(?:[A-Za-z]|\d+-[a-z])"
 # a small letter is one in brackets, with a mark at the start, and at the end of a declaration
 SMALL = (
     r"(?:(?<=\()(?=\w\))|\A(?=\w[).:](?:\s|\Z))"
@@ -249,7 +252,8 @@ def any_pattern(*kinds):
 
 
 NOT = any_of(
-    r"\b(?:not|never|neither|nor|except|unlike|cannot|rather_than|instead_of)\b n't\b rul\w+_out "
+    r"\b(?:not|never|neither|nor|none|except|unlike|cannot|rather_than|instead_of)\b n't\b "
+    r"rul\w+_out "
     rf"eliminat\w+ exclud\w+ (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
     "不是 不选 而非 并非 排除"
 )
@@ -315,7 +319,7 @@ ITEM = any_pattern(
     rf"(?<=[.;:,!?] )(?:{NOUN} )?\(?({LETTER}){TEXT}?[).:]",
 )
 LISTED = re.compile(rf"\(Ⓐ⒜(?:{LETTER}{TEXT})+\)")  # (A) red, (B) blue
-SENTENCE_END = re.compile(r"[.!?;](?=\s|\Z)|\n|\Z")
+SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bi\.e)(?<!\be\.g)[.!?;](?=\s|\Z)|\n|\Z")
 
 # how a text opens: with all of an option, "C. blue." and "No, it is", or with C alone on a line ...
 OPENING = any_pattern(rf"\(?{LETTER}?{TEXT}\)?(?=[.,;:!\n]|\Z)", rf"\(?{LETTER}\)?(?=[.:]?\n)")
@@ -356,7 +360,7 @@ def without_passing(told):
 # whose signs it reads
 
 
-def find_letter(text, options):
+def find_letter(text, options, finished=True):
     """(the letter of `options` {letter: text} that a text chooses, the rule that found it).
 
     The rules and their order stand in `extract_answer`; (None, "none") if none finds one.
@@ -371,14 +375,21 @@ def find_letter(text, options):
     told, refusals = REFUSED.subn(" ", said)
     told = without_lists(told)
     rules = FIRM_RULES if refusals else FIRM_RULES + WEAK_RULES
+    if not finished:
+        rules = (("declared", declared),)
     for name, rule in rules:
         found = rule(told)
         letter = only(found)
         if letter in options:
             return letter, name
-        # two that are declared choose none, and neither does a number that is no option
-        if letter or rule is declared and found:
+        if rule is declared and found and not letter:  # two that are declared choose none
+            return None, "none"
+        if letter:  # a number that is no option, but perhaps the value of one
             break
+    if finished and not refusals and not DENIED.search(marked(text, options)):
+        letter = option_of_value(QUESTION.sub(" ", text), options)
+        if letter:
+            return letter, "value"
     return None, "none"
 
 
@@ -396,6 +407,14 @@ def nothing_but_an_option(text, options):
         if alike:
             return alike[0] if len(alike) == 1 else None
     return None
+
+
+def option_of_value(text, options):
+    """The letter of the one option whose value is the number that a text states; None if none."""
+    text = text.lower()
+    number = find_number(text) if STATED.search(text) else None
+    alike = [letter for letter, option in options.items() if number and same_value(number, option)]
+    return alike[0] if len(alike) == 1 else None
 
 
 def last_line(told):
@@ -457,13 +476,12 @@ WEAK_RULES = (
 # --------------------------------------------------------------------------------------------------
 # other kinds of answer
 
-LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 # 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or
-# -2. Not a part of another number: "2√3", "5π", "10^3", "3/4", "12:30" and "2 million" hold none
+# -2. Not a part of another number: "2√3", "10^3", "3/4", "12:30" and "2 million" hold none
 NUMBER = (
     r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)"
-    rf"(?![√π^]|[:/]\d| ?{LARGE}\b)"
+    rf"(?!{GOES_ON}|[:/]\d)"
 )
 NUMBERS = re.compile(NUMBER, re.ASCII)
 # "is 12" and "= about 12", but not the 12 of "is 12 + 3" and of "are 12 red and 3 blue"
@@ -474,7 +492,7 @@ MEASURE = any_of("total area size length width height distance")
 ABOUT = any_of("approximately about around only equal to an? the total of exactly roughly")
 VALUE = (
     rf"(?:\b{IS_A_NUMBER}\b|\b{MEASURE} of\b|[=≈:])[\s=≈:]{{0,3}}(?:{ABOUT} ){{0,4}}({NUMBER})"
-    r"(?! ?[-+*/×÷^] ?[\d(]|[^.,;:(\n]{0,40}\b(?:and|or|to) \d)"
+    r"(?! ?[-+*/×÷^] ?[\d(√π]|[^.,;:(\n]{0,40}\b(?:and|or|to) \d)"
 )
 STATED = re.compile(VALUE, re.ASCII)
 # an answer before its explanation
@@ -488,6 +506,8 @@ EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMB
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
 # what holds numbers beside the one that is meant: "of the 20", "(2 of them red)", "in frame 12" ...
 ASIDE = any_pattern(
+    r"(?:\A\s*|, )\d+ of (?:whom|them|these|those|which)\b[^.,;\n]*|其中[^.,;\n]*",
+    r"\b(?:i\.e\.|e\.g\.)[^;\n]*",
     r"(?:\bout of|\bof (?:the|these|those)|(?<=\d )of|^of) (?:the |these |those )?\d+\b(?!\.\d)",
     r"\((?!-?[\d.,]+\))[^()\n]*\)",
     r"(?<!\bthe )(?<!\bthis )\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+"
@@ -501,24 +521,27 @@ COUNTED = re.compile(
 )
 
 
-def find_kind(text, kind):
-    """The number, the last [list], or the yes or no of a text; None if it has none (or both)."""
+def find_kind(text, kind, finished=True):
+    """The number, the last [list], or the yes or no of a text; None if it has none (or both).
+
+    Of a text that was cut off only what is declared, or what it opens with.
+    """
     if kind == "number":
-        return find_number(text)
+        return find_number(text, finished)
     if kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
         return lists[-1] if lists else None
     text = plain(text).lower()
     # "Yes, there is no doubt"
     opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", text)
-    if opens:
-        return opens[1]
+    if opens or not finished:
+        return opens[1] if opens else None
     # "no" in a sentence that also says "yes" settles nothing
     words = set(re.findall(r"\b(?:yes|no)\b", text, re.ASCII))
     return words.pop() if len(words) == 1 else None
 
 
-def find_number(text):
+def find_number(text, finished=True):
     """The number that a text gives, digits or a word up to ten, without thousands separators.
 
     The last that is declared, "the answer is 8"; else one alone on the first line; else, of the
@@ -540,6 +563,8 @@ def find_number(text):
     *before, said = REFUSED.split(text)
     whole = " ".join([*before, said])
     declared = DECLARED_NUMBER.findall(whole)
+    if not finished:
+        return declared[-1].replace(",", "") if declared else None
     if not declared and not CONCLUSION.search(said):
         declared = FIRST_LINE.findall(whole)
     if declared or before:
@@ -571,7 +596,7 @@ DECLARED_TEXT = re.compile(
 )
 
 
-def extract_answer(text, options=None, kind="text"):
+def extract_answer(text, options=None, kind="text", finished=True):
     r"""(answer or None, how it was found) of a model's whole output.
 
     options {letter: text} (or a list of texts): the answer is a letter. Else `kind` says what it
@@ -591,20 +616,23 @@ def extract_answer(text, options=None, kind="text"):
     - leading: a letter opens it, and no other one follows. "b. It is blue", "A is closer than B"
     - named: the only letter of the last line, else the only option that is named anywhere, by
       letter or text. "Take B,\nsince it is blue", "The map shows all of Africa"
+    - value: the option of which the number that is stated is the value. "So AC is 20." for "20 cm"
 
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is asked
     about, "Is it A?"; the items of a list of options, "A. red\nB. blue"; and what is named in
     passing, "in row B", "because B ...". After a refusal, "it can not be told", the last two rules
-    find nothing.
+    find nothing. Of an output that is not `finished`, cut off by the token limit, only a tag, a box
+    and what is declared count: it may have gone on to say the opposite.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":
         return None, tag
+    finished = finished or bool(tag)
     source = said if inside is None else inside
     if options:
         # a JSONL row has a list, a benchmark's row has its letters
         options = lettered(options) if isinstance(options, list) else options
-        letter, rule = find_letter(source, options)
+        letter, rule = find_letter(source, options, finished)
         if tag == "boxed":
             later, how = find_letter(said[last_box(said)[1] :], options)
             if later and (letter is None or how == "declared"):
@@ -613,7 +641,7 @@ def extract_answer(text, options=None, kind="text"):
         rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
         return letter, ", ".join(rules)
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
-        return find_kind(source, kind), tag or kind
+        return find_kind(source, kind, finished), tag or kind
     # an empty tag was meant as the answer, and says nothing
     if tag:
         return inside or None, tag
@@ -622,6 +650,8 @@ def extract_answer(text, options=None, kind="text"):
     declared = DECLARED_TEXT.findall(said)
     if declared:
         return declared[-1].strip() or None, "declared"
+    if not finished:
+        return None, "truncated"
     # nothing is declared: the last line is what a reader would take
     lines = lines_of(said)
     if not lines:
@@ -631,7 +661,9 @@ def extract_answer(text, options=None, kind="text"):
 
 def extract_final(text):
     """What a reader of the answer sees: the tagged answer, else the text without its reasoning."""
-    said, inside, _ = tagged(text)
+    said, inside, tag = tagged(text)
+    if tag == "truncated":
+        return ""
     return (said if inside is None else inside).strip()
 
 
@@ -752,15 +784,34 @@ def is_correct(answer, row):
         options = lettered(options) if isinstance(options, list) else options
         letter, _ = find_letter(answer, options)
         return letter is not None and letter == option_named(gold, options)
+    if CHOICE.fullmatch(gold) and is_choice(answer, gold):
+        return True
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
-    if same_value(answer, gold) or same_value(answer, word):
+    pairs = itertools.product((answer, after_is(answer)), (gold, word))
+    if any(same_value(said, right) for said, right in pairs):
         return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word
     word = COUNT_WORDS.get(word, word)
     number = find_number(answer) if NUMBERS.fullmatch(word) else None
     return number is not None and same_text(number, word)
+
+
+# a gold answer that is a letter, "B" or "(B)", or a letter with its text: "B. 60°"
+CHOICE = re.compile(r"\s*(?:\(([A-H])\)|([A-H])(?:[.:)]|(?=\s*\Z)))\s*(.*)", re.DOTALL)
+
+
+def is_choice(answer, gold):
+    """Does an answer choose the letter of a gold answer whose options stand in the question?"""
+    alone, marked, text = CHOICE.fullmatch(gold).groups()
+    letter, _ = find_letter(answer, dict.fromkeys("ABCDEFGH", ""))
+    return letter == (alone or marked) or bool(text) and same_value(answer, text)
+
+
+def after_is(text):
+    """What a sentence says its subject is: "So the area is 8\\pi." is "8\\pi."."""
+    return re.split(r"\b(?:is|are)\b", text)[-1]
 
 
 def option_named(text, options):

@@ -13,7 +13,7 @@ A command a step, each reading what the one before it wrote (`convert` alone rea
                                            <out>/audited.jsonl, <out>/audit.html
     python build_data.py split --data=data/audited.jsonl
                                            <out>/train.jsonl, <out>/val.jsonl, the composition table
-    python build_data.py sheet --data=data/train.jsonl --sheet=sheet.html
+    python build_data.py sheet --data=data/train.jsonl --sheet=data/sheet.html
                                            a page to look at with one's own eyes
 
 Everything that is written lies in one folder, `out` (but for the sheet); images are copied to

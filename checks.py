@@ -97,7 +97,7 @@ def check_described(row):
     tags = "".join(TAGS.findall(row["response"]))
     undescribed = len(row["aux_images"]) - tags.count("<latent></latent><parser>")
     if undescribed > 0:
-        raise Reject("span without a parser text after it", undescribed)
+        raise Reject("span without a parser text after it", undescribed, "--need_parser=0 keeps it")
 
 
 def parser_texts(row):

@@ -107,7 +107,7 @@ def load_examples(path, training=True):
         raise SystemExit(f"{path}: a folder; expected a data file, JSON lines or a JSON list")
     if not path.exists():
         by = "`python toy.py data` writes the toy's, build_data.py train and val of public data"
-        raise SystemExit(f"{path}: no such data file; {by}")
+        raise SystemExit(f"{path}: no such data file; {by}; --data=FILE names another")
     if not path.is_file():  # a pipe can be read only once
         raise SystemExit(f"{path}: no regular file, and rows are read where they stand")
     items = ListItems(path) if is_list(path) else LineItems(path)
@@ -415,7 +415,10 @@ def write_then_rename(path, write):
     # in the same folder, so that the rename is one step; hidden, so that no pattern finds it
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         write(tmp)
+        tmp.chmod(mode)  # safetensors makes files that their owner alone may read
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())  # on the disk before what it replaces goes
         os.replace(tmp, path)

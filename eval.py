@@ -192,6 +192,9 @@ def load_test_set(name):
         md5 = file_md5(data)
     # all that a reader of the score must know
     settings = settings_for(benchmark) | {"data": name or data, "md5": md5}
+    low, high = settings["min_pixels"], settings["max_pixels"]
+    if low > high:  # of which one may be the benchmark's own
+        raise SystemExit(f"{name or data}: min_pixels={low} is above max_pixels={high}; give both")
     # contents, not paths; and of a data file only the question itself, in row_key
     made_by = {k: v for k, v in settings.items() if k not in ("model", "donor", "data", "md5")}
     made_by["weights"] = weights_digest(model)
@@ -543,7 +546,7 @@ def grade(test, predictions):
         kind = row.get("kind", "text") if test.benchmark is not JSONL else "text"
         options = row.get("options")
         # one reading for every model and benchmark
-        answer, method = extract_answer(line["raw"], options, kind)
+        answer, method = extract_answer(line["raw"], options, kind, not line["truncated"])
         if "error" in line:
             method = "error"
         row = row | line | {"extracted": answer, "method": method}
@@ -605,7 +608,7 @@ def score(test, predictions):
         )
     scores = {"scores": summaries(test.benchmark.score(graded))}
     write_scores(test, graded, scores, len(missing))
-    if judge_url and test.name in JUDGED:
+    if judge_url and is_judged(test):
         scores |= judged_scores(test, graded)
         write_scores(test, graded, scores, len(missing))
 
@@ -613,7 +616,7 @@ def score(test, predictions):
     if "scores_judged" in scores:
         title = f"with {scores['judge']['judged']} answers judged by {judge_model}"
         print_scores(title, scores["scores_judged"])
-    if test.name == "MMHal-Bench":
+    if test.benchmark is BENCHMARKS["MMHal-Bench"]:
         write_mmhal_responses(test, graded)
     print(f"wrote {test.out / 'scored.jsonl'} and metrics.json")
     if all(row["truncated"] for row in graded):
@@ -625,6 +628,11 @@ def score(test, predictions):
             f"them. The first, {failures[0]['id']!r}: {failures[0]['error']}"
         )
     return graded
+
+
+def is_judged(test):
+    """Has a benchmark's own harness a judge? A file of one's own may have its name."""
+    return test.benchmark is not JSONL and test.name in JUDGED
 
 
 def judged_scores(test, graded):
@@ -768,13 +776,22 @@ def compare(a, b):
 
     a, b: folders with scored.jsonl, of one test set or of several.
     """
-    names = sorted(path.relative_to(a) for path in Path(a).glob("**/scored.jsonl"))
+    names, others = (
+        sorted(path.relative_to(folder) for path in Path(folder).glob("**/scored.jsonl"))
+        for folder in (a, b)
+    )
     if not names:
         raise SystemExit(
             f"{a}: no scored.jsonl below it; eval.py writes one when all answers are there"
         )
     print(f"A: {a}\nB: {b}")
+    for name in others:
+        if name not in names:
+            print(f"{name.parent}: B's alone")
     for name in names:
+        if name.parent.name == "MMHal-Bench":
+            print(f"{name.parent}: has no score but a judge's")
+            continue
         one, two = read_grades(Path(a) / name), read_grades(Path(b) / name)
         # of other questions the difference would be the questions', not the models'
         if one.keys() != two.keys() or not one:
@@ -912,6 +929,8 @@ def main():
     claim(out)
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
+    if judge_url and not any(map(is_judged, tests)):
+        raise SystemExit(f"judge_url: of these none has a judge; {', '.join(JUDGED)} have one")
     rank, world = rank_and_world()
     if not score_only:
         for test in tests:

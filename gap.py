@@ -74,18 +74,14 @@ COUNTED = ("id", "base", "row", "n", "correct", "n_options", "lower_bound")  # w
 
 
 def read_counts(path):
-    """{id: {question key: line}} of a finished difficulty file.
-
-    Questions of several data files may share an id. Raises SystemExit for one that occurs twice.
-    """
+    """{id: line} of a finished difficulty file. Raises SystemExit for an id that occurs twice."""
     counts = {}
     for n, line in enumerate(read_count_lines(path), 1):
-        of_id = counts.setdefault(line["id"], {})
-        if line["row"] in of_id:
+        if line["id"] in counts:
             raise SystemExit(f"{path}:{n}: id {line['id']!r} occurs before")
         # of a million lines no more than is needed
         line = {name: line[name] for name in COUNTED}
-        of_id[line["row"]] = line | {"base": sys.intern(line["base"])}
+        counts[line["id"]] = line | {"base": sys.intern(line["base"])}
     return counts
 
 
@@ -120,14 +116,14 @@ def solved_by(counts, examples, base, settings):
     # what is left keeps its latents
     solved = set()
     for row in examples:
-        line = counts[row["id"]].get(question_key(row))
-        if line is None:
+        line = counts[row["id"]]
+        if line["base"] != base:
+            raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
+        if line["row"] != question_key(row):
             raise SystemExit(
                 f"{path}: {row['id']!r} was sampled with another question, answer or picture than "
                 f"{row.where} has; {again}"
             )
-        if line["base"] != base:
-            raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
         if not needs_latents(line, tau, rule):
             # a share that depends on the ids alone
             if seed_of("easy", row["id"]) >= kept * 2**63:

@@ -60,8 +60,8 @@ def judge(test, graded, endpoint):
     """The graded rows, those that no rule decided graded again by the judge's reading of them.
 
     test: has the `name` of a benchmark in JUDGED, the folder `out` and the `benchmark` itself.
-    Replies are kept in <out>/judge.jsonl and never asked for twice; a truncated or failed answer
-    stays wrong. Raises SystemExit when the judge gives no reply.
+    Replies are kept in <out>/judge.jsonl and never asked for twice; a failed answer stays wrong,
+    and one that was cut off, unless it is rated. Raises SystemExit when the judge gives no reply.
     """
     kind = JUDGED[test.name]
     # by id, and only of rows that are open: the rule's reading stands where it has one
@@ -92,10 +92,10 @@ def judge(test, graded, endpoint):
 
 def is_open(row, kind):
     """Is there an answer that no rule could read, or one whose score is a rating?"""
-    # nothing was said to the end: a judge could only guess
-    if "error" in row or row["method"] in ("truncated", "empty"):
+    if "error" in row or not extract_final(row["raw"]):
         return False
-    return kind == "rating" or row["extracted"] is None
+    # of what was not said to the end a judge could only guess the end
+    return kind == "rating" or row["extracted"] is None and not row["truncated"]
 
 
 def replies_to(test, prompts, keys, endpoint):
@@ -106,7 +106,9 @@ def replies_to(test, prompts, keys, endpoint):
     # paid replies are kept at once, under what was asked
     path = test.out / "judge.jsonl"
     replies = {line["key"]: line["reply"] for line in read_lines(path, key=str, reply=str)}
-    todo = [{"id": id} for id in prompts if keys[id] not in replies]
+    # one of the rows that ask the same: the prompt holds no picture
+    asking = {keys[id]: id for id in prompts}
+    todo = [{"id": id} for key, id in asking.items() if key not in replies]
     # from the environment: a command line can be read by everyone on the machine
     api_key = key_in(endpoint.key)
     client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)

@@ -32,6 +32,7 @@ from data import (
     write_then_rename,
 )
 from images import image_size, open_image
+from launch import rank_and_world
 
 # Transformers is imported in the functions that use it: that takes seconds, and a mistyped setting
 # or a wrong folder is said before.
@@ -524,6 +525,7 @@ def load_processor(folder, min_pixels, max_pixels):
     with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        trained = processor.size["shortest_edge"], processor.size["longest_edge"]
         # set on the object: limits in the file (the released ones allow 16,384 tokens an image)
         # would win over an argument, in silence. The names are of pixels, not of edges
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -531,6 +533,9 @@ def load_processor(folder, min_pixels, max_pixels):
         here = processor.size["shortest_edge"], processor.size["longest_edge"]
     if here != (min_pixels, max_pixels):
         raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
+    # of a download the limits are no one's wish
+    if trained != here and (Path(folder) / "log.jsonl").exists() and rank_and_world()[0] == 0:
+        print(f"{folder}: trained with pixel limits {trained}, here {here}")
     return processor
 
 

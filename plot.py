@@ -333,7 +333,7 @@ def accuracies(lines, file=""):
     # examples=0: all that there were, which is no number
     used = [line for line in lines if line["settings"]["examples"]]
     if len(used) < len(lines):
-        print(f"{file}: {len(lines) - len(used)} lines left out: of no known size")
+        print(f"{file}: {len(lines) - len(used)} lines left out: of examples=0, no known number")
     by_seed = {}
     for line in used:
         name, _, _ = line["name"].partition(" n=")

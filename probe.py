@@ -1,4 +1,4 @@
-"""Do a checkpoint's latents live where its input vision embeddings live?
+r"""Do a checkpoint's latents live where its input vision embeddings live?
 
 Reads a model folder (ours, a Monet checkpoint or any Qwen2.5-VL) and a data file. Answers the
 questions, runs each once more with its answer through the whole decoder, and writes

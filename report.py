@@ -302,7 +302,7 @@ def sentences(study, claims, paper):
     yes, no, undecided, absent = map(words.count, ("yes", "no", "undecided", "not run yet"))
     if paper:
         whole = (
-            f"The toy agrees with the paper on {yes} of {len(claims)} findings, disagrees on {no}"
+            f"These runs agree with the paper on {yes} of {len(claims)} findings, disagree on {no}"
         )
     else:
         whole = f"Of {len(claims)} expectations {yes} hold here, {no} do not"

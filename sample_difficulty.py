@@ -38,7 +38,7 @@ from data import (
 )
 from endpoint import check_url, key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
-from generate import read_ahead, see, stream, to_text
+from generate import read_ahead, see, stop_ids, stream, to_text
 from images import usable_rows
 from launch import (
     Progress,
@@ -90,9 +90,9 @@ class Tally:
         self.answers = {}  # by number of the sample: they end in any order
         self.correct = 0
 
-    def add(self, s, text):
+    def add(self, s, text, finished):
         """Take sample s. True where the other samples can be dropped."""
-        answer = extract_answer(text, self.row.get("options"))[0]
+        answer = extract_answer(text, self.row.get("options"), finished=finished)[0]
         self.answers[s] = answer
         self.correct += is_correct(answer, self.row)
         # further samples only raise the count, and so change no assignment
@@ -158,12 +158,12 @@ def part_files():
 def finished(rows, key):
     """{id: line} of the questions that a file has, as they are now.
 
-    Raises SystemExit for lines of another base or other settings. A question that has changed since
-    is sampled again.
+    Raises SystemExit for lines of another base or other settings, and where all questions by these
+    ids are others: of another data file. A question that has changed since is sampled again.
     """
     # by what is asked now
     wanted = {row["id"]: question_key(row) for row in rows}
-    done = {}
+    done, changed = {}, set()
     for path in [out, *part_files()]:
         for n, line in enumerate(read_count_lines(path), 1):
             if line["key"] != key:
@@ -174,6 +174,13 @@ def finished(rows, key):
             # a question that changed between two sittings has a line of each
             if wanted.get(line["id"]) == line["row"]:
                 done[line["id"]] = line
+            elif line["id"] in wanted:
+                changed.add(line["id"])
+    if not done and len(changed) > 1:  # their counts would be lost
+        raise SystemExit(
+            f"{out} has counts of {len(changed)} other questions by the ids of {data}; choose "
+            "another `out`, or delete it to start over"
+        )
     return done
 
 
@@ -193,12 +200,15 @@ def sample(rows):
 
     # images are read while questions before them are answered
     questions = enumerate(in_order(prepared, rows, 1, batch))
-    tallies = {}
+    tallies, stops = {}, set(stop_ids(vlm, tokenizer).tolist())
 
     def more(n):
         part = list(islice(questions, n))
         tallies.update((q, Tally(row)) for q, (row, _) in part)
         return see(vlm, processor, [prompt for _, (_, prompt) in part])
+
+    def add(q, s, ids):
+        return tallies[q].add(s, to_text(tokenizer, ids), ids[-1] in stops)
 
     answered = stream(
         vlm,
@@ -211,7 +221,7 @@ def sample(rows):
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        on_finish=lambda q, s, ids: tallies[q].add(s, to_text(tokenizer, ids)),
+        on_finish=add,
     )
     for q, _ in answered:
         yield tallies.pop(q)
@@ -250,7 +260,7 @@ def ask_server(server, processor, row):
     for wave in waves():
         first = len(tally.answers)
         replies = draw(server, messages, wave, seed_of(seed, row["id"], first))
-        ended = [tally.add(s, reply.text) for s, reply in enumerate(replies, first)]
+        ended = [tally.add(s, reply.text, reply.finished) for s, reply in enumerate(replies, first)]
         if any(ended):
             break
     return tally
@@ -278,18 +288,17 @@ def sample_all(rows):
 def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them.
 
-    Questions that this data file does not have keep their lines, behind. Returns the others.
+    Questions that the data no longer has keep their lines, behind. Returns the others.
     """
     # of all ranks, this launch's and earlier ones'
     found = finished(rows, run_key())
     merged = [found[row["id"]] for row in rows]
-    # work that is done: another data file, with other questions by the same ids, has asked for it
+    asked = {line["id"] for line in merged}
+    # work that is done: another data file may ask for it again
     files = [out, *part_files()]
-    lines = {(line["id"], line["row"]): line for path in files for line in read_count_lines(path)}
-    for line in merged:
-        lines.pop((line["id"], line["row"]))
-    write_lines(out, [*merged, *lines.values()])
-    # a kill before this costs nothing: a line that stands in two files is one line
+    others = {line["id"]: line for path in files for line in read_count_lines(path)}
+    write_lines(out, [*merged, *(line for id, line in others.items() if id not in asked)])
+    # a kill before this costs nothing: a line that stands in two files is one line, by its id
     for path in part_files():
         path.unlink()
     return merged

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 
 from answers import (
+    after_is,
     bare_value,
     check_letter,
     extract_answer,
@@ -81,8 +82,9 @@ def check_mathvision(row):
     if answer is None:
         return False
     # the official extraction leaves out degrees, percent, units and "x =" before it compares
-    if math_equal(answer, gold) or math_equal(bare_value(answer), gold):
-        return True
+    for said in (answer, bare_value(answer), bare_value(after_is(answer))):
+        if math_equal(said, gold):
+            return True
     # untagged, the answer is the rest of a sentence: "12 cm^2, as asked"
     if row["method"] not in ("declared", "last line"):
         return False
@@ -143,7 +145,9 @@ def score_categories(*fields):
     def score(rows):
         found = {"overall": rows}
         for field in fields:
-            found |= group_by(rows, field)
+            for name, part in group_by(rows, field).items():
+                # a group may be called as one before it, or "overall"
+                found[f"{field}: {name}" if name in found else name] = part
         return found
 
     return score

@@ -515,7 +515,9 @@ def export(model, tokenizer, processor):
 
     if not (tmp / HEAD_FILE).exists():  # no head of an earlier run beside these weights
         (Path(out) / HEAD_FILE).unlink(missing_ok=True)
+    mode = (tmp / "config.json").stat().st_mode
     for file in sorted(tmp.iterdir()):
+        file.chmod(mode)  # safetensors makes files that their owner alone may read
         os.replace(file, Path(out) / file.name)
     tmp.rmdir()
 

@@ -249,5 +249,6 @@ def plant(out, name, outputs):
     """Replace the raw answers in a benchmark's prediction files, in the order of the files."""
     outputs = iter(outputs)
     for path in sorted((out / name).glob("predictions.rank*.jsonl")):
-        rows = [row | {"raw": next(outputs)} for row in read_lines(path)]
+        said = {"truncated": False}
+        rows = [row | said | {"raw": next(outputs)} for row in read_lines(path)]
         write_jsonl(path, rows)

@@ -36,6 +36,10 @@ LENGTHS = lettered("5 cm", "10 cm", "15 cm", "20 cm")
 CHINESE = lettered("红色", "蓝色", "绿色", "黄色")
 AREAS = lettered("18 cm²", "36 cm²", "54 cm²", "No correct answer")
 
+ROOTS = lettered("√3", "√2", "1", "2")
+SMALL = lettered("3", "4", "5", "6")
+SIDES = lettered("5", "10", "15", "20")
+
 # ten outputs of each kind and what a reader takes from them; None where they name no one option
 # fmt: off
 KINDS = {
@@ -231,6 +235,42 @@ KINDS = {
         (NUMBERS, "Multiply 3 by 5, giving 15.", None),
         (COLOURS, "B B B B B B B B B B B B", None),
     ],
+    "parts of expressions": [
+        (SIDES, r"So BC is $5\sqrt{3}$.", None),
+        (SIDES, r"So BC is $5 \sqrt { 3 }$.", None),
+        (SIDES, "the area is 5π", None),
+        (SMALL, "the answer is 3^n", None),
+        (SMALL, "it is 3 million", None),
+        (SMALL, "it is 3 1/2", None),
+        (SMALL, r"the answer is 3 + \sqrt{3}", None),
+        (ROOTS, "AB is 2√2", None),
+        (ROOTS, "So AB is √2.", "B"),
+        (SMALL, "The answer is 3 - as the picture shows.", "A"),
+    ],
+    "values in a sentence": [
+        (SMALL, "There are 4 people: 3 men and 1 woman.", "B"),
+        (SMALL, "AB=5,AC=3,∴BC=4", "B"),
+        (LENGTHS, "So the perimeter is 20.", "D"),
+        (lettered("6cm", "8cm"), "The length of AC is 6.0.", "A"),
+        (lettered("45°", "60°"), "So angle x is 60 degrees.", "B"),
+        (lettered("2,000", "3,000"), "The bar shows that it is 2000.", "A"),
+        (SMALL, "It is not 4.", None),
+        (SMALL, "Is it 4?", None),
+        (SMALL, "I can not tell whether it is 4.", None),
+        (SMALL, "It is 7.", None),
+    ],
+    "articles and lists": [
+        (FRUIT, "A 3-story building is visible.", None),
+        (FRUIT, "A British flag.", None),
+        (FRUIT, "A Mercedes sedan is parked.", None),
+        (lettered("UK flag", "US flag"), "A US flag", "B"),
+        (lettered("The roof is red", "The roof is blue"), "A The roof is red", "A"),
+        (FRUIT, "A is red.", "A"),
+        (COLOURS | {"E": "No correct answer"}, "None of A, B, C and D is correct, so E", "E"),
+        (COLOURS, "Only one of A and B is correct", None),
+        (COLOURS, "Of A, B is correct", "B"),
+        (YES_NO, "A dog and a cat: no.", "B"),
+    ],
 }
 # fmt: on
 
@@ -381,10 +421,37 @@ def test_a_truncated_thought_says_so():
         ("yes and no", "yesno", None),
         ("Yes, there is no doubt of it.", "yesno", "yes"),
         ("答案是Yes", "yesno", "yes"),
+        # parts that are named after the count, and abbreviations
+        ("7 people in the image, 3 of whom are standing", "number", "7"),
+        ("There are 7 people. 3 of them are standing.", "number", "7"),
+        ("12 of them are in 2 rows", "number", "2"),
+        ("It is about 20 years (1940 vs. 1960).", "number", "20"),
+        ("about 20 years, i.e. two decades", "number", "20"),
+        ("图中有7个人,其中3个站着。", "number", "7"),
     ],
 )
 def test_values(text, kind, value):
     assert answers.extract_answer(text, None, kind)[0] == value
+
+
+@pytest.mark.parametrize(
+    "text, options, kind, answer",
+    [
+        ("Looking closely, A seems", COLOURS, "text", None),
+        ("so it could be A. Next, I will check the other", COLOURS, "text", None),
+        ("The answer is B. To check this", COLOURS, "text", "B"),
+        ("<answer> B", COLOURS, "text", "B"),
+        (r"It is \boxed{B}, as the other", COLOURS, "text", "B"),
+        ("There are 4 chairs. Let me count", None, "number", None),
+        ("The answer is 8. Let me count: 3", None, "number", "8"),
+        ("There is no", None, "yesno", None),
+        ("Yes, there is", None, "yesno", "yes"),
+        ("It is a red", None, "text", None),
+        ("", None, "text", None),
+    ],
+)
+def test_what_was_cut_off_says_only_what_it_declared(text, options, kind, answer):
+    assert answers.extract_answer(text, options, kind, finished=False)[0] == answer
 
 
 # --- what is credited is in the answer
@@ -630,6 +697,33 @@ def test_extraction(text, answer):
         ("−5", "-5", None, True),
         ("Yes, there is one.", "yes", None, True),
         ("Yes, there is one.", "no", None, False),
+        # a letter whose options stand in the question
+        *(
+            (text, gold, None, True)
+            for gold in ("B", "(B)", "B. 60°")
+            for text in (
+                "B",
+                "B. 60°",
+                "(B) 60°",
+                "B: 60°",
+                "Option B",
+                "The correct option is B.",
+                "B because the sides are equal",
+                r"B. 60^\circ",
+            )
+        ),
+        ("60°", "B. 60°", None, True),
+        ("C. 60", "B", None, False),
+        ("A or B", "B", None, False),
+        ("not B", "B", None, False),
+        ("A dog", "A", None, False),
+        ("45°", "B. 60°", None, False),
+        ("Bob", "B", None, False),
+        # the value that a sentence ends with
+        (r"Therefore, the probability is \frac{3}{4}.", r"\frac{3}{4}", None, True),
+        (r"So the length is $5\sqrt{2}$.", r"5\sqrt{2}", None, True),
+        (r"Hence the area is $8\pi$ square units.", r"8\pi", None, True),
+        (r"So the length is $5\sqrt{2}$.", "5", None, False),
     ],
 )
 def test_check(answer, gold, options, right):

@@ -151,9 +151,23 @@ def test_a_key_that_is_echoed_is_not_shown():
     assert "401" in str(e.value) and "sk-12345" not in str(e.value)
 
 
+def test_a_prompt_that_rows_share_is_paid_for_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(judge, "ask_judge", lambda client, prompt, *_: asked.append(prompt) or "B")
+    test = SimpleNamespace(name="MMStar", out=tmp_path)
+    prompts = {f"{n}": f"p{n % 2}" for n in range(10)}
+    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 2, 1, 20)
+    assert judge.replies_to(test, prompts, prompts, where) == {"p0": "B", "p1": "B"}
+    assert sorted(asked) == ["p0", "p1"]
+
+
 def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
     """MMHal-Bench's mean is over all questions."""
     test = SimpleNamespace(name="MMHal-Bench", out=tmp_path, benchmark=None)
-    graded = [{"id": "1", "method": "truncated"}, {"id": "2", "method": "error", "error": "x"}]
+    graded = [
+        {"id": "1", "truncated": True, "raw": "<think> It shows a dog and"},
+        {"id": "2", "truncated": False, "raw": "", "error": "x"},
+        {"id": "3", "truncated": False, "raw": "<think> It shows a dog"},
+    ]
     where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1, 20)
-    assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0]
+    assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0, 0]

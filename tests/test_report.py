@@ -224,7 +224,7 @@ def test_drift_and_edits_are_read_of_the_lines():
     for made in lines["output"].values():
         made["probe"]["along"] = {"own": [0.9], "forced": [0.9]}
     said = "\n".join(report.drift(study))
-    assert "Too few spans: output." in said and "fed its own latents | 0.90 |" not in said
+    assert "Too few spans: output." in said and "output, fed" not in said
     table = "\n".join(report.edits(study))
     assert "| LH | 0.53 ± 0.02 |" in table and "| both right |" in table
     assert "cosine |" not in table
@@ -238,7 +238,7 @@ def test_sentences(study):
     ]
     said = report.sentences(study, claims, True)
     assert said[0] == (
-        "The toy agrees with the paper on 0 of 3 findings, disagrees on 0; "
+        "These runs agree with the paper on 0 of 3 findings, disagree on 0; "
         "2 undecided, 1 not run yet."
     )
     assert said[2].startswith("- x: **undecided**, +0.500 [")

@@ -140,6 +140,14 @@ def test_only_a_changed_row_is_new(sampled, field):
     assert sample_difficulty.finished(rows, "k")[rows[1]["id"]]["correct"] == 8
 
 
+def test_counts_of_another_data_file_are_not_lost(sampled):
+    """Whose questions have the same ids, as those of train and val often do."""
+    rows, write = sampled
+    write("d.jsonl", *[(row, {"row": "another"}) for row in rows])
+    with pytest.raises(SystemExit, match="counts of 4 other questions by the ids of"):
+        sample_difficulty.finished(rows, "k")
+
+
 @pytest.mark.parametrize("file", ["d.jsonl", "d.jsonl.rank000"])
 def test_counts_of_other_settings_are_named(sampled, file):
     rows, write = sampled

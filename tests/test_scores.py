@@ -59,7 +59,8 @@ CHOICE = {
     "raw, change, official, strict",
     [
         ("The answer is (B)", CHOICE, True, True),
-        ("It must be 145 degrees", CHOICE, True, False),
+        ("It must be 145 degrees", CHOICE, True, True),
+        ("145 degres", CHOICE, True, False),
         # the official int(float(x))
         ("so 32.5", {"answer_type": "integer", "answer": "32"}, True, True),
         ("1.25", {"answer_type": "float", "answer": "1.2", "precision": 1.0}, True, True),
