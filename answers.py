@@ -412,7 +412,9 @@ def nothing_but_an_option(text, options):
 def option_of_value(text, options):
     """The letter of the one option whose value is the number that a text states; None if none."""
     text = text.lower()
-    number = find_number(text) if STATED.search(text) else None
+    if not STATED.search(text) or UNKNOWN.search(text):
+        return None
+    number = find_number(text)
     alike = [letter for letter, option in options.items() if number and same_value(number, option)]
     return alike[0] if len(alike) == 1 else None
 
@@ -500,6 +502,7 @@ FIRST_LINE = re.compile(
     rf"\A(?:{ABOUT} )?({NUMBER})(?: ?[a-z°%]+(?:\^\d)?){{0,3}}\.?\n(?!\W*(?:\d|and\b|plus\b))",
     re.ASCII,
 )
+UNKNOWN = re.compile(r"\d ?(?:[-+*/×÷^] ?[a-z√π(\\]|[a-fi-kn-rt-z]\b)")  # 2x, 30 + y; 3 m is none
 DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
 EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
 # "4 red, 5 blue, so 9": a sentence, or what it concludes
@@ -788,8 +791,8 @@ def is_correct(answer, row):
         return True
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
-    pairs = itertools.product((answer, after_is(answer)), (gold, word))
-    if any(same_value(said, right) for said, right in pairs):
+    said = [answer, after_is(answer)] if re.search(r"[\d√π\\]", gold) else [answer]
+    if any(same_value(a, b) for a, b in itertools.product(said, (gold, word))):
         return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word

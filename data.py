@@ -42,6 +42,7 @@ TAG_ORDER = re.compile(r"<think>(?:<latent></latent>|<parser></parser>)*</think>
 RESERVED = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|latent_\w+)\|>"
 )
+CHUNK = 2**20  # bytes that are read at once
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no UTF-8 can hold it
 
 # --------------------------------------------------------------------------------------------------
@@ -438,7 +439,12 @@ def write_json(path, value, indent=None):
 
 def write_lines(path, rows):
     """Write a JSONL file at once."""
-    write_text(path, "".join(json_line(row) for row in rows))
+
+    def write(tmp):
+        with open(tmp, "wb") as f:
+            f.writelines(json_line(row).encode() for row in rows)
+
+    write_then_rename(path, write)
 
 
 def json_line(row):
@@ -450,9 +456,14 @@ def open_append(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "ab+")  # not "r+": every write goes to the end, whoever else writes
-    f.seek(0)
-    # everything up to the last newline is a finished row
-    f.truncate(f.read().rfind(b"\n") + 1)
+    # everything up to the last newline is a finished row; it is looked for from the end
+    end, found = f.seek(0, os.SEEK_END), -1
+    while end and found < 0:
+        start = max(0, end - CHUNK)
+        f.seek(start)
+        found = f.read(end - start).rfind(b"\n")
+        end = start + found + 1
+    f.truncate(end)
     return f
 
 

@@ -257,7 +257,7 @@ KINDS = {
         (SMALL, "It is not 4.", None),
         (SMALL, "Is it 4?", None),
         (SMALL, "I can not tell whether it is 4.", None),
-        (SMALL, "It is 7.", None),
+        (SMALL, "So it is 4x.", None),
     ],
     "articles and lists": [
         (FRUIT, "A 3-story building is visible.", None),

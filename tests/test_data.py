@@ -21,10 +21,12 @@ from data import (
     TAG_ORDER,
     Row,
     Rows,
+    append,
     check_fields,
     example_key,
     load_examples,
     memory_file,
+    open_append,
     question_key,
     question_text,
     read_json,
@@ -36,6 +38,7 @@ from data import (
     weights_digest,
     write_json,
     write_lines,
+    write_then_rename,
 )
 
 # --- a data file: the sentence names file, line and field
@@ -623,3 +626,22 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(rows) == 20_000 and held < 4e6
+
+
+@pytest.mark.parametrize("last", ["", '{"id": "cu', '{"id": "' + "c" * 3_000_000])
+def test_a_half_written_line_is_cut_off_however_long(tmp_path, last):
+    path = tmp_path / "a.jsonl"
+    for whole in ("", '{"id": "a"}\n', '{"id": "a"}\n' * 300_000):
+        path.write_text(whole + last)
+        with open_append(path) as f:
+            append(f, {"id": "b"})
+        assert path.read_text() == whole + '{"id": "b"}\n'
+
+
+def test_all_files_are_as_readable_as_others(tmp_path):
+    """safetensors makes its own for their owner alone."""
+    (tmp_path / "usual").write_text("")
+    write_then_rename(tmp_path / "a", lambda tmp: save_file({"v": torch.zeros(2)}, tmp))
+    write_lines(tmp_path / "b", [{"id": "a"}])
+    modes = {(tmp_path / name).stat().st_mode for name in ("usual", "a", "b")}
+    assert len(modes) == 1

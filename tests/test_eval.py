@@ -373,6 +373,10 @@ def test_compare(tmp_path):
         f"B - A {(wins - losses) / 200:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); "
         f"B wins {wins}, loses {losses}, McNemar p = {test.pvalue:.3g}"
     ) in text
+    for name in ("a/MMHal-Bench", "b/MMHal-Bench", "b/POPE"):
+        shutil.copytree(tmp_path / "a", tmp_path / name, ignore=lambda *_: ["MMHal-Bench"])
+    text = run("eval.py", "--compare", *both)
+    assert "MMHal-Bench: has no score but a judge's" in text and "POPE: B's alone" in text
     (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
     assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
     assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
@@ -490,3 +494,19 @@ def test_an_answer_of_another_kind_is_named(asked, field, value):
     with pytest.raises(SystemExit, match="predictions.rank0.jsonl") as e:
         evaluate.read_predictions(asked)
     assert repr(field) in str(e.value)
+
+
+def test_limits_and_judges_are_checked_before_the_first_answer(tmp_path, base, world, bench_root):
+    root, _ = bench_root
+    limits = {"min_pixels": 0, "max_pixels": 602112}
+    args = args_of(base, root, tmp_path, benchmarks="VSI-Bench,MMVP", **limits)
+    text = run("eval.py", *args, ok=False)
+    assert "MMVP: min_pixels=" in text and not (tmp_path / "VSI-Bench").exists()
+    assert "is above max_pixels=602112; give both" in text
+    data = tmp_path / "MMStar.jsonl"  # a file of one's own by the name of a benchmark
+    row = json.loads((world / "test.jsonl").read_text().splitlines()[0])
+    row["images"] = [str(world / path) for path in row["images"]]
+    data.write_text(json.dumps(row | {"aux_images": []}) + "\n")
+    args = [f"--model={base}", f"--data={data}", f"--out={tmp_path}/o"]
+    args.append("--judge_url=http://localhost:1")
+    assert "judge_url: of these none has a judge; MMStar" in run("eval.py", *args, ok=False)

@@ -456,6 +456,18 @@ def test_our_pixel_limits_hold(base, tmp_path, limits):
         assert ours[0] * 0.9 <= n_pixels <= ours[1]
 
 
+def test_other_limits_than_in_training_are_said(base, tmp_path, capsys):
+    folder = copied(base, tmp_path)
+    load_processor(folder, 3136, 50_176)
+    assert "trained" not in capsys.readouterr().out  # a download's limits are no one's wish
+    (folder / "log.jsonl").touch()
+    processor = load_processor(folder, 3136, 50_176)
+    assert "here (3136, 50176)" in capsys.readouterr().out
+    processor.save_pretrained(folder)
+    load_processor(folder, 3136, 50_176)
+    assert not capsys.readouterr().out
+
+
 def test_rows_are_added_where_none_are_spare(base, tmp_path):
     """An embedding that was cut to its tokenizer grows; what it had stays as it was."""
     folder = copied(base, tmp_path)

@@ -262,3 +262,10 @@ def test_mmvp_counts_pairs():
         some = scores.score_mmvp([row for row in rows if row["id"] != str(lost)])
         whole = [right[i] and right[i + 1] for i in odd if lost not in (i, i + 1)]
         assert [pair["correct"] for pair in some["overall"]] == whole
+
+
+def test_a_group_may_be_called_as_a_score_is():
+    rows = [{"category": c, "correct": c == "overall"} for c in ("overall", "a", "b", "b")]
+    groups = scores.score_categories("category")(rows)
+    found = {name: scores.accuracy(part) for name, part in groups.items()}
+    assert found == {"overall": 0.25, "category: overall": 1.0, "a": 0.0, "b": 0.0}
