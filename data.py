@@ -669,7 +669,7 @@ MEMORY_LOCK = threading.Lock()
 
 
 def memory():
-    """{(path, size, times, what): value} of what runs have found of files."""
+    """{hash of (path, size, times, what): value} of what runs have found of files."""
     with MEMORY_LOCK:  # many threads ask at once, and each would read it
         return read_memory()
 
@@ -678,16 +678,21 @@ def memory():
 def read_memory():
     known = {}
     try:
-        lines = memory_file().read_bytes().split(b"\n")
+        with open(memory_file(), "rb") as file:
+            for line in file:
+                key, _, value = line.rpartition(b", ")
+                try:
+                    # a hash: of a million pictures the paths alone would be half a gigabyte
+                    known[short_hash(key)] = json.loads(value.removesuffix(b"]\n"))
+                except ValueError:  # a line cut off by a kill
+                    continue
     except (OSError, RuntimeError):  # no home, or no file that can be read: found out again
         return known
-    for line in lines:
-        try:
-            *key, value = json.loads(line)
-            known[tuple(key)] = value
-        except (ValueError, TypeError):  # a line cut off by a kill
-            continue
     return known
+
+
+def short_hash(content):
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def remembered(path, what, compute):
@@ -698,16 +703,18 @@ def remembered(path, what, compute):
     # the path as the system knows it: another spelling of it is the same file. Archives and copies
     # may keep the time of a change; that of the inode they can not set
     stat = os.stat(path)
-    key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, what
+    found = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, what]
+    # the line of a file begins with what is known of it, and ends with the value
+    line = json.dumps(found).removesuffix("]").encode()
     # another process may have written meanwhile: at worst a file is read twice
-    known = memory()
+    known, key = memory(), short_hash(line)
     if key not in known:
         known[key] = compute(path)
         try:
             file = memory_file()
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "ab") as f:
-                f.write(json.dumps([*key, known[key]]).encode() + b"\n")
+                f.write(line + b", " + json.dumps(known[key]).encode() + b"]\n")
         except (OSError, RuntimeError):  # a home that is none or can not be written
             return known[key]
     return known[key]
