@@ -922,7 +922,7 @@ def card(row):
     return (
         f"<p><b>{html.escape(row['id'])}</b> {category}</p>"
         f"{''.join(pictures)}"
-        f"<pre>{html.escape(row['question'])}</pre><pre>{coloured(row['response'])}</pre>"
+        f"<pre>{html.escape(question_text(row))}</pre><pre>{coloured(row['response'])}</pre>"
         f"<p>gold answer: {html.escape(row['answer'])}</p>"
     )
 
