@@ -14,7 +14,7 @@ over as many calls as it takes. Then report.py writes <results>.md from the line
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
     python ablate.py --study=fresh --seeds=6,7,8,9,10,11,12,13
     python ablate.py --report=1         # only rewrite the tables
-    python ablate.py --study=valr --base=out/cot --data=out/steps/train.jsonl \
+    python ablate.py --study=valr --results=out/valr --base=out/cot --data=out/steps/train.jsonl \
         --val_data=out/steps/val.jsonl --test_data=out/steps/test.jsonl
     python ablate.py --launch="torchrun --nproc-per-node 8" \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
@@ -464,7 +464,7 @@ def answers(folder, rows):
         category = str(row.get("category", ""))
         bit = "1" if correct[row["id"]] else "0"
         bits[category] = bits.get(category, "") + bit
-    overall = json.loads((folder / "metrics.json").read_text())["scores"]["overall"]
+    overall = read_json(folder / "metrics.json")["scores"]["overall"]
     right = {category: [len(b), f"{int(b, 2):x}"] for category, b in bits.items()}
     costs = {k: overall[k] for k in ("tokens", "latents", "opened_latents", "n_truncated")}
     return {"right": right} | costs
@@ -480,7 +480,7 @@ def median_ms(folder):
 def probed(folder, model):
     """What the line keeps of probe.py's diagnosis."""
     call("probe.py", probe_args, model=model, data=test_data, out=folder / "probe")
-    found = json.loads((folder / "probe" / "probe.json").read_text())
+    found = read_json(folder / "probe" / "probe.json")
     return {k: found[k] for k in PROBED if k in found}
 
 

@@ -66,8 +66,8 @@ class AMVL(Method):
     # --- how a row becomes numbers: [x, slots, y], and for the posterior [x, y, slots]
 
     def encode(self, row):
-        K, y = self.head.K, row["response"]  # without spans: no row keeps them
-        example = encode(self.vlm, self.tokenizer, self.processor, row, K, LATENT_SPAN + y)
+        K, response = self.head.K, LATENT_SPAN + row["response"]  # which has no spans of its own
+        example = encode(self.vlm, self.tokenizer, self.processor, row, K, response)
         ids = example["ids"]
         # the span's two ends are forced at test: nothing is learnt of them
         start, _, end = latent_ids(self.tokenizer)

@@ -125,8 +125,8 @@ def any_of(words):
 LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
 SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?"
 # options that are named together; of "A, B is" only the last one is
-AND = r"(?:,? (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是) ?)"
-TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
+AND = r"(?: (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是) ?)"
+TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:,{AND}|, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
 
 LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b"  # after what is part of a number: "5√3", "3 1/2"
@@ -143,9 +143,11 @@ BESIDE = any_of("in on at of for from between among than near next_to behind abo
 NO_NOUN = any_of(
     "is are was were has had would should could does looks seems appears and or nor but because as "
     f"since so to with when while where which that then only also not {BESIDE} "
-    "the it this there point option therefore"
+    "the it its this there here we you i both option looking according based given note however "
+    "therefore thus hence"
 )
-ARTICLE = rf"(?<![A-Za-z,;] )A (?!(?i:{NO_NOUN})\b)(?:[A-Za-z]|\d+-[a-z])"
+# "A British flag", "A 3-story house"; but "A Reason: ..." has a heading
+ARTICLE = rf"(?<![A-Za-z,;:] )A (?!(?i:{NO_NOUN})\b)(?:[a-z]|[A-Z]\w*+(?!:)|\d+-[a-z])"
 # a small letter is one in brackets, with a mark at the start, and at the end of a declaration
 SMALL = (
     r"(?:(?<=\()(?=\w\))|\A(?=\w[).:](?:\s|\Z))"
@@ -370,7 +372,8 @@ def find_letter(text, options, finished=True):
         letter = rule(text, options)
         if letter:
             return letter, name
-    said = without_denied(QUESTION.sub(" ", marked(text, options)))
+    signs = marked(text, options)
+    said = without_denied(QUESTION.sub(" ", signs))
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
     told = without_lists(told)
@@ -386,7 +389,8 @@ def find_letter(text, options, finished=True):
             return None, "none"
         if letter:  # a number that is no option, but perhaps the value of one
             break
-    if finished and not refusals and not DENIED.search(marked(text, options)):
+    plainly = finished and not refusals and not DENIED.search(signs)
+    if plainly and not signs_in(told.replace(OTHER_NUMBER, "")):
         letter = option_of_value(QUESTION.sub(" ", text), options)
         if letter:
             return letter, "value"
@@ -410,12 +414,14 @@ def nothing_but_an_option(text, options):
 
 
 def option_of_value(text, options):
-    """The letter of the one option whose value is the number that a text states; None if none."""
+    """The letter of the one option that is the only value a text states; None if there is none."""
     text = text.lower()
-    if not STATED.search(text) or UNKNOWN.search(text):
+    if UNKNOWN.search(text):
         return None
-    number = find_number(text)
-    alike = [letter for letter, option in options.items() if number and same_value(number, option)]
+    # with the word after it: 20 mm is not 20 cm
+    stated = {m[1] + re.match(r" ?[a-z°%]*", text[m.end() :])[0] for m in STATED.finditer(text)}
+    value = stated.pop() if len(stated) == 1 else ""
+    alike = [letter for letter, option in options.items() if value and same_value(value, option)]
     return alike[0] if len(alike) == 1 else None
 
 
@@ -509,8 +515,7 @@ EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMB
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
 # what holds numbers beside the one that is meant: "of the 20", "(2 of them red)", "in frame 12" ...
 ASIDE = any_pattern(
-    r"(?:\A\s*|, )\d+ of (?:whom|them|these|those|which)\b[^.,;\n]*|其中[^.,;\n]*",
-    r"\b(?:i\.e\.|e\.g\.)[^;\n]*",
+    r", \d+ of (?:whom|them|these|those|which)\b[^.,;\n]*|其中[^.,;\n]*|\be\.g\.[^;\n]*",
     r"(?:\bout of|\bof (?:the|these|those)|(?<=\d )of|^of) (?:the |these |those )?\d+\b(?!\.\d)",
     r"\((?!-?[\d.,]+\))[^()\n]*\)",
     r"(?<!\bthe )(?<!\bthis )\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+"
@@ -533,7 +538,7 @@ def find_kind(text, kind, finished=True):
         return find_number(text, finished)
     if kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
-        return lists[-1] if lists else None
+        return lists[-1] if lists and finished else None
     text = plain(text).lower()
     # "Yes, there is no doubt"
     opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", text)
@@ -619,32 +624,32 @@ def extract_answer(text, options=None, kind="text", finished=True):
     - leading: a letter opens it, and no other one follows. "b. It is blue", "A is closer than B"
     - named: the only letter of the last line, else the only option that is named anywhere, by
       letter or text. "Take B,\nsince it is blue", "The map shows all of Africa"
-    - value: the option of which the number that is stated is the value. "So AC is 20." for "20 cm"
+    - value: no option is named, and the only number that is stated is the value of one. "So AC is
+      20." for "20 cm"
 
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is asked
     about, "Is it A?"; the items of a list of options, "A. red\nB. blue"; and what is named in
-    passing, "in row B", "because B ...". After a refusal, "it can not be told", the last two rules
-    find nothing. Of an output that is not `finished`, cut off by the token limit, only a tag, a box
-    and what is declared count: it may have gone on to say the opposite.
+    passing, "in row B", "because B ...". After a refusal, "it can not be told", the last three
+    rules find nothing. Of an output that is not `finished`, cut off by the token limit, only a tag,
+    a box and what is declared count: it may have gone on to say the opposite.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":
         return None, tag
-    finished = finished or bool(tag)
     source = said if inside is None else inside
     if options:
         # a JSONL row has a list, a benchmark's row has its letters
         options = lettered(options) if isinstance(options, list) else options
-        letter, rule = find_letter(source, options, finished)
+        letter, rule = find_letter(source, options, finished or bool(tag))
         if tag == "boxed":
-            later, how = find_letter(said[last_box(said)[1] :], options)
+            later, how = find_letter(said[last_box(said)[1] :], options, finished)
             if later and (letter is None or how == "declared"):
                 return later, how
         # of a tag that holds a letter or nothing there is no more to say
         rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
         return letter, ", ".join(rules)
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
-        return find_kind(source, kind, finished), tag or kind
+        return find_kind(source, kind, finished or bool(tag)), tag or kind
     # an empty tag was meant as the answer, and says nothing
     if tag:
         return inside or None, tag
@@ -791,7 +796,8 @@ def is_correct(answer, row):
         return True
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
-    said = [answer, after_is(answer)] if re.search(r"[\d√π\\]", gold) else [answer]
+    is_value = re.search(r"[\d√π\\]", gold) and not NUMBERS.fullmatch(word)
+    said = [answer, after_is(answer)] if is_value else [answer]
     if any(same_value(a, b) for a, b in itertools.product(said, (gold, word))):
         return True
     if word in ("yes", "no"):
@@ -801,20 +807,31 @@ def is_correct(answer, row):
     return number is not None and same_text(number, word)
 
 
-# a gold answer that is a letter, "B" or "(B)", or a letter with its text: "B. 60°"
-CHOICE = re.compile(r"\s*(?:\(([A-H])\)|([A-H])(?:[.:)]|(?=\s*\Z)))\s*(.*)", re.DOTALL)
+# a gold answer that is a letter, "B" or "(B)", or a letter with its text, "B. 60°"; no list of them
+CHOICE = re.compile(
+    r"\s*(?:\(([A-H])\)|([A-H])(?:[.:)]|(?=\s*\Z)))\s*((?!and\b|or\b|[,&])(?:(?!\b[B-H][.:)]).)*)",
+    re.DOTALL,
+)
 
 
 def is_choice(answer, gold):
     """Does an answer choose the letter of a gold answer whose options stand in the question?"""
     alone, marked, text = CHOICE.fullmatch(gold).groups()
+    said = CHOICE.fullmatch(answer)
+    if text and said and said[3] and not same_value(said[3], text):
+        return False  # "A. Jones" is not "A. Smith"
     letter, _ = find_letter(answer, dict.fromkeys("ABCDEFGH", ""))
     return letter == (alone or marked) or bool(text) and same_value(answer, text)
 
 
 def after_is(text):
-    """What a sentence says its subject is: "So the area is 8\\pi." is "8\\pi."."""
-    return re.split(r"\b(?:is|are)\b", text)[-1]
+    r"""What a sentence says that its subject is, "8\pi." of "So the area is 8\pi."
+
+    "" where it denies or refuses.
+    """
+    if REFUSED.search(text) or re.search(NOT, text, re.IGNORECASE):
+        return ""
+    return re.split(r"\b(?:is|are)\b", REASONS.sub(" ", text))[-1]
 
 
 def option_named(text, options):

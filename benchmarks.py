@@ -171,8 +171,8 @@ def mathvista(r, folder):
         "options": lettered(literal(r["choices"])) if choice else None,
         "kind": kinds.get(r["answer_type"], "text"),
     }
-    # the official file, whose 6,141 prompts are read rather than built anew
-    if "pid" in r:
+    # the official file, whose 6,141 prompts are read rather than built anew; a table holds pictures
+    if "images" not in r:
         row["question"] = mathvista_prompts(folder)[str(r["pid"])]
         row["images"] = [folder / r["image"]]
         row["task"] = r["metadata"]["task"]
@@ -191,7 +191,7 @@ def mathvista(r, folder):
 def wemath(r, folder):
     # a problem has several rows: only its ID and the step's key together name one
     row = {"id": f"{r['ID']}/{r['key']}", "step": r["key"]}
-    if "option" not in r:  # VLMEvalKit's TSV
+    if "images" in r:  # VLMEvalKit's TSV
         return mcq(r, folder, ask="") | row
     options = options_in_one_text(r["option"])
     listed = "".join(f"{letter}. {text}\n" for letter, text in options.items())

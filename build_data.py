@@ -69,7 +69,7 @@ from data import (
 )
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
-from images import BadImage, decode_image, orientation, other_kind, png_of
+from images import MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
 from launch import Progress, check_choices, claim, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
@@ -217,7 +217,7 @@ def load_data():
             for field in ("images", "aux_images"):
                 row[field] = [os.path.relpath(p, out) for p in row[field]]
             rows.append(row)
-    return draw_rows(rows)
+    return pick_rows(rows)
 
 
 def unlike(id, path, seen):
@@ -228,12 +228,12 @@ def unlike(id, path, seen):
     return id
 
 
-def draw_rows(rows):
+def pick_rows(rows):
     """At most `limit` of the rows, drawn by the seed, in their old order."""
-    return [rows[i] for i in drawn(len(rows))]
+    return [rows[i] for i in picked(len(rows))]
 
 
-def drawn(n):
+def picked(n):
     """The places of at most `limit` of n rows, drawn by the seed, in their order."""
     if not limit or limit >= n:
         return range(n)
@@ -334,7 +334,7 @@ def check_size(image):
     size = f"{image.width} x {image.height}"
     if low < min_side:
         raise Reject("image too small", low, size)
-    if high > 200 * low:  # the processor's own limit
+    if high > MOST_NARROW * low:
         raise Reject("image too narrow for the processor", high // low, size)
     return image
 
@@ -419,7 +419,7 @@ class Items:
             if isinstance(item, dict):
                 self.columns |= item.keys()
         self.shared = {id for id, n in own.items() if n > 1 or not id}
-        self.picked = set(drawn(own.total()))
+        self.picked = set(picked(own.total()))
 
     def read(self, paths):
         """Yield (file, line or position, item or None, error)."""
@@ -519,7 +519,7 @@ def convert_one(row):
     example["images"], example["aux_images"] = ["?"] * len(images), ["?"] * len(aux)
     check_example(example)  # before an image is read or written
 
-    def picture(name):
+    def to_store(name):
         """What store() takes, of a path or encoded bytes."""
         content = name if isinstance(name, bytes) else read_inside(row["root"], name)
         try:
@@ -529,16 +529,16 @@ def convert_one(row):
                 e.detail = f"{name}: {e.detail}".removesuffix(": ")
             raise
 
-    pictures = [picture(name) for name in images]
-    drawn = []
+    pictures = [to_store(name) for name in images]
+    aux_pictures = []
     for part in aux:
         if isinstance(part, tuple):  # a box in the first image
             _, query, _ = pictures[0]
-            drawn.append((b"", stand_in(query, part), ""))  # no bytes yet: they become a PNG
+            aux_pictures.append((b"", stand_in(query, part), ""))  # no bytes yet: they become a PNG
         else:
-            drawn.append(picture(part))
+            aux_pictures.append(to_store(part))
     example["images"] = [store(*p) for p in pictures]
-    example["aux_images"] = [store(*p) for p in drawn]
+    example["aux_images"] = [store(*p) for p in aux_pictures]
     example["category"] = label or example["category"] or source
     if row["split"]:
         example["split"] = row["split"]
@@ -603,9 +603,9 @@ def synthesise():
     open_append(cost_file()).close()  # a line that a kill cut in two is gone before the next
     # a row that has another id, place or category now is asked for nothing again
     replies = Replies(cost_file().with_name("replies.jsonl"))
-    draw, write = partial(draw_image, replies), partial(write_response, replies)
-    drawn = work_through("drawn", rows, draw, DRAWN_USES, "rejects.drawn.jsonl")
-    work_through("synthesised", drawn, write, WRITTEN_USES, "rejects.synthesised.jsonl")
+    draw_one, write_one = partial(draw_image, replies), partial(write_response, replies)
+    rows = work_through("drawn", rows, draw_one, DRAWN_USES, "rejects.drawn.jsonl")
+    work_through("synthesised", rows, write_one, WRITTEN_USES, "rejects.synthesised.jsonl")
 
     lines = read_lines(cost_file())
     asked = sum(line["prompt_tokens"] for line in lines)
@@ -640,9 +640,13 @@ def draw_image(replies, row):
         return content, *decode(content)
 
     sent = [image_model, prompt, file_digest(Path(out) / row["images"][0])]
-    drawn = replies.to(sent, lambda: store(*usable(image_server, call)))
+
+    def is_there(name):
+        return (Path(out) / name).is_file()
+
+    name = replies.to(sent, lambda: store(*usable(image_server, call)), is_there)
     response = wrapped(LATENT_SPAN, row["answer"])  # to be written by the teacher
-    return row | {"aux_images": [drawn], "response": response}
+    return row | {"aux_images": [name], "response": response}
 
 
 def picture(name):
@@ -676,8 +680,9 @@ def write_response(replies, row):
         check_example(row | {"response": in_our_tags(text)})
         return text
 
-    sent = [teacher_model, prompt, max_tokens, temperature, send_side, *digests_of(row)]
-    text = replies.to(sent, lambda: usable(teacher, call))
+    asked = [teacher_model, prompt, max_tokens, temperature, send_side]
+    # the answer: a prompt may not hold it, and a response must
+    text = replies.to([*asked, row["answer"], *digests_of(row)], lambda: usable(teacher, call))
     return row | {"response": in_our_tags(text)}
 
 
@@ -695,7 +700,7 @@ def filter_data():
     """The examples that pass all checks: filtered.jsonl; the others and why: rejects.jsonl."""
     check_choices(globals(), mode=("pool", "resize"))
     check_outputs(data_files(), "filtered.jsonl", "rejects.jsonl")
-    rows = draw_rows(read_unchecked())
+    rows = pick_rows(read_unchecked())
     tower = None
     if base:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -819,7 +824,7 @@ def split():
     rows = load_data()
     files = files_of(rows)
     groups = groups_of(rows, prints_of(files, len(files), "images"))
-    held_out = own_held_out(rows, groups) if own_split else draw_held_out(rows, groups)
+    held_out = own_held_out(rows, groups) if own_split else pick_held_out(rows, groups)
     train = [row for row in rows if row["id"] not in held_out]
     val = [row for row in rows if row["id"] in held_out]
     if not train and own_split:
@@ -840,7 +845,7 @@ def split():
     print_composition(train, val)
 
 
-def draw_held_out(rows, groups):
+def pick_held_out(rows, groups):
     """The ids of about val_share of the rows: whole groups of those that share images."""
     random.Random(seed).shuffle(groups)
     wanted = round(val_share * len(rows))

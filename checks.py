@@ -11,12 +11,10 @@ from PIL import ImageStat
 
 from answers import extract_answer, is_correct, normalise
 from data import (
-    LATENT_SPAN,
-    RESERVED,
-    TAG_ORDER,
     TAGS,
-    as_one_text,
     is_place,
+    reserved_in,
+    response_fault,
     strip_latents,
     strip_parser,
 )
@@ -38,23 +36,14 @@ def check_example(row):
         raise Reject("more options than letters", len(row["options"]))
     if is_place(row):
         raise Reject("answer is the place of an option", None, row["answer"])
-    for field in ("question", "response", "options"):
-        # in a text it would become a special token: an image or a latent where none is
-        if found := RESERVED.search(as_one_text(row.get(field, ""))):
-            raise Reject("reserved token in the text", None, f"{found[0]} in {field}")
-
-    response = row["response"]
-    tags = "".join(TAGS.findall(response))
-    if not TAG_ORDER.fullmatch(tags) or not WHOLE.fullmatch(response.strip()):
-        raise Reject("tags missing or out of order", None, tags)
-    spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
-    # only an empty pair is a span: its latents are fed, not written
-    if spans != tags.count("<latent>"):
-        raise Reject("text inside a latent span", None, tags)
-    # the k-th span is trained on the k-th auxiliary image
-    if spans != images:
-        detail = f"{spans} spans, {images} images"
-        raise Reject("spans and auxiliary images differ", spans - images, detail)
+    field, token = reserved_in(row)
+    if token:  # in a text it would become a special token: an image or a latent where none is
+        raise Reject("reserved token in the text", None, f"{token} in {field}")
+    fault, number, said = response_fault(row)
+    if fault:
+        raise Reject(fault, number, said)
+    if not WHOLE.fullmatch(row["response"].strip()):
+        raise Reject("text before <think> or behind </answer>")
 
 
 def check_types(row):

@@ -250,7 +250,7 @@ def in_one_form(raw, training, where):
         value = row.get(field)
         # a single image is often written without its list; a single option is a mistake
         if isinstance(value, str) and field != "options":
-            value = [value]  # one image
+            value = [value]
         if not isinstance(value, list):
             raise SystemExit(f"{where}: field {field!r} must be a list, found {value!r}")
         if field == "options":
@@ -295,8 +295,8 @@ def as_text(value, field, where):
     if isinstance(value, str):
         return value
     # json reads NaN and Infinity, which are no answers
-    finite = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
-    if isinstance(value, bool) or not finite:
+    is_number = isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+    if isinstance(value, bool) or not is_number:
         raise SystemExit(f"{where}: field {field!r} must be a str, found {value!r}")
     # as it stood in the file: 3 stays 3, 2.5 stays 2.5
     return json.dumps(value)
@@ -345,12 +345,18 @@ def check_images(row):
 
 def check_text(row):
     """Raise SystemExit for one of Qwen's control tokens in a text."""
+    field, token = reserved_in(row)
+    if token:
+        raise SystemExit(f"{row.where}: field {field!r} contains the reserved token {token!r}")
+
+
+def reserved_in(row):
+    """(field, token) of the first of Qwen's control tokens in a row's texts; two "" for none."""
     for field in ("question", "response", "system", "options"):
         found = RESERVED.search(as_one_text(row.get(field, "")))
         if found:
-            raise SystemExit(
-                f"{row.where}: field {field!r} contains the reserved token {found[0]!r}"
-            )
+            return field, found[0]
+    return "", ""
 
 
 def as_one_text(value):
@@ -360,22 +366,32 @@ def as_one_text(value):
 
 def check_response(row):
     """Raise SystemExit if the tags of a response are out of order, or spans and images differ."""
+    fault, _, said = response_fault(row)
+    if fault:
+        raise SystemExit(f"{row.where}: {said}")
+
+
+def response_fault(row):
+    """(what is wrong with a response, by how much, that in a sentence); "" if nothing is."""
+    response = row["response"]
     # the text between tags does not matter here
-    tags = "".join(TAGS.findall(row["response"]))
+    tags = "".join(TAGS.findall(response))
     if not TAG_ORDER.fullmatch(tags):
-        raise SystemExit(
-            f"{row.where}: response has tags {tags!r}; expected <think>, then any number of "
-            "<latent></latent> and <parser></parser>, then </think><answer></answer>"
+        said = (
+            f"response has tags {tags!r}; expected <think>, then any number of <latent></latent> "
         )
-    n_spans, n_images = row["response"].count(LATENT_SPAN), len(row["aux_images"])
-    if n_spans != tags.count("<latent>"):
-        raise SystemExit(
-            f"{row.where}: a latent span must be written {LATENT_SPAN!r} with nothing inside"
-        )
-    if n_spans != n_images:
-        raise SystemExit(
-            f"{row.where}: {n_spans} {LATENT_SPAN} in response but {n_images} aux_images"
-        )
+        said += "and <parser></parser>, then </think><answer></answer>"
+        return "tags missing or out of order", None, said
+    spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
+    # its latents are fed, not written
+    if spans != tags.count("<latent>"):
+        said = f"a latent span must be written {LATENT_SPAN!r} with nothing inside"
+        return "text inside a latent span", None, said
+    # the k-th span is trained on the k-th image
+    if spans != images:
+        said = f"{spans} {LATENT_SPAN} in response but {images} aux_images"
+        return "spans and auxiliary images differ", spans - images, said
+    return "", None, ""
 
 
 def strip_latents(response):
@@ -397,11 +413,11 @@ def question_text(row):
     text = row["question"]
     options = row.get("options")
     if isinstance(options, list) and options:
-        lettered = [(chr(ord("A") + i), option) for i, option in enumerate(options)]
+        lines = [(chr(ord("A") + i), option) for i, option in enumerate(options)]
         # "Which is larger, (A) x or (B) y?" lists them itself
-        listed = [rf"(?<!\w)\(?{x}[).:]\s*{re.escape(option.strip())}" for x, option in lettered]
+        listed = [rf"(?<!\w)\(?{x}[).:]\s*{re.escape(option.strip())}" for x, option in lines]
         if not all(re.search(mark, text) for mark in listed):
-            text += "".join(f"\n{x}. {option}" for x, option in lettered)
+            text += "".join(f"\n{x}. {option}" for x, option in lines)
     return text + row.get("instruction", "")
 
 
@@ -491,7 +507,7 @@ def read_lines(path, **fields):
 
 
 def each_line(path, **fields):
-    """The same one by one, of a file that is there: a million lines need not be held at once."""
+    """Yield the rows of such a file, which is there: a million need not be held at once."""
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             # what stands after the last newline was being written when the process was killed
@@ -596,7 +612,7 @@ def file_digest(path):
 
 
 def hash_file(path):
-    """The same, read now."""
+    """A hash of a file's content, read now."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
@@ -611,7 +627,7 @@ def is_made(path, key):
 
 
 def file_md5(path):
-    """By which an evaluation's record names its data file."""
+    """The MD5 of a file, by which an evaluation's record names its data."""
     return hashlib.md5(Path(path).read_bytes()).hexdigest()
 
 
@@ -687,7 +703,7 @@ def read_memory():
                 except ValueError:  # a line cut off by a kill
                     continue
     except (OSError, RuntimeError):  # no home, or no file that can be read: found out again
-        return known
+        pass
     return known
 
 
@@ -716,7 +732,7 @@ def remembered(path, what, compute):
             with open(file, "ab") as f:
                 f.write(line + b", " + json.dumps(known[key]).encode() + b"]\n")
         except (OSError, RuntimeError):  # a home that is none or can not be written
-            return known[key]
+            pass
     return known[key]
 
 

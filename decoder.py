@@ -60,6 +60,55 @@ class Prompts(NamedTuple):
         )
 
 
+def rounded_up(n, step):
+    return -(-n // step) * step
+
+
+class NewPositions:
+    """One layer's keys, or values, of new positions: in parts (Q, H, S, n, D), of which the last
+    has room left.
+
+    A part holds as many as all before it. What is written is never copied for room: in the step
+    that doubled one buffer, all rows waited for it. Captured steps have one part, which is copied
+    when it is full: a GPU does that in no time, and a part more would be more launches a step.
+    """
+
+    def __init__(self, in_one_part=False):
+        self.in_one_part, self.parts = in_one_part, []
+        self.room = 0  # positions that the parts hold
+
+    def add_room(self, x, Q, H, S, D):
+        """For more positions, of x's type."""
+        n = min(self.room or FIRST_POSITIONS, MORE_POSITIONS)
+        if not self.in_one_part:
+            self.parts.append(x.new_empty(Q, H, S, n, D))
+        # what is not written yet is read and multiplied by 0: it must not be NaN
+        elif not self.parts:
+            self.parts = [x.new_zeros(Q, H, S, n, D)]
+        else:
+            self.parts = [F.pad(self.parts[0], (0, 0, 0, n))]
+        self.room += n
+
+    def add(self, x, t):
+        """Store x (Q, H, S, 1, D) as position t, in the last part.
+
+        Returns the parts as far as they are written; whole ones, where t is a tensor (Q).
+        """
+        *full, last = self.parts
+        if torch.is_tensor(t):
+            last[torch.arange(len(t), device=t.device), :, :, t] = x[:, :, :, 0]
+            return self.parts
+        at = t - (self.room - last.shape[3])
+        last[:, :, :, at] = x[:, :, :, 0]
+        return [*full, last[:, :, :, : at + 1]]
+
+    def keep(self, q, s):
+        """Keep questions q (Q') and, of each, samples s (Q', S')."""
+        # the two index arrays come first in what this gives: (Q', S', H, n, D)
+        kept = [part[q[:, None], :, s] for part in self.parts]
+        self.parts = [part.transpose(1, 2).contiguous() for part in kept]
+
+
 class Cohort:
     """S rows of each of Q questions, and all their caches.
 
@@ -387,61 +436,12 @@ def one_below_the_other(params):
     return params[0].detach().as_strided((sum(sizes), *params[0].shape[1:]), params[0].stride())
 
 
-def rounded_up(n, step):
-    return -(-n // step) * step
-
-
 def still_needed(alive):
     """Questions (Q') with a living row, and of each as many samples (Q', S') as any has alive."""
     questions = alive.any(1).nonzero()[:, 0]
     most = int(alive.sum(1).max())
     living_first = alive[questions].int().argsort(dim=1, descending=True, stable=True)
     return questions, living_first[:, :most]
-
-
-class NewPositions:
-    """One layer's keys, or values, of new positions: in parts (Q, H, S, n, D), of which the last
-    has room left.
-
-    A part holds as many as all before it. What is written is never copied for room: in the step
-    that doubled one buffer, all rows waited for it. Captured steps have one part, which is copied
-    when it is full: a GPU does that in no time, and a part more would be more launches a step.
-    """
-
-    def __init__(self, in_one_part=False):
-        self.in_one_part, self.parts = in_one_part, []
-        self.room = 0  # positions that the parts hold
-
-    def add_room(self, x, Q, H, S, D):
-        """For more positions, of x's type."""
-        n = min(self.room or FIRST_POSITIONS, MORE_POSITIONS)
-        if not self.in_one_part:
-            self.parts.append(x.new_empty(Q, H, S, n, D))
-        # what is not written yet is read and multiplied by 0: it must not be NaN
-        elif not self.parts:
-            self.parts = [x.new_zeros(Q, H, S, n, D)]
-        else:
-            self.parts = [F.pad(self.parts[0], (0, 0, 0, n))]
-        self.room += n
-
-    def add(self, x, t):
-        """Store x (Q, H, S, 1, D) as position t, in the last part.
-
-        Returns the parts as far as they are written; whole ones, where t is a tensor (Q).
-        """
-        *full, last = self.parts
-        if torch.is_tensor(t):
-            last[torch.arange(len(t), device=t.device), :, :, t] = x[:, :, :, 0]
-            return self.parts
-        at = t - (self.room - last.shape[3])
-        last[:, :, :, at] = x[:, :, :, 0]
-        return [*full, last[:, :, :, : at + 1]]
-
-    def keep(self, q, s):
-        """Keep questions q (Q') and, of each, samples s (Q', S')."""
-        # the two index arrays come first in what this gives: (Q', S', H, n, D)
-        kept = [part[q[:, None], :, s] for part in self.parts]
-        self.parts = [part.transpose(1, 2).contiguous() for part in kept]
 
 
 def followed_by(prompt, ids):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data import check_finite, read_json
-from model import read_weights, said_of
+from model import encode_pixels, read_weights, said_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -92,7 +92,7 @@ class OwnEncoder:
     """The model's own vision tower, which is frozen: merged embeddings at their own resolution."""
 
     def __init__(self, vlm, processor):
-        self.tower, self.processor = vlm.model.visual, processor
+        self.vlm, self.processor = vlm, processor
         self.width = vlm.config.text_config.hidden_size
 
     def pixels(self, images):
@@ -103,7 +103,5 @@ class OwnEncoder:
     def features(self, pixels):
         """[(h, w, z)] of n pictures in reading order; grids differ, z is the decoder's width."""
         grids, m = pixels["image_grid_thw"], self.processor.merge_size
-        x = pixels["pixel_values"].to(self.tower.device, self.tower.dtype)
-        v = self.tower(x, grid_thw=grids.to(x.device)).pooler_output
-        v = v.split((grids.prod(-1) // m**2).tolist())
-        return [x.view(h // m, w // m, -1) for x, (_, h, w) in zip(v, grids.tolist())]
+        vision = encode_pixels(self.vlm, self.processor, pixels["pixel_values"], grids)
+        return [v.view(h // m, w // m, -1) for v, (_, h, w) in zip(vision, grids.tolist())]

@@ -93,6 +93,7 @@ from model import (
     load_processor,
     load_vlm,
     real_features,
+    say_other_limits,
 )
 from pages import coloured, figure, write_page
 from scores import mean
@@ -347,6 +348,9 @@ class Answerer:
         self.processor = processor
         self.head = head
         self.donors = donors  # latents files, in the order of their names
+        self.real = None  # the features that an oracle feeds
+        if intervention.startswith("oracle"):
+            self.real = real_features(model, vlm, head.K)
 
     def answers(self, rows, has_answered=False):
         """Yield (row, what its line of the predictions says); one that failed has an error.
@@ -456,8 +460,7 @@ class Answerer:
             return [None] * len(rows)
         images = [open_image(path) for row in rows for path in row["aux_images"]]
         # (M, K, d): the M images of all rows, as grids of K features
-        features = real_features(model, self.vlm, self.head.K)(images)
-        return list(features.split([len(row["aux_images"]) for row in rows]))
+        return list(self.real(images).split([len(row["aux_images"]) for row in rows]))
 
     def donated(self, row):
         """The latents of another example: of the next file by name. Names are hashes of ids."""
@@ -638,7 +641,8 @@ def is_judged(test):
 def judged_scores(test, graded):
     """The scores with a judge's reading of what no rule could read."""
     # beside the rule's scores, not in their place: another judge gives other numbers
-    endpoint = Endpoint(judge_url, judge_model, judge_key, judge_workers, judge_tries, give_up)
+    key = key_in(judge_key)
+    endpoint = Endpoint(judge_url, judge_model, key, judge_workers, judge_tries, give_up)
     judged = judge(test, graded, endpoint)
     return {
         "scores_judged": summaries(test.benchmark.score(judged)),
@@ -682,12 +686,12 @@ def write_mmhal_responses(test, graded):
     path = test.out / "response.json"
     write_json(path, responses, indent=1)
     if judge_url:
-        score = "; the one above is another judge's and not comparable"
+        note = "; the one above is another judge's and not comparable"
     else:
-        score = ": no score here"
+        note = ": no score here"
     print(
         f"wrote {path}, MMHal-Bench's own response file. Its score is defined by a judge "
-        f"(gpt-4-0314){score}"
+        f"(gpt-4-0314){note}"
     )
 
 
@@ -726,16 +730,16 @@ def print_scores(title, scores):
 
 def headlines():
     """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
-    found, weights = {}, weights_digest(model)
+    found, digest = {}, weights_digest(model)
     for name, benchmark in BENCHMARKS.items():
         path = Path(out) / name / "metrics.json"
         if not path.exists():
             continue
         record = read_json(path, settings=dict, missing=int, scores=dict)
         # the folder may hold runs of other models, or made in other ways
-        ours = {x: v for x, v in settings_for(benchmark).items() if x != "model"}
-        same = all(record["settings"].get(x) == v for x, v in ours.items())
-        same = same and record.get("weights") == weights
+        asked = {x: v for x, v in settings_for(benchmark).items() if x != "model"}
+        same = all(record["settings"].get(x) == v for x, v in asked.items())
+        same = same and record.get("weights") == digest
         same = same and bool(url) == ("served_model" in record["settings"])
         # a score of some of the answers is no headline
         if same and not record["missing"] and not record.get("limit"):
@@ -745,8 +749,8 @@ def headlines():
         # over fewer benchmarks than the paper's, an average would compare with nothing
         if all(part in ours for part in parts):
             # a question weighs as much as another, or a score does
-            weights = [found[part]["n"] if name in POOLED else 1 for part in parts]
-            ours[name] = fmean([ours[part] for part in parts], weights)
+            shares = [found[part]["n"] if name in POOLED else 1 for part in parts]
+            ours[name] = fmean([ours[part] for part in parts], shares)
     return ours
 
 
@@ -952,6 +956,7 @@ def main():
         for test in tests:
             # one a test set: their pixel limits differ, and change HRBench and V* most
             limits = test.settings["min_pixels"], test.settings["max_pixels"]
+            say_other_limits(model, *limits)
             processor = load_processor(model, *limits)
             if url:
                 answerer = ServedAnswerer(test, processor)

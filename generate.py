@@ -346,7 +346,7 @@ class Desk:
         return False
 
 
-class Rows(NamedTuple):
+class RowStates(NamedTuple):
     """The rows of all cohorts, one after the other."""
 
     number: torch.Tensor  # (R) q * n_samples + s
@@ -361,10 +361,10 @@ class Rows(NamedTuple):
         return cls(zero, zero, zero, zero.bool(), torch.zeros(0, max_new_tokens))
 
     def pick(self, places):
-        return Rows(*(x[places] for x in self))
+        return RowStates(*(x[places] for x in self))
 
     def and_then(self, other):
-        return Rows(*(torch.cat(pair) for pair in zip(self, other)))
+        return RowStates(*(torch.cat(pair) for pair in zip(self, other)))
 
 
 @torch.inference_mode()
@@ -448,7 +448,7 @@ def stream(
         return group
 
     desk = Desk(more, at_once, read, refill_at)
-    rows = Rows.none(max_new_tokens)
+    rows = RowStates.none(max_new_tokens)
     h = vlm.lm_head.weight.new_zeros(0, vlm.lm_head.in_features)  # (R, d)
 
     while True:
@@ -518,7 +518,7 @@ def stream(
                 yield q, question.answers(stops.tolist())
 
         # 5. finished rows leave once they are many; the others read what they wrote
-        rows = Rows(number, n, left, alive, rows.u)
+        rows = RowStates(number, n, left, alive, rows.u)
         staying = decoder.leave(alive, desk.others_may_come)
         if staying is not None:
             rows, x, h = rows.pick(staying), x[staying], h[staying]
@@ -529,7 +529,7 @@ def stream(
 def begin(decoder, group, waves, forced):
     """Begin the next wave of Questions of one prefill, with so many `forced` positions at first.
 
-    Returns its Rows, the states h (R, d) from which they go on, and the index of all rows that
+    Returns its RowStates, the states h (R, d) from which they go on, and the index of all rows that
     there are now, as Decoder.begin gives it.
     """
     first = group[0].begun
@@ -545,7 +545,7 @@ def begin(decoder, group, waves, forced):
     number = [question.q * n_samples + s for question in group for s in range(first, last)]
     u = torch.cat([question.u[first:last] for question in group])
     R = len(number)
-    begun = Rows(
+    begun = RowStates(
         number=torch.tensor(number),
         n=torch.zeros(R, dtype=torch.long),
         left=torch.full((R,), forced),

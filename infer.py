@@ -47,6 +47,7 @@ from model import (
     load_processor,
     load_vlm,
     real_features,
+    say_other_limits,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ dtype = "float32"  # 7B: bfloat16
 # the drawing, in pixels
 BOX = (400, 200)  # a picture is as large as fits
 CAPTION = 16  # height of the line above it
-GAP = 8  # between pictures
+SPACE = 8  # between pictures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ def row_to_ask(paths):
         row.where = "infer.py"
     else:
         row = row_of(paths[0] if paths else "")
+        if len(paths) > 1 and len(paths) != len(row["images"]):
+            raise SystemExit(f"infer.py needs --question: {row.where} has other images")
     row |= {"system": system or row.get("system", "")}
     check_text(row)
     return row
@@ -247,14 +250,14 @@ def draw(path, lines):
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def width(caption, picture):
-        return GAP + max(picture.width, round(measure.textlength(caption)))
+        return SPACE + max(picture.width, round(measure.textlength(caption)))
 
-    row = CAPTION + BOX[1] + GAP
+    row = CAPTION + BOX[1] + SPACE
     widest = max(sum(width(*panel) for panel in panels) for panels in lines)
-    canvas = Image.new("RGB", (widest + GAP, len(lines) * row + GAP), "white")
+    canvas = Image.new("RGB", (widest + SPACE, len(lines) * row + SPACE), "white")
     pen = ImageDraw.Draw(canvas)
     for i, panels in enumerate(lines):
-        x, y = GAP, GAP + i * row
+        x, y = SPACE, SPACE + i * row
         for caption, picture in panels:
             pen.text((x, y), caption, fill="black")
             canvas.paste(picture, (x, y + CAPTION))
@@ -285,6 +288,7 @@ def main():
     memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
 
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
+    say_other_limits(model, min_pixels, max_pixels)
     processor = load_processor(model, min_pixels, max_pixels)
     head = load_head(model, vlm, tokenizer, latent_size)
     if head is None and (intervention != "clean" or show or latents):

@@ -12,7 +12,7 @@ from huggingface_hub import InferenceClient
 
 from answers import extract_final, find_kind, find_letter, plain
 from data import append, key_of, open_append, read_lines
-from endpoint import FAILURES, answered, hidden, key_in
+from endpoint import FAILURES, answered, hidden
 from launch import Progress
 from served import ask_all, no_answer
 
@@ -50,7 +50,7 @@ class Endpoint(NamedTuple):
 
     url: str  # http://localhost:8000/v1
     model: str  # "" is the endpoint's own
-    key: str  # the environment variable that holds its key, if it wants one
+    key: str  # or endpoint.NO_KEY
     workers: int  # questions at once
     tries: int  # of each
     give_up: int  # so many in a row without a reply: the judge is down
@@ -109,12 +109,10 @@ def replies_to(test, prompts, keys, endpoint):
     # one of the rows that ask the same: the prompt holds no picture
     asking = {keys[id]: id for id in prompts}
     todo = [{"id": id} for key, id in asking.items() if key not in replies]
-    # from the environment: a command line can be read by everyone on the machine
-    api_key = key_in(endpoint.key)
-    client = InferenceClient(base_url=endpoint.url, api_key=api_key, timeout=TIMEOUT)
+    client = InferenceClient(base_url=endpoint.url, api_key=endpoint.key, timeout=TIMEOUT)
 
     def ask(row):
-        return ask_judge(client, prompts[row["id"]], endpoint, api_key)
+        return ask_judge(client, prompts[row["id"]], endpoint)
 
     failed, refused = [], []
 
@@ -146,7 +144,7 @@ def replies_to(test, prompts, keys, endpoint):
     return replies
 
 
-def ask_judge(client, prompt, endpoint, api_key):
+def ask_judge(client, prompt, endpoint):
     """One reply of the judge. Raises NoAnswer when it gives none: no rule takes its place."""
 
     def call():
@@ -161,9 +159,9 @@ def ask_judge(client, prompt, endpoint, api_key):
         return reply.choices[0].message.content or ""
 
     try:
-        return hidden(answered(call, endpoint.url, endpoint.tries, key=api_key), api_key)
+        return hidden(answered(call, endpoint.url, endpoint.tries, key=endpoint.key), endpoint.key)
     except FAILURES as e:
-        raise no_answer(e, api_key) from None
+        raise no_answer(e, endpoint.key) from None
 
 
 def rated(row, reply):

@@ -43,29 +43,23 @@ USERS_ERRORS = {
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
 LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 
-# settings by name: the least and the largest value that make sense, whatever script has them
+# settings by the least and the largest value that make sense, whatever script has them
 RANGES = {
-    **dict.fromkeys(("batch", "shard", "n_samples", "global_batch", "K", "workers"), (1, math.inf)),
-    "loader_threads": (1, 64),
-    **dict.fromkeys(("tries", "token_budget", "prompt_tokens", "latent_size"), (1, math.inf)),
-    **dict.fromkeys(("min_side", "max_bytes", "bomb_pixels", "repeats"), (1, math.inf)),
-    **dict.fromkeys(("threads", "questions", "new_tokens", "base_batch", "n_edits"), (1, math.inf)),
-    **dict.fromkeys(("n_train", "n_val", "n_test"), (1, math.inf)),
-    "longest": (2, math.inf),
-    "first_phase": (0, 4),
-    **dict.fromkeys(("epochs", "max_steps", "limit", "eval_every", "save_every"), (0, math.inf)),
-    **dict.fromkeys(("examples", "interventions_at"), (0, math.inf)),
-    **dict.fromkeys(("temperature", "lr", "lr_head", "weight_decay"), (0, math.inf)),
-    **dict.fromkeys(("lambda_latent", "degenerate", "grad_clip", "timeout"), (0, math.inf)),
-    **dict.fromkeys(
-        ("lambda_align", "rollout", "latents_first", "beta", "gamma", "free_bits"), (0, math.inf)
-    ),
-    **dict.fromkeys(("align_layer", "slot_dim", "n_bank", "n_sheet"), (1, math.inf)),
-    **dict.fromkeys(("tau", "retained", "warmup_ratio", "val_share", "top_p"), (0, 1)),
-    **dict.fromkeys(("beta1", "beta2"), (0, 1 - 1e-9)),
-    **dict.fromkeys(("ema_beta", "easy_latents"), (0, 1)),
-    "seed": (0, 2**63 - 1),
+    (0, math.inf): "epochs max_steps limit eval_every save_every examples interventions_at "
+    "temperature lr lr_head weight_decay grad_clip timeout first_pause degenerate lambda_latent "
+    "lambda_align rollout latents_first beta gamma free_bits",
+    (1, math.inf): "batch global_batch shard n_samples K token_budget latent_size workers tries "
+    "give_up judge_workers judge_tries max_tokens send_side prompt_tokens min_side max_bytes "
+    "bomb_pixels repeats threads questions new_tokens base_batch n_edits n_train n_val n_test "
+    "align_layer slot_dim n_bank n_sheet",
+    (2, math.inf): "longest",
+    (0, 1): "tau retained warmup_ratio val_share top_p ema_beta easy_latents",
+    (0, 1 - 1e-9): "beta1 beta2",
+    (0, 4): "first_phase",
+    (1, 64): "loader_threads",
+    (0, 2**63 - 1): "seed",
 }
+RANGES = {name: ends for ends, names in RANGES.items() for name in names.split()}
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
 RUN_ROOTS = ("out/toy", "data", "out")
 SHARED = ("data_root",)  # the benchmarks' files, which all runs read

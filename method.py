@@ -30,14 +30,14 @@ class Method(nn.Module):
     call the decoder equally often and reach all trained weights: FSDP waits for each of them.
     """
 
+    reads = ()  # settings with the files and folders that it reads, beside base and data
+
     def __init__(self, vlm, tokenizer, processor, settings):
         """settings: those of train.py by name, with --key=value applied."""
         super().__init__()
         # a submodule: FSDP gathers embeddings and LM head while this module's forward runs
         self.vlm = vlm
         self.tokenizer, self.processor, self.settings = tokenizer, processor, settings
-
-    reads = ()  # settings with the files and folders that it reads, beside base and data
 
     @classmethod
     def check(cls, settings):

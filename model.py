@@ -494,11 +494,8 @@ def check_prompt(folder, vlm, tokenizer):
     """Raise SystemExit unless the chat template has a place for an image, the model's own."""
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": content}]
-    try:
+    with said_of(folder, "no usable chat template"):  # a program: it may raise anything
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as e:  # a template is a program: it may raise anything
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        raise SystemExit(f"{folder}: no usable chat template: {reason}") from None
     places = tokenizer(text)["input_ids"].count(vlm.config.image_token_id)
     if places != 1:
         token = vlm.config.image_token_id
@@ -525,7 +522,6 @@ def load_processor(folder, min_pixels, max_pixels):
     with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        trained = processor.size["shortest_edge"], processor.size["longest_edge"]
         # set on the object: limits in the file (the released ones allow 16,384 tokens an image)
         # would win over an argument, in silence. The names are of pixels, not of edges
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -533,10 +529,19 @@ def load_processor(folder, min_pixels, max_pixels):
         here = processor.size["shortest_edge"], processor.size["longest_edge"]
     if here != (min_pixels, max_pixels):
         raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
-    # of a download the limits are no one's wish
-    if trained != here and (Path(folder) / "log.jsonl").exists() and rank_and_world()[0] == 0:
-        print(f"{folder}: trained with pixel limits {trained}, here {here}")
     return processor
+
+
+def say_other_limits(folder, min_pixels, max_pixels):
+    """Print a line if a folder of train.py was trained with other pixel limits than these."""
+    config = Path(folder) / "preprocessor_config.json"
+    # of a download the limits are no one's wish
+    if not config.exists() or not (Path(folder) / "log.jsonl").exists() or rank_and_world()[0] > 0:
+        return
+    size = read_json(config).get("size") or {}
+    trained, here = (size.get("shortest_edge"), size.get("longest_edge")), (min_pixels, max_pixels)
+    if trained != here:
+        print(f"{folder}: trained with pixel limits {trained}, here {here}")
 
 
 @torch.no_grad()

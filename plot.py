@@ -397,7 +397,7 @@ class Number(NamedTuple):
     size: str = ""  # " n=2500": of the run by this name with this behind it
 
 
-class Rows(NamedTuple):
+class RowFigure(NamedTuple):
     """A figure with a row a run and, in each, a colour a number."""
 
     runs: tuple  # in the order in which they are drawn, from above
@@ -412,26 +412,26 @@ BOTH_SIZES = {
 }
 # fmt: off
 ROWS = {
-    "systems": Rows(("base", *SYSTEMS), BOTH_SIZES, HARD),
-    "subspace": Rows(
+    "systems": RowFigure(("base", *SYSTEMS), BOTH_SIZES, HARD),
+    "subspace": RowFigure(
         ("LH", "LH+PCA", "LH+PCA 99%", "LH+DA", "GAP", "GAP 99%"), BOTH_SIZES, HARD),
-    "critics": Rows(("markers", "dummy", *SYSTEMS), {
+    "critics": RowFigure(("markers", "dummy", *SYSTEMS), {
         "as trained":        Number("clean",   "hard"),
         "real features":     Number("oracle",  "hard"),
         "another example's": Number("shuffle", "hard"),
         "noise":             Number("noise",   "hard"),
         "the span is empty": Number("markers", "hard"),
     }, HARD),
-    "edits": Rows(SYSTEMS, {
+    "edits": RowFigure(SYSTEMS, {
         "another start":        Number("", "edits.start.followed"),
         "another move":         Number("", "edits.move.followed"),
         "another last piece":   Number("", "edits.piece.followed"),
         "nothing that matters": Number("", "edits.elsewhere.followed"),
     }, "pairs whose answers change, or stay, as they should"),
-    "sparse": Rows(
+    "sparse": RowFigure(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
          "first 200", "parser dropped"), {HARD: Number("clean", "hard")}, HARD),
-    "valr": Rows(("VaLR", "VaLR n=2500", "long text n=4200", "long VaLR n=4200"), {
+    "valr": RowFigure(("VaLR", "VaLR n=2500", "long text n=4200", "long VaLR n=4200"), {
         "as trained":        Number("clean",   "hard"),
         "another example's": Number("shuffle", "hard"),
         "noise":             Number("noise",   "hard"),
@@ -460,7 +460,7 @@ def check_found(found, path_of_lines, names):
 
 
 def draw_rows(rows, path_of_lines, path):
-    """Of some Rows each seed a dot, the mean a line, and its 95 % t-interval."""
+    """Of some RowFigure each seed a dot, the mean a line, and its 95 % t-interval."""
     plt = pyplot()
     names, numbers, unit = rows
     lines = read_runs(path_of_lines)

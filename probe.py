@@ -42,6 +42,7 @@ from model import (
     load_processor,
     load_vlm,
     real_features,
+    say_other_limits,
 )
 from plot import pyplot, save, where_possible
 
@@ -431,6 +432,7 @@ def main():
     # opens all pictures, before hours of answers
     rows = usable_rows(rows, skip_unusable, ("images", "aux_images"))
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
+    say_other_limits(model, min_pixels, max_pixels)
     processor = load_processor(model, min_pixels, max_pixels)
     head = load_head(model, vlm, tokenizer, latent_size)
     mean, basis = subspace(head, vlm.config.text_config.hidden_size)

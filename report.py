@@ -324,7 +324,7 @@ def sentences(study, claims, paper):
 PCA_AGAINST_FULL = (("GAP", "LH+DA"), ("LH+PCA", "LH"))  # with difficulty-aware data, and without
 
 
-def scores(study, table):
+def accuracy_table(study, table):
     """A section of TABLES: accuracies, differences to the reference, verdicts on its claims."""
     reference = study.named(table.reference)
     cells, absent = [], []
@@ -696,7 +696,7 @@ def write_tables(path, study):
             distinct[line["key"], line["seed"]] = line
     lines = list(distinct.values())
 
-    sections = [scores(study, table) for table in TABLES[study.name]]
+    sections = [accuracy_table(study, table) for table in TABLES[study.name]]
     if study.name == "gap":
         body = gap_body(study, sections)
     elif study.name == "main":
@@ -710,7 +710,7 @@ def write_tables(path, study):
 
 def main_body(study, sections):
     """The table of all systems, the critics' tests, and what else the lines hold."""
-    systems, with_more, without, oracle, difficulty, *subspace = sections
+    systems, with_more, without, oracle, difficulty, *beyond = sections
     return [
         *systems,
         *with_more,
@@ -721,7 +721,7 @@ def main_body(study, sections):
         *drift(study),
         *oracle,
         *difficulty,
-        *(line for section in subspace for line in section),
+        *(line for section in beyond for line in section),
         "",
         *scarcity(study),
         "",

@@ -85,7 +85,7 @@ def each(work, items, workers):
             yield from results(ended)
     except GeneratorExit:  # the caller takes no more
         raise
-    except BaseException:  # Ctrl-C, too: what is under way may have been paid for
+    except BaseException:  # Ctrl-C while it waits, too: what is under way may have been paid for
         begun = [future for future in running if not future.cancel()]
         yield from (f.result() for f in as_completed(begun) if not f.exception())
         raise
@@ -146,7 +146,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     # what an earlier run has finished is not asked, and not paid, again
     n_done = sum(key in done for key in keys)
     todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
-    unanswered, patience = {}, Patience(give_up)
+    unanswered, patience = {}, Patience(give_up, answers=n_done > 0)
 
     def outcome(item):
         return outcome_of(work, *item, patience)

@@ -130,18 +130,10 @@ def n_options(row):
 def run_key():
     """The key of this run's counts: the base's weights and the settings that change them."""
     # not the path of the base: its weights are in the key
-    names = [
-        "instruction",
-        "n_samples",
-        "temperature",
-        "top_p",
-        "early_stop",
-        "max_new_tokens",
-        "min_pixels",
-        "max_pixels",
-        "dtype",
-        "seed",
-    ]
+    names = (
+        "instruction n_samples temperature top_p early_stop max_new_tokens min_pixels max_pixels "
+        "dtype seed"
+    ).split()
     if url:
         names.append("served_model")
     if early_stop:  # a full count fits every tau and rule

@@ -283,6 +283,18 @@ def box_of(values, shares):
     return Box(x1, y1, x2, y2, shares)
 
 
+def picture_of(cell):
+    """An image cell of any source as a path, encoded bytes or a Box.
+
+    A cell is a path, a data URI, {"bytes": base64, "path": ...} or, of `aux`, a Box.
+    """
+    if not isinstance(cell, dict):
+        return image_bytes(cell) if str(cell).startswith("data:") else cell
+    if cell.get("bytes"):  # as parquet exports have it
+        return image_bytes(cell["bytes"])
+    return cell["path"]
+
+
 def listed(value):
     """A column that holds one thing, a list of them, or nothing, as a list."""
     if value is None or value == "":
@@ -302,8 +314,10 @@ def with_options(example, options):
             raise ValueError(f"options that are no list: {options[:80]!r}") from None
     if isinstance(options, dict):
         options = [options[letter] for letter in sorted(options)]
-    # a parquet table has null where a question has fewer options than others
-    texts = [text_of(option) for option in options or () if option is not None]
+    options = list(options or ())
+    while options and options[-1] is None:  # as a table has it where others have more options
+        options.pop()
+    texts = [text_of(option) for option in options]
     if len(texts) == 1:
         raise ValueError(f"a single option: {texts[0]!r}")
     return example | ({"options": texts} if texts else {})
@@ -430,18 +444,6 @@ def from_lvr(item):
 ZEBRA_MARK = re.compile(
     r"(?:<image_start>\s*)?\[(problem|reasoning)_image_(\d+)\](?:\s*<image_end>)?"
 )
-
-
-def picture_of(cell):
-    """An image cell of any source as a path, encoded bytes or a Box.
-
-    A cell is a path, a data URI, {"bytes": base64, "path": ...} or, of `aux`, a Box.
-    """
-    if not isinstance(cell, dict):
-        return image_bytes(cell) if str(cell).startswith("data:") else cell
-    if cell.get("bytes"):  # as parquet exports have it
-        return image_bytes(cell["bytes"])
-    return cell["path"]
 
 
 def from_zebra(item):

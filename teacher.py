@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append, key_of, open_append, read_lines
-from endpoint import answered, hidden, image_part, is_refusal, status_of
+from endpoint import FAILURES, answered, hidden, image_part, is_refusal, status_of
 from resume import Refused, Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs, and into one of replies
@@ -42,11 +42,14 @@ class Replies:
         self.known = {line["sent"]: line["reply"] for line in read_lines(path, sent=str, reply=str)}
         self.file = open_append(path)
 
-    def to(self, sent, ask):
-        """The reply (a text) to what was sent (a JSON value): one that is known, else ask()."""
+    def to(self, sent, ask, is_there=bool):
+        """The reply (a text) to what was sent (a JSON value): one that is known, else ask().
+
+        is_there(reply): can a known one still be used? A picture's file may be gone.
+        """
         key = key_of(sent)
         # two threads may ask the same at once: both have paid, and the last counts
-        if key not in self.known:
+        if not is_there(self.known.get(key, "")):
             reply = ask()
             with LOCK:
                 append(self.file, {"sent": key, "reply": reply})
@@ -69,7 +72,7 @@ def usable(served, call):
             last = e
         except HTTPError as e:
             raise failed(e, served.key) from None
-        except (ValueError, TypeError, LookupError, AttributeError) as e:
+        except FAILURES as e:
             # no JSON, or JSON of another protocol
             detail = hidden(f"{type(e).__name__}: {e}", served.key)
             raise Unanswered("answer of another protocol", None, detail) from None

@@ -421,7 +421,7 @@ def save_checkpoint(model, optimizer, step, settings):
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
         # those above this one were damaged, else it had begun there
-        kept = [folder for folder in checkpoints() if folder.name <= final.name][-2:]
+        kept = [path for path in checkpoints() if path.name <= final.name][-2:]
         for old in checkpoints():
             if old not in kept:
                 shutil.rmtree(old)

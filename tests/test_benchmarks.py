@@ -149,7 +149,7 @@ def test_published_tables_have_a_number_or_none_for_each_system():
 def test_a_question_is_compared_without_its_prompt():
     """As contamination.py does: of MathVista's TSV and of V*, whose questions hold the prompt."""
     hint = "Hint: Please answer with a number.\nQuestion: Find x. (Unit: cm)"
-    row = {"question_type": "free_form", "answer_type": "integer", "question": hint}
+    row = {"question_type": "free_form", "answer_type": "integer", "question": hint, "images": []}
     assert mathvista(row, None)["asked"] == "Find x."
     choice = "Hint: a letter.\nQuestion: Find x.\nChoices:\n(A) 1\n(B) 2"
     row |= {"question_type": "multi_choice", "choices": "['1', '2']", "question": choice}
@@ -176,12 +176,13 @@ def test_an_instruction_is_no_part_of_the_last_option():
 )
 def test_mathvistas_gold_is_an_options_text(choices, answer, letter, gold):
     row = {"question_type": "multi_choice", "answer_type": "text", "question": "Question: x"}
-    row |= {"choices": choices, "answer": answer} | ({"answer_option": letter} if letter else {})
+    row |= {"images": [], "choices": choices, "answer": answer}
+    row |= {"answer_option": letter} if letter else {}
     assert (row | mathvista(row, None))["answer"] == gold
 
 
 def test_prompts_end_as_the_harnesses_do():
-    row = {"ID": "1", "key": "2steps_1", "question": "How many?", "A": "1", "B": "2"}
+    row = {"ID": "1", "key": "2steps_1", "question": "How many?", "A": "1", "B": "2", "images": []}
     assert wemath(row, None)["question"] == "Question: How many?\nOptions:\nA. 1\nB. 2\n"
     row = {"question": "How many?", "options": ["1", "2"], "image": "a.png"}
     assert mathvision(row, Path("."))["question"].endswith("How many?\nChoices: A. 1\nB. 2")

@@ -90,7 +90,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     """The first answer's never comes; another's the judge refuses, which is no judgement."""
     asked = []
 
-    def ask(client, prompt, endpoint, api_key):
+    def ask(client, prompt, endpoint):
         asked.append(prompt)
         if prompt in ("p0", "p3"):
             raise NoAnswer("HTTPError", refused=prompt == "p3")
@@ -99,7 +99,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     monkeypatch.setattr(judge, "ask_judge", ask)
     test = SimpleNamespace(name="MMStar", out=tmp_path)
     prompts = {f"{n}": f"p{n}" for n in range(40)}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 2, 1, 20)
+    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 2, 1, 20)
     for _ in range(2):
         with pytest.raises(SystemExit, match="1 answers without a judgement"):
             judge.replies_to(test, prompts, prompts, where)
@@ -110,12 +110,12 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
 
 @pytest.mark.parametrize("refused", ["p1 p2", "p2"])
 def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refused):
-    def refuse(client, prompt, endpoint, api_key):
+    def refuse(client, prompt, endpoint):
         raise NoAnswer("HTTPError: 422", refused=prompt in refused)
 
     monkeypatch.setattr(judge, "ask_judge", refuse)
     test, prompts = SimpleNamespace(name="MMStar", out=tmp_path), {"1": "p1", "2": "p2"}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1, 20)
+    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 1, 1, 20)
     with pytest.raises(SystemExit, match="2 answers without a judgement .*422"):
         judge.replies_to(test, prompts, prompts, where)
     assert read_lines(tmp_path / "judge.jsonl") == []
@@ -156,7 +156,7 @@ def test_a_prompt_that_rows_share_is_paid_for_once(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "ask_judge", lambda client, prompt, *_: asked.append(prompt) or "B")
     test = SimpleNamespace(name="MMStar", out=tmp_path)
     prompts = {f"{n}": f"p{n % 2}" for n in range(10)}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 2, 1, 20)
+    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 2, 1, 20)
     assert judge.replies_to(test, prompts, prompts, where) == {"p0": "B", "p1": "B"}
     assert sorted(asked) == ["p0", "p1"]
 
@@ -169,5 +169,5 @@ def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
         {"id": "2", "truncated": False, "raw": "", "error": "x"},
         {"id": "3", "truncated": False, "raw": "<think> It shows a dog"},
     ]
-    where = judge.Endpoint("http://localhost:1/v1", "m", "NO_KEY", 1, 1, 20)
+    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 1, 1, 20)
     assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0, 0]

@@ -35,6 +35,7 @@ from model import (
     load_processor,
     load_vlm,
     save_head,
+    say_other_limits,
     tower_fingerprint,
 )
 
@@ -458,13 +459,13 @@ def test_our_pixel_limits_hold(base, tmp_path, limits):
 
 def test_other_limits_than_in_training_are_said(base, tmp_path, capsys):
     folder = copied(base, tmp_path)
-    load_processor(folder, 3136, 50_176)
-    assert "trained" not in capsys.readouterr().out  # a download's limits are no one's wish
+    say_other_limits(folder, 3136, 50_176)
+    assert not capsys.readouterr().out  # a download's limits are no one's wish
     (folder / "log.jsonl").touch()
-    processor = load_processor(folder, 3136, 50_176)
+    say_other_limits(folder, 3136, 50_176)
     assert "here (3136, 50176)" in capsys.readouterr().out
-    processor.save_pretrained(folder)
-    load_processor(folder, 3136, 50_176)
+    load_processor(folder, 3136, 50_176).save_pretrained(folder)
+    say_other_limits(folder, 3136, 50_176)
     assert not capsys.readouterr().out
 
 
