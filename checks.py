@@ -9,7 +9,7 @@ from collections import Counter
 
 from PIL import ImageStat
 
-from answers import extract_answer, is_correct, normalise
+from answers import extract_answer, is_correct
 from data import (
     TAGS,
     is_place,
@@ -20,6 +20,7 @@ from data import (
 )
 from duplicates import largest_difference
 from resume import Reject
+from values import normalise
 
 WHOLE = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 PARSER = re.compile(r"<parser>(.*?)</parser>", re.DOTALL)

@@ -10,12 +10,12 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from answers import normalise
 from benchmarks import BENCHMARKS, load_benchmark
 from data import load_examples
 from duplicates import nearest
 from pages import write_page
 from tables import images_of
+from values import normalise
 
 OPTIONS = re.compile(
     r"\s*\b(?:options|choices)\s*:.*|\n\s*\(?A\s*[.:)].*", re.DOTALL | re.IGNORECASE

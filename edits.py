@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from answers import is_correct, lettered, option_named, same_text
+from answers import is_correct, lettered, option_named
 from data import (
     as_text,
     check_fields,
@@ -39,6 +39,7 @@ from images import open_image
 from launch import Progress, pick_device, show_files, start
 from model import load_head, load_vlm, meta_of_targets, real_features
 from scores import mean
+from values import same_text
 
 # --------------------------------------------------------------------------------------------------
 model = "out/gap"  # the folder that answered

@@ -13,16 +13,14 @@ import numpy as np
 
 from answers import (
     after_is,
-    bare_value,
     check_letter,
     extract_answer,
     find_kind,
     is_correct,
     letter_of,
-    levenshtein,
-    math_equal,
     tagged,
 )
+from values import bare_value, levenshtein, math_equal
 
 # --------------------------------------------------------------------------------------------------
 # checks of one answer (letters and yes or no: answers.py)
