@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import build_data as b
+import sources
 from data import load_examples, read_lines
 from images import open_image
 from resume import Reject
@@ -246,6 +247,15 @@ def test_a_second_convert_does_not_overwrite_the_first(stage, tmp_path):
     assert convert_again("*.json") == 3
     (src / "b.json").write_text(json.dumps([item] * 4))
     assert convert_again("b.json") == 4
+
+
+def test_convert_notices_another_name_of_a_column(stage, tmp_path, monkeypatch):
+    """As the documentation has users put it into FIELDS."""
+    saved(tmp_path / "src/q.png", noise(1))
+    items = [{"image": "q.png", "question": "Which?", "answer": "short", "gold_label": "red"}]
+    assert convert(stage, tmp_path, "qa", items)[0][0]["answer"] == "short"
+    monkeypatch.setitem(sources.FIELDS, "answer", ("gold_label", "answer"))
+    assert convert(stage, tmp_path, "qa", items)[0][0]["answer"] == "red"
 
 
 def test_convert_notices_pictures_that_come_change_and_go(stage, tmp_path):
