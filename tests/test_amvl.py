@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import train
 from amvl import AMVL, grown, kl
-from data import strip_latents
+from data import load_examples, strip_latents
 from generate import INTERVENTIONS, check_intervention, generate, intervene, make_prompts, stream
 from launch import settings_of
 from model import (
@@ -404,3 +404,16 @@ def test_leakage_is_measured_as_it_is(base, world):
     said = model.report(means | {"ce_prior": 0.7, "right": 0.9, "right_prior": 0.2})
     assert said["leakage"] == pytest.approx(0.7) and said["leakage_ce"] == pytest.approx(0.6)
     assert math.isfinite(sum(said.values()))
+
+
+def test_noise_is_a_steps_a_rows_and_a_seeds_own(base, world):
+    drawn = set()
+    for seed in (1, 2):
+        amvl = method(base, seed=seed)
+        rows, _ = amvl.rows(list(load_examples(world / "train.jsonl")[:2]), training=True)
+        for step in (0, 1):
+            for row in rows:
+                noise, again = (amvl.encode(row | {"step": step})["noise"] for _ in range(2))
+                assert noise.equal(again)
+                drawn.add(tuple(noise.flatten().tolist()))
+    assert len(drawn) == 8

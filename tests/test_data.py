@@ -24,6 +24,7 @@ from data import (
     append,
     check_fields,
     example_key,
+    in_one_form,
     load_examples,
     memory_file,
     open_append,
@@ -645,3 +646,32 @@ def test_all_files_are_as_readable_as_others(tmp_path):
     write_lines(tmp_path / "b", [{"id": "a"}])
     modes = {(tmp_path / name).stat().st_mode for name in ("usual", "a", "b")}
     assert len(modes) == 1
+
+
+def test_another_chat_template_is_another_base(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    before = weights_digest(tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert weights_digest(tmp_path / "base") != before
+
+
+def test_what_is_taught_at_first_counts(world):
+    row = load_examples(world / "train.jsonl")[0]
+    assert example_key(row | {"at_first": "a"}) != example_key(row | {"at_first": "b"})
+
+
+def test_an_options_place_is_no_answer():
+    """Counted from 0 or from 1; a number beyond is no place, and perhaps a free answer."""
+    row = {"id": "1", "question": "?", "images": [], "options": ["w", "x", "y", "z"]}
+    for place in "0134":
+        with pytest.raises(SystemExit, match="is none of the 4 options"):
+            in_one_form(row | {"answer": place}, False, "f:1")
+    assert in_one_form(row | {"answer": "5"}, False, "f:1")["answer"] == "5"
+
+
+def test_there_are_26_letters():
+    row = {"id": "1", "question": "?", "images": [], "answer": "x1"}
+    in_one_form(row | {"options": [f"x{i}" for i in range(26)]}, False, "f:1")
+    with pytest.raises(SystemExit, match="26 letters"):
+        in_one_form(row | {"options": [f"x{i}" for i in range(27)]}, False, "f:1")

@@ -162,12 +162,13 @@ def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
     vlm, tokenizer = load_vlm(trained)
     K = load_head(trained, vlm, tokenizer, 1).K
     side = pictures[0].width
-    for least in (56 * 56, (2 * side) ** 2):
-        folder = tmp_path / str(least)
+    for least, most in ((56 * 56, 10**6), ((2 * side) ** 2, 10**6), (28 * 28, (side // 2) ** 2)):
+        folder = tmp_path / f"{least}-{most}"
         shutil.copytree(trained, folder)
         tensors, meta = read_safetensors(trained / HEAD_FILE)
-        save_file(tensors, folder / HEAD_FILE, meta | {"min_pixels": str(least)})
-        (v,), (grid,) = encode_images(vlm, load_processor(trained, least, 10**6), pictures)
+        limits = {"min_pixels": str(least), "max_pixels": str(most)}
+        save_file(tensors, folder / HEAD_FILE, meta | limits)
+        (v,), (grid,) = encode_images(vlm, load_processor(trained, least, most), pictures)
         plane = v.detach().T.view(1, -1, *(grid[1:] // 2))
         want = F.adaptive_avg_pool2d(plane, 2)[0].flatten(1).T
         torch.testing.assert_close(real_features(folder, vlm, K)(pictures)[0], want)

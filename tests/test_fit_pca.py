@@ -257,3 +257,25 @@ def test_rows_that_are_left_out_are_left_out_by_all(tmp_path, base, world):
     assert "--skip_unusable=1" in run("probe.py", *args, "--max_new_tokens=2", ok=False)
     run("probe.py", *args, "--max_new_tokens=2", "--skip_unusable=1")
     assert json.loads((tmp_path / "probe" / "probe.json").read_text())["questions"] == 8
+
+
+def test_the_pca_is_of_usable_training_vectors_alone(tmp_path, base, world):
+    """Neither of validation data nor of a row with a flat picture: by the target files."""
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder)
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    Image.new("RGB", (56, 56), "red").save(folder / "flat.png")
+    rows[0]["aux_images"][0] = "flat.png"
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [f"--data={folder}/train.jsonl", f"--val_data={folder}/val.jsonl"]
+    run("fit_pca.py", f"--base={base}", *args, f"--out={tmp_path}/pca")
+    targets = tmp_path / "pca" / "targets"
+    assert json.loads((targets / "index.json").read_text())["rejected"] == [rows[0]["id"]]
+    v = []
+    for file in targets.glob("train-*.safetensors"):
+        of_rows = load_file(file).items()
+        v += [x.flatten(0, 1).double() for id, x in of_rows if id != rows[0]["id"]]
+    v = torch.cat(v)
+    pca, meta = load_pca(tmp_path / "pca" / "pca.safetensors")
+    assert int(meta["n"]) == len(v)
+    torch.testing.assert_close(pca["mean"].double(), v.mean(0), rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import PIXELS
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 from data import Row, load_examples, question_key, write_json, write_lines
@@ -322,3 +322,52 @@ def test_a_pca_that_is_none_is_named(fitted, change, words):
     with pytest.raises(SystemExit, match="pca.safetensors") as e:
         load_pca(fitted / "pca.safetensors")
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum", "relative"])
+def test_the_latent_loss_is_weighed_by_lambda_and_its_scale(base, inputs, kind):
+    """Against the eigenvalues in the PCA's file."""
+    gap = gap_of(base, inputs, latent_loss=kind, lambda_latent=0.25)
+    variance = float(load_file(gap.pca_file)["eigenvalues"].sum())
+    d = gap.vlm.config.text_config.hidden_size
+    scale = {"mean": 1 / d, "sum": 1.0, "relative": 1 / variance}[kind]
+    assert gap.weights(3, 10)["latent"] == pytest.approx(0.25 * scale, rel=1e-5)
+
+
+def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, inputs):
+    """Against two plain forwards, with embeddings put together by hand."""
+    gap = gap_of(base, inputs, difficulty="", scheduled_sampling=True)
+    torch.nn.init.normal_(gap.head.down.weight, std=0.3)
+    rows, _ = gap.rows(load_examples(world / "train.jsonl")[2:5], training=True)
+    batch = gap.collate([gap.encode(row) for row in rows])
+    pictures = [open_image(path) for row in rows for path in row["images"]]
+    batch["vision"] = torch.cat(encode_images(gap.vlm, gap.processor, pictures)[0]).detach()
+    decoder, is_latent = gap.vlm.model.language_model, batch["ids"] == gap.latent_id
+    before = is_latent.roll(-1, 1)
+
+    def states(latents):
+        x = decoder.embed_tokens(batch["ids"]).clone()
+        x[batch["ids"] == gap.vlm.config.image_token_id] = batch["vision"]
+        x[is_latent] = latents.float()
+        return decoder(
+            inputs_embeds=x, position_ids=batch["pos"], use_cache=False
+        ).last_hidden_state
+
+    with torch.no_grad():
+        sums = gap.forward(batch)
+        h = states(gap.head(states(batch["latents"])[before]))
+        logits = gap.vlm.lm_head(h[:, :-1]).flatten(0, 1)
+        labels = batch["labels"][:, 1:].flatten()
+        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        squared = (gap.head(h[before]) - batch["latents"].float()).pow(2).sum()
+    torch.testing.assert_close(sums["ce"], ce, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sums["latent"], squared, rtol=1e-3, atol=1e-2)
+
+
+def test_a_resume_needs_the_same_solved_questions(base, world, inputs):
+    keys = set()
+    for tau in (0.0, 0.5):
+        gap = gap_of(base, inputs, tau=tau)
+        gap.rows(load_examples(world / "train.jsonl"), training=True)
+        keys.add(gap.inputs()["difficulty"])
+    assert len(keys) == 2

@@ -547,3 +547,9 @@ def test_scripts_take_a_monet_checkpoint(monet, world, tmp_path):
     asked = [*args, f"--data={world}/test.jsonl", f"--out={tmp_path}/x", "--limit=3"]
     assert "needs the PCA" in run("eval.py", *asked, "--intervention=mean", ok=False)
     run("eval.py", *asked, "--intervention=noise")  # of the states' own norm
+
+
+def test_a_nucleus_ends_where_it_has_its_share():
+    log_p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    drawn = {int(pick(log_p, 1.0, 0.5, torch.tensor([u]))) for u in (0.0, 0.3, 0.6, 0.99)}
+    assert drawn == {0}

@@ -274,3 +274,12 @@ def test_ranks_share_the_pictures_and_know_all_faults(tmp_path, monkeypatch):
     found = launch.faults_among(names, images.image_faults)
     assert sorted(opened) == names[1::2]
     assert found == dict.fromkeys(names[::2], "gone") | dict.fromkeys(names[1::2], "broken")
+
+
+def test_the_narrowest_picture_that_is_taken(tmp_path):
+    """Sides of 1 to 200, as the processor has it."""
+    for width, name in ((1600, "a.png"), (1601, "b.png")):
+        (tmp_path / name).write_bytes(saved(noise(width, 8)))
+    assert images.image_size(tmp_path / "a.png") == (1600, 8)
+    with pytest.raises(SystemExit, match="aspect ratio"):
+        images.image_size(tmp_path / "b.png")

@@ -721,3 +721,23 @@ def test_a_head_needs_its_tokens(tmp_path, base):
     save_head(tmp_path, head, head.state_dict(), {"mode": "pool", "tower": tower_fingerprint(vlm)})
     with pytest.raises(SystemExit, match="latent_start"):
         load_head(tmp_path, vlm, tokenizer, 4)
+
+
+def test_norms_have_the_models_own_epsilon(base):
+    """In small states it counts, as in the first layers of a real model."""
+    vlm, _ = load_vlm(base)
+    for norm in (vlm.model.language_model.norm, vlm.model.visual.merger.ln_q):
+        x = 1e-3 * torch.randn(4, len(norm.weight))
+        want = norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(norm(x), want)
+
+
+def test_latent_tokens_begin_at_the_mean_in_the_lm_head_too(base):
+    """Where spare rows hold what pretraining left in them."""
+    vlm, tokenizer = load_vlm(base)
+    n = len(tokenizer)
+    with torch.no_grad():
+        vlm.lm_head.weight[n:] = 7.0
+    add_latent_tokens(vlm, tokenizer)
+    w = vlm.lm_head.weight.detach()
+    torch.testing.assert_close(w[n : n + 3], w[:n].mean(0).expand(3, -1))

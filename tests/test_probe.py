@@ -206,3 +206,14 @@ def test_probe_of_a_model_that_knows_its_pictures(tmp_path, loaded, base, world)
         ok=False,
     )
     assert "none" in text and not (tmp_path / "q" / "probe.json").exists()
+
+
+def test_rank_and_cosine_are_about_the_mean():
+    mean = torch.full((6,), 50.0)
+    found = probe.geometry([mean + torch.eye(6)[:4]], mean, torch.zeros(6, 0))
+    assert found["effective_rank"] == pytest.approx(4, rel=1e-3) and abs(found["cosine"]) < 1e-3
+
+
+def test_r2_is_against_one_mean_of_all():
+    real = torch.tensor([[[0.0], [10.0]], [[2.0], [12.0]]]).double()
+    assert probe.agreement(real + 1, real)["r2"] == pytest.approx(1 - 4 / 104)

@@ -244,3 +244,29 @@ def test_sentences(study):
     assert said[2].startswith("- x: **undecided**, +0.500 [")
     assert said[3].startswith("- z: **undecided**, -0.500 [")  # of two seeds that are equal
     assert len(said) == 4
+
+
+def study_of(runs):
+    """A study of {run: {seed: bits}}."""
+    lines = {
+        name: {seed: line(name, seed, {"2 moves": bits}) for seed, bits in by_seed.items()}
+        for name, by_seed in runs.items()
+    }
+    sizes = ablate.SIZES["gap"]
+    return Study("gap", lines, tuple(ablate.MAIN), sizes, 250, ablate.star(), "1 moves", "")
+
+
+def test_what_no_seed_changes_says_nothing_of_their_spread():
+    """Runs at the floor, and the base, which is not trained."""
+    middle, floor = {1: "0110", 2: "0111"}, {1: "0" * 40, 2: "0" * 39 + "1"}
+    said = {
+        report.power(study_of({"GAP": middle} | others))
+        for others in ({}, {"LH+DA": floor}, {"base": middle})
+    }
+    assert len(said) == 1
+
+
+def test_costs_are_shares_of_texts():
+    study = study_of({"GAP": {1: "01"}, "text": {1: "01"}})
+    study.lines["GAP"][1]["steps_per_s"] = 1.0  # text's is 2
+    assert report.ratio_to_text(study, "GAP", "steps_per_s") == {1: 0.5}

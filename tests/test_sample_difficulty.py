@@ -9,6 +9,7 @@ from conftest import TOY, has_lines, kill_when, run, sampling
 
 import sample_difficulty
 from data import load_examples, question_key, read_lines, write_lines
+from model import encode
 from sample_difficulty import needs_latents
 
 
@@ -179,3 +180,32 @@ def test_the_key_is_of_what_changes_a_count(tmp_path, monkeypatch):
     full = sample_difficulty.run_key()
     monkeypatch.setattr(sample_difficulty, "tau", 0.5)
     assert sample_difficulty.run_key() == full
+
+
+def test_samples_are_drawn_as_the_settings_say(monkeypatch, base, world):
+    """The instruction ends the prompt, and top_p goes to the draws."""
+    asked, given = [], {}
+
+    def stream(*args, **settings):
+        given.update(settings)
+        args[3](2)  # more(n) of generate.stream
+        return iter(())
+
+    def recorded(vlm, tokenizer, processor, row):
+        asked.append(row["instruction"])
+        return encode(vlm, tokenizer, processor, row)
+
+    for name, value in {"base": base, "instruction": " Tag it.", "top_p": 0.5}.items():
+        monkeypatch.setattr(sample_difficulty, name, value)
+    monkeypatch.setattr(sample_difficulty, "stream", stream)
+    monkeypatch.setattr(sample_difficulty, "encode", recorded)
+    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2]))
+    assert set(asked) == {" Tag it."} and given["top_p"] == 0.5
+
+
+def test_what_was_cut_off_solves_nothing_by_a_weak_rule():
+    row = {"id": "a", "answer": "A", "options": ["red", "blue"]}
+    for finished, correct in ((True, 1), (False, 0)):
+        tally = sample_difficulty.Tally(row)
+        tally.add(0, "Looking closely, A seems", finished)
+        assert tally.correct == correct

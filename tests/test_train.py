@@ -528,3 +528,64 @@ def test_a_disk_too_small_is_named_before_the_first_step(
     free -= 1
     with pytest.raises(SystemExit, match="GB are free; .* GB will be needed"):
         train.check_space(model, first, 100)
+
+
+def test_a_step_is_adamw_written_out(monkeypatch):
+    """Clip, decay of matrices, a learning rate each for decoder and head, and both betas."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"vlm": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    model.vlm, model.weights = model["vlm"], lambda step, total: {}
+    settings = {"lr": 0.01, "lr_head": 0.05, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1}
+    for name, value in (settings | {"grad_clip": 1.0, "warmup_ratio": 0.0}).items():
+        monkeypatch.setattr(train, name, value)
+    parameters = dict(model.named_parameters())
+    want = {name: p.detach().double().clone() for name, p in parameters.items()}
+    m, s = dict.fromkeys(parameters, 0.0), dict.fromkeys(parameters, 0.0)
+    optimizer = train.make_optimizer(model)
+    for t, size in enumerate((0.01, 3.0, 1.0), 1):
+        g = {name: torch.randn_like(p) * size for name, p in parameters.items()}
+
+        def planted(model, batches, counts, device, weights, g=g):
+            for name, p in model.named_parameters():
+                p.grad = g[name].clone()
+            return {"ce": 1.0}
+
+        monkeypatch.setattr(train, "run_batch", planted)
+        train.train_step(model, optimizer, [], {}, t - 1, 10, torch.device("cpu"))
+        norm = math.sqrt(sum(float(x.double().pow(2).sum()) for x in g.values()))
+        for name in parameters:
+            x = g[name].double() * min(1.0, 1.0 / norm)
+            rate = train.lr_at(t - 1, 10, 0.01 if name.startswith("vlm") else 0.05)
+            if want[name].ndim > 1:
+                want[name] *= 1 - rate * 0.1
+            m[name], s[name] = 0.8 * m[name] + 0.2 * x, 0.9 * s[name] + 0.1 * x**2
+            deviation = (s[name] / (1 - 0.9**t)).sqrt() + 1e-8
+            want[name] -= rate * m[name] / (1 - 0.8**t) / deviation
+    for name, p in parameters.items():
+        torch.testing.assert_close(p.detach().double(), want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_validation_is_a_mean_over_rows(monkeypatch):
+    """Not over batches, which differ in what they count."""
+    rows = [(1, 5.0), (2, 1.0), (10, 3.0)]  # (count, sum) each
+
+    def load_batch(model, rows):
+        return rows, {"ce": sum(n for n, _ in rows)}, None
+
+    def run_batch(model, rows, count, device):
+        return {"ce": sum(x for _, x in rows) / count["ce"]}
+
+    monkeypatch.setattr(train, "global_batch", 2)
+    monkeypatch.setattr(train, "load_batch", load_batch)
+    monkeypatch.setattr(train, "run_batch", run_batch)
+    model = SimpleNamespace(report=lambda means: means)
+    assert train.validate(model, rows, "cpu") == {"val_ce": pytest.approx(9 / 13)}
+
+
+def test_seeds_have_orders_of_their_own(monkeypatch):
+    monkeypatch.setattr(train, "global_batch", 5)
+    orders = set()
+    for seed in (1, 100):
+        monkeypatch.setattr(train, "seed", seed)
+        orders.add(tuple(train.batch_of(0, 40)))
+    assert len(orders) == 2

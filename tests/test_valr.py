@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,3 +457,8 @@ def test_a_broken_target_is_found_before_the_first_step(tmp_path, base, steps):
     text = run("train.py", *args, ok=False)
     assert str(broken) in text
     run("train.py", *args, "--skip_unusable=1", "--max_steps=1")
+
+
+def test_the_alignment_is_weighed_by_lambda():
+    method = SimpleNamespace(settings={"lambda_align": 0.125})
+    assert VaLR.weights(method, 3, 10) == {"ce": 1.0, "align": 0.125}
