@@ -67,6 +67,7 @@ def test_an_option_is_its_text_wherever_it_stands():
         (("3", "3"), None, ("There are three blocks.", "It is 3."), (1, 1), True),
         (("3", "3"), None, ("There are five.", "5"), (0, 0), True),  # wrong, and the same
         (("3", "3"), None, ("5", "3"), (0, 1), False),
+        (("3", "3"), None, ("4", "3"), (0.5, 1), False),  # half right is another answer
         (("3", "4"), None, ("5", "five"), (0, 0), False),
         (("B", "A"), ["Yes", "Yes, partly", "No"], ("B", "A"), (1, 1), True),
     ],

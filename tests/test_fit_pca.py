@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fit_pca
-from data import load_examples, read_lines, tensors_digest, write_lines
+from data import LATENT_SPAN, load_examples, read_lines, tensors_digest, write_lines
+from imagine import load_bank
 from model import load_pca
 
 close = torch.testing.assert_close
@@ -265,17 +266,21 @@ def test_the_pca_is_of_usable_training_vectors_alone(tmp_path, base, world):
     shutil.copytree(world, folder)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     Image.new("RGB", (56, 56), "red").save(folder / "flat.png")
-    rows[0]["aux_images"][0] = "flat.png"
+    # one of two pictures: the row is left out whole
+    rows[0]["aux_images"].append("flat.png")
+    rows[0]["response"] = rows[0]["response"].replace(LATENT_SPAN, LATENT_SPAN * 2)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = [f"--data={folder}/train.jsonl", f"--val_data={folder}/val.jsonl"]
     run("fit_pca.py", f"--base={base}", *args, f"--out={tmp_path}/pca")
     targets = tmp_path / "pca" / "targets"
     assert json.loads((targets / "index.json").read_text())["rejected"] == [rows[0]["id"]]
+    pca, meta = load_pca(tmp_path / "pca" / "pca.safetensors")
+    bank = load_bank(tmp_path / "pca" / "bank.safetensors", meta["targets"])
+    assert rows[0]["id"] not in {id for id, _ in bank["pictures"]}
     v = []
     for file in targets.glob("train-*.safetensors"):
         of_rows = load_file(file).items()
         v += [x.flatten(0, 1).double() for id, x in of_rows if id != rows[0]["id"]]
     v = torch.cat(v)
-    pca, meta = load_pca(tmp_path / "pca" / "pca.safetensors")
     assert int(meta["n"]) == len(v)
     torch.testing.assert_close(pca["mean"].double(), v.mean(0), rtol=1e-4, atol=1e-4)

@@ -21,6 +21,7 @@ import decoder
 import generate as generate_file
 from data import LATENT_SPAN, load_examples, read_lines
 from generate import (
+    Question,
     calibrate,
     ema_norm,
     from_all,
@@ -553,3 +554,15 @@ def test_a_nucleus_ends_where_it_has_its_share():
     log_p = torch.tensor([[0.5, 0.25, 0.25]]).log()
     drawn = {int(pick(log_p, 1.0, 0.5, torch.tensor([u]))) for u in (0.0, 0.3, 0.6, 0.99)}
     assert drawn == {0}
+
+
+def test_a_shorter_donor_is_repeated_span_by_span():
+    """Not its last latent: the first of a second span is its first."""
+    fed = torch.randn(1, 4, 7)
+    prompt = {"fed": fed, "vision": None}
+    question = Question(
+        0, prompt, None, 0, n_samples=1, max_new_tokens=9, temperature=0, ema_beta=0
+    )
+    for i in range(8):
+        close(question.stand_in(0), fed[0, i % 4])
+        question.latents[0].append(question.stand_in(0))
