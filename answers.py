@@ -768,8 +768,13 @@ def main(file):
     for n, row in enumerate(rows):
         if not {"raw", "gold"} <= set(row):
             raise SystemExit(f"{file}: row {n} needs raw and gold; it has {', '.join(row)}")
-        options, gold = row.get("options"), str(row["gold"])
-        answer, rule = extract_answer(row["raw"], options, row.get("kind", "text"))
+        options, gold, kind = row.get("options"), str(row["gold"]), row.get("kind", "text")
+        if not isinstance(row["raw"], str) or kind not in ("text", "number", "list", "yesno"):
+            wanted = "raw must be a text, and kind text, number, list or yesno"
+            raise SystemExit(f"{file}: row {n}: {wanted}; found {row['raw']!r} and {kind!r}")
+        if isinstance(options, list):
+            options = list(map(str, options))
+        answer, rule = extract_answer(row["raw"], options, kind)
         agrees = is_correct(answer, {"answer": gold, "options": options})
         right[rule].append(agrees)
         sign = "=" if agrees else "-" if answer is None else "!"

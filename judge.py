@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
 
-from answers import extract_final, find_kind, find_letter, plain
+from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
 from endpoint import FAILURES, answered, hidden
 from launch import Progress
 from served import ask_all, no_answer
+from values import plain
 
 # whose own harness has a judge, and what ours is asked for in its place
 JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}

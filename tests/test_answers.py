@@ -725,8 +725,15 @@ def test_readings_of_a_file(tmp_path):
     lines = [line.split() for line in run("answers.py", file).splitlines()]
     assert [line[0] for line in lines[:4]] == ["=", "!", "-", "="]
     assert lines[-1] == ["2", "of", "4", "all"]
-    file.write_text('{"raw": "B"}\n')
-    assert "row 0 needs" in run("answers.py", file, ok=False)
+    file.write_text('{"raw": "It is 12.", "options": [10, 12], "gold": 12}')
+    assert run("answers.py", file).startswith("=  'B'")
+    for row, said in (
+        ({"raw": "B"}, "row 0 needs"),
+        ({"raw": None, "gold": "B"}, "raw must be a text"),
+        ({"raw": "B", "gold": "B", "kind": "integer"}, "kind text, number, list or yesno"),
+    ):
+        file.write_text(json.dumps(row))
+        assert said in run("answers.py", file, ok=False)
 
 
 # an expression is one number, and a part of it is another
