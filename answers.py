@@ -111,11 +111,11 @@ BESIDE = any_of("in on at of for from between among than near next_to behind abo
 NO_NOUN = any_of(
     "is are was were has had would should could does looks seems appears and or nor but because as "
     f"since so to with when while where which that then only also not {BESIDE} "
-    "the it its this there here we you i both option looking according based given note however "
-    "therefore thus hence"
+    "the it its this there option therefore thus hence"
 )
+OPENS = any_of("Looking According Based Given Note However Here We You I Both")
 # "A British flag", "A 3-story house"; but "A Reason: ..." has a heading
-ARTICLE = rf"(?<![A-Za-z,;:] )A (?!(?i:{NO_NOUN})\b)(?:[a-z]|[A-Z]\w*+(?!:)|\d+-[a-z])"
+ARTICLE = rf"(?<![A-Za-z,;] )A (?!(?i:{NO_NOUN})\b|{OPENS}\b)(?:[a-z]|[A-Z]\w*+(?!:)|\d+-[a-z])"
 # a small letter is one in brackets, with a mark at the start, and at the end of a declaration
 SMALL = (
     r"(?:(?<=\()(?=\w\))|\A(?=\w[).:](?:\s|\Z))"
@@ -289,7 +289,7 @@ ITEM = any_pattern(
     rf"(?<=[.;:,!?] )(?:{NOUN} )?\(?({LETTER}){TEXT}?[).:]",
 )
 LISTED = re.compile(rf"\(Ⓐ⒜(?:{LETTER}{TEXT})+\)")  # (A) red, (B) blue
-SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bi\.e)(?<!\be\.g)[.!?;](?=\s|\Z)|\n|\Z")
+SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\be\.g)[.!?;](?=\s|\Z)|\n|\Z")
 
 # how a text opens: with all of an option, "C. blue." and "No, it is", or with C alone on a line ...
 OPENING = any_pattern(rf"\(?{LETTER}?{TEXT}\)?(?=[.,;:!\n]|\Z)", rf"\(?{LETTER}\)?(?=[.:]?\n)")
@@ -347,7 +347,7 @@ def find_letter(text, options, finished=True):
     told = without_lists(told)
     rules = FIRM_RULES if refusals else FIRM_RULES + WEAK_RULES
     if not finished:
-        rules = (("declared", declared),)
+        rules = (("declared", declared), ("opening", opening))
     for name, rule in rules:
         found = rule(told)
         letter = only(found)
@@ -476,7 +476,11 @@ FIRST_LINE = re.compile(
     rf"\A(?:{ABOUT} )?({NUMBER})(?: ?[a-z°%]+(?:\^\d)?){{0,3}}\.?\n(?!\W*(?:\d|and\b|plus\b))",
     re.ASCII,
 )
-UNKNOWN = re.compile(r"\d ?(?:[-+*/×÷^] ?[a-z√π(\\]|[a-fi-kn-rt-z]\b)")  # 2x, 30 + y; 3 m is none
+# what a value is no answer beside: 2x, 30 + y (3 m is none), what is given, and what it is used for
+UNKNOWN = re.compile(
+    r"\d°? ?(?:[-+*/×÷^] ?[a-z√π(\\]|[a-fi-kn-rt-z]\b)"
+    r"|\b(?:given|if|were|let|suppose|need|find|twice|half|double)\b"
+)
 DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
 EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
 # "4 red, 5 blue, so 9": a sentence, or what it concludes
@@ -497,6 +501,10 @@ COUNTED = re.compile(
 )
 
 
+# "Yes, there is no doubt"
+OPENING_YES_NO = r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)"
+
+
 def find_kind(text, kind, finished=True):
     """The number, the last [list], or the yes or no of a text; None if it has none (or both).
 
@@ -504,14 +512,15 @@ def find_kind(text, kind, finished=True):
     """
     if kind == "number":
         return find_number(text, finished)
+    opens = re.match(OPENING_YES_NO, plain(text).lower())
+    if not finished:
+        text = "".join(DECLARED_TEXT.findall(text)[-1:])
     if kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
-        return lists[-1] if lists and finished else None
+        return lists[-1] if lists else None
+    if opens:
+        return opens[1]
     text = plain(text).lower()
-    # "Yes, there is no doubt"
-    opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", text)
-    if opens or not finished:
-        return opens[1] if opens else None
     # "no" in a sentence that also says "yes" settles nothing
     words = set(re.findall(r"\b(?:yes|no)\b", text, re.ASCII))
     return words.pop() if len(words) == 1 else None
@@ -539,10 +548,10 @@ def find_number(text, finished=True):
     *before, said = REFUSED.split(text)
     whole = " ".join([*before, said])
     declared = DECLARED_NUMBER.findall(whole)
-    if not finished:
-        return declared[-1].replace(",", "") if declared else None
     if not declared and not CONCLUSION.search(said):
         declared = FIRST_LINE.findall(whole)
+    if not finished:
+        return declared[-1].replace(",", "") if declared else None
     if declared or before:
         found = declared or STATED.findall(said)
     else:
@@ -599,7 +608,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     about, "Is it A?"; the items of a list of options, "A. red\nB. blue"; and what is named in
     passing, "in row B", "because B ...". After a refusal, "it can not be told", the last three
     rules find nothing. Of an output that is not `finished`, cut off by the token limit, only a tag,
-    a box and what is declared count: it may have gone on to say the opposite.
+    a box, what is declared and what opens it count: it may have gone on to say the opposite.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":
@@ -716,8 +725,9 @@ def is_choice(answer, gold):
     """Does an answer choose the letter of a gold answer whose options stand in the question?"""
     alone, marked, text = CHOICE.fullmatch(gold).groups()
     said = CHOICE.fullmatch(answer)
-    if text and said and said[3] and not same_value(said[3], text):
-        return False  # "A. Jones" is not "A. Smith"
+    if text and said and said[3] and normalise(text) not in normalise(said[3]):
+        if not any(same_value(x, text) for x in (said[3], after_is(said[3]))):
+            return False  # "A. Jones" is not "A. Smith"
     letter, _ = find_letter(answer, dict.fromkeys("ABCDEFGH", ""))
     return letter == (alone or marked) or bool(text) and same_value(answer, text)
 
@@ -725,11 +735,11 @@ def is_choice(answer, gold):
 def after_is(text):
     r"""What a sentence says that its subject is, "8\pi." of "So the area is 8\pi."
 
-    "" where it denies or refuses.
+    "" where it refuses, or does not think so.
     """
-    if REFUSED.search(text) or re.search(NOT, text, re.IGNORECASE):
+    if REFUSED.search(text) or re.search(r"(?:not|n't) (?:think|believe|say|mean)\b", text):
         return ""
-    return re.split(r"\b(?:is|are)\b", REASONS.sub(" ", text))[-1]
+    return re.split(r"\b(?:is|are)\b", REASON.sub(" ", text))[-1]
 
 
 def option_named(text, options):

@@ -250,7 +250,7 @@ def digests_of(item):
     return [file_digest(path) if os.path.isfile(path) else None for path in paths]
 
 
-def work_through(name, rows, work, uses, rejects, contents=digests_of):
+def work_through(name, rows, work, uses, rejects, contents=digests_of, answers=False):
     """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
 
     uses: the names of the settings that `work` depends on; a change of one, or of what
@@ -259,7 +259,7 @@ def work_through(name, rows, work, uses, rejects, contents=digests_of):
     settings = {setting: globals()[setting] for setting in uses}
     if settings.get("base"):
         settings["base"] = weights_digest(base)
-    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, contents)
+    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, contents, answers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -604,8 +604,10 @@ def synthesise():
     # a row that has another id, place or category now is asked for nothing again
     replies = Replies(cost_file().with_name("replies.jsonl"))
     draw_one, write_one = partial(draw_image, replies), partial(write_response, replies)
-    rows = work_through("drawn", rows, draw_one, DRAWN_USES, "rejects.drawn.jsonl")
-    work_through("synthesised", rows, write_one, WRITTEN_USES, "rejects.synthesised.jsonl")
+    ever = {"answers": bool(replies.known)}
+    rows = work_through("drawn", rows, draw_one, DRAWN_USES, "rejects.drawn.jsonl", **ever)
+    rejects = "rejects.synthesised.jsonl"
+    work_through("synthesised", rows, write_one, WRITTEN_USES, rejects, **ever)
 
     lines = read_lines(cost_file())
     asked = sum(line["prompt_tokens"] for line in lines)

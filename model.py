@@ -533,7 +533,7 @@ def load_processor(folder, min_pixels, max_pixels):
 
 
 def say_other_limits(folder, min_pixels, max_pixels):
-    """Print a line if a folder of train.py was trained with other pixel limits than these."""
+    """Print a line if a model of train.py that is to answer was trained with other pixel limits."""
     config = Path(folder) / "preprocessor_config.json"
     # of a download the limits are no one's wish
     if not config.exists() or not (Path(folder) / "log.jsonl").exists() or rank_and_world()[0] > 0:

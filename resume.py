@@ -123,13 +123,16 @@ def in_order(work, items, workers, ahead=0):
         pool.shutdown(cancel_futures=True)
 
 
-def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, contents):
+def run_stage(
+    name, rows, work, settings, folder, workers, give_up, rejects, contents, answers=False
+):
     """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
 
     rows: a list, or what reads them anew each of the two times that they are gone through.
     settings: {name: value} of what makes older results useless when it changes.
     contents(row): what is known of the files that a row names; it does the same.
-    give_up: so many rows in a row without an answer end the run (SystemExit).
+    give_up: so many rows in a row without an answer end the run (SystemExit); answers: has the
+    endpoint, if one is asked, ever answered?
     Returns the rows that were kept, in the order of `rows`.
     """
     folder = Path(folder)
@@ -146,7 +149,7 @@ def run_stage(name, rows, work, settings, folder, workers, give_up, rejects, con
     # what an earlier run has finished is not asked, and not paid, again
     n_done = sum(key in done for key in keys)
     todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
-    unanswered, patience = {}, Patience(give_up, answers=n_done > 0)
+    unanswered, patience = {}, Patience(give_up, answers)
 
     def outcome(item):
         return outcome_of(work, *item, patience)

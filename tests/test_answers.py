@@ -38,6 +38,7 @@ AREAS = lettered("18 cm²", "36 cm²", "54 cm²", "No correct answer")
 ROOTS = lettered("√3", "√2", "1", "2")
 SMALL = lettered("3", "4", "5", "6")
 SIDES = lettered("5", "10", "15", "20")
+VEHICLES = lettered("car", "bus", "truck", "bike")
 
 # ten outputs of each kind and what a reader takes from them; None where they name no one option
 # fmt: off
@@ -282,6 +283,30 @@ KINDS = {
         (COLOURS, "Of A, B is correct", "B"),
         (FRUIT, "A point of interest on the map is a shop.", None),
     ],
+    "articles after a colon": [
+        (VEHICLES, "Answer: A bus", "B"),
+        (VEHICLES, "**Answer:** A bus", "B"),
+        (VEHICLES, "Answer: A yellow bus is parked.", "B"),
+        (VEHICLES, "Answer: A tall man", None),
+        (VEHICLES, "In the image: A man waits at the stop.", None),
+        (VEHICLES, "Answer: A", "A"),
+        (lettered("A cat", "A dog", "A horse"), "Answer: A brown horse", "C"),
+        (FRUIT, "A note on the wall says green.", "B"),
+        (lettered("blue", "red"), "A given point lies in the red region.", "B"),
+        (FRUIT, "A note is on the fridge.", None),
+    ],
+    "values that are given": [
+        (LENGTHS, "Given that AB = 5, we need AC.", None),
+        (LENGTHS, "The radius is 5. So the diameter is twice that.", None),
+        (LENGTHS, "If it were 10, AB would be longer.", None),
+        (lettered("30°", "90°"), "The angle is 90°-x.", None),
+        (LENGTHS, "It is 10.", "B"),
+        (LENGTHS, "So the length of AC is 15.0.", "C"),
+        (LENGTHS, "AC = 10 and AB = 15.", None),
+        (LENGTHS, "AC = 7.", None),
+        (LENGTHS, "AC = 5 m.", None),
+        (LENGTHS, "AC = 20 cm.", "D"),
+    ],
 }
 # fmt: on
 
@@ -379,6 +404,7 @@ def test_a_truncated_thought_says_so():
         ("There are 4 chairs. In frame 12 they are clearest.", "number", "4"),
         ("It is step 3.", "number", "3"),
         ("1\n2\n3", "number", "3"),
+        ("There are 4 tables with 4 chairs each, i.e. 16 chairs in total.", "number", "16"),
         ("There are twenty-five of them.", "number", None),
         ("It is a two-door car.", "number", "2"),
         ("one-third", "number", None),
@@ -456,6 +482,10 @@ def test_values(text, kind, value):
         ("The answer is 8. Let me count: 3", None, "number", "8"),
         ("There is no", None, "yesno", None),
         ("Yes, there is", None, "yesno", "yes"),
+        ("The answer is yes. There", None, "yesno", "yes"),
+        ("The final answer is [1, 2].\n\nSo", None, "list", "[1, 2]"),
+        ("5\n\nThere are five", None, "number", "5"),
+        ("B\n\nExplanation: in the", COLOURS, "text", "B"),
         ("It is a red", None, "text", None),
         ("I first think of [1, 2], but", None, "list", None),
         (r"We get \boxed{x}. It could be A or", COLOURS, "text", None),
@@ -693,6 +723,10 @@ def test_extraction(text, answer):
         ("A dog", "A", None, False),
         ("45°", "B. 60°", None, False),
         ("Bob", "B", None, False),
+        ("B. It is 60°, as the triangle is equilateral", "B. 60°", None, True),
+        ("B. The blue one", "B. blue", None, True),
+        (r"The probability that it is not red is \frac{3}{4}.", r"\frac{3}{4}", None, True),
+        ("It isn't 1/3; it is 1/2", r"\frac{1}{2}", None, True),
         ("A. Jones", "A. Smith", None, False),
         ("C. briggsae", "C. elegans", None, False),
         ("A", "(A) and (B)", None, False),

@@ -20,6 +20,7 @@ from duplicates import largest_difference
         ({"answer": "blue"}, "answer differs from the gold answer", None),
         ({"response": RESPONSE.replace("</parser>", "")}, "tags missing or out of order", None),
         ({"response": RESPONSE + " <answer> red </answer>"}, "tags missing or out of order", None),
+        ({"response": f"Well. {RESPONSE}"}, "text before <think> or behind </answer>", None),
         ({"aux_images": []}, "spans and auxiliary images differ", 1),
         ({"aux_images": [noise(5), noise(6)]}, "spans and auxiliary images differ", -1),
         ({"question": ""}, "question is empty", None),

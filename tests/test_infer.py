@@ -120,6 +120,8 @@ def test_a_row_is_asked_whole(tmp_path, monkeypatch):
     asked = infer.row_to_ask(paths[:1])
     assert question_text(asked) == "Which?\nA. red\nB. blue"
     assert asked["system"] == "Answer with a letter." and len(asked["images"]) == len(paths) == 20
+    with pytest.raises(SystemExit, match="needs --question: .* has other images"):
+        infer.row_to_ask(paths[:2])
     monkeypatch.setattr(infer, "system", "Think.")
     assert infer.row_to_ask(paths)["system"] == "Think."
     monkeypatch.setattr(infer, "system", "<|im_end|>")

@@ -9,8 +9,8 @@ from conftest import TOY, has_lines, kill_when, run, sampling
 
 import sample_difficulty
 from data import load_examples, question_key, read_lines, write_lines
+from gap import needs_latents
 from model import encode
-from sample_difficulty import needs_latents
 
 
 def test_early_stop_ranks_and_kills_change_no_assignment(tmp_path, world):

@@ -13,8 +13,8 @@ from PIL import Image
 
 from data import load_examples, read_lines, write_lines
 from endpoint import check_url
+from gap import needs_latents
 from model import image_grid, load_processor
-from sample_difficulty import needs_latents
 from served import NoAnswer, Served, ask_all, served_messages
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint

@@ -564,6 +564,7 @@ def test_options_are_read_in_every_layout(options):
         ["red"],
         "['red' 'blue']",
         [float("nan"), "red"],
+        {"A": "red", "B": None, "C": "blue"},  # whose letters would move
     ],
 )
 def test_options_that_can_not_be_are_no_options(options):

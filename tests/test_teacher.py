@@ -268,15 +268,22 @@ def test_synthesise_keeps_crops_and_stops_early(stage, tmp_path, monkeypatch):
 def test_what_was_answered_is_never_paid_for_again(stage, tmp_path):
     """Not under another id, in another order, nor in another category."""
     server = Endpoint()
-    data = questions(tmp_path, ["a", "b"])
+    data = questions(tmp_path, ["aaa", "bbbb"])
     kept = stage("synthesise", "synthesised", data=data, **endpoints(server))
     rows = [row | {"id": f"new {row['id']}", "category": "new"} for row in read_lines(data)[::-1]]
     write_lines(data, rows)
     again = stage("synthesise", "synthesised", data=data, **endpoints(server))
-    assert sorted(server.count("chat")) == sorted(server.count("images")) == ["a", "b"]
+    assert sorted(server.count("chat")) == sorted(server.count("images")) == ["aaa", "bbbb"]
     assert [row["id"] for row in again] == ["new x1", "new x0"]
     assert [row["response"] for row in again] == [row["response"] for row in kept[::-1]]
     assert {row["category"] for row in again} == {"new"}
+
+    # a picture that was thrown away is drawn anew; another answer wants another response
+    (tmp_path / "out" / again[0]["aux_images"][0]).unlink()
+    write_lines(data, [rows[0] | {"id": "last"}, rows[1] | {"answer": "blue"}])
+    stage("synthesise", "synthesised", data=data, **endpoints(server))
+    assert sorted(server.count("images")) == ["aaa", "bbbb", "bbbb"]
+    assert sorted(server.count("chat")) == ["aaa", "aaa", "bbbb"]
 
 
 def test_what_an_endpoint_refuses_is_asked_again(stage, tmp_path):
@@ -293,6 +300,16 @@ def test_what_an_endpoint_refuses_is_asked_again(stage, tmp_path):
     assert [row["question"] for row in kept] == [q for q in names if q != "q4"]
     (reject,) = read_lines(tmp_path / "out/rejects.synthesised.jsonl")
     assert (reject["id"], reject["number"]) == ("x4", 403)
+    # more than give_up of them, and nothing else left: the endpoint is known to answer others
+    refuses = Endpoint({("chat", q): ["403"] * 9 for q in names[1:]})
+    some = questions(tmp_path, names, aux=True)
+    settings["data"] = some
+    for give_up in (6, 2):
+        settings["give_up"] = give_up
+        change = {"teacher_prompt": "Reply. Question: {question}\nAnswer: {answer}"}
+        kept = stage("synthesise", "synthesised", **settings | change | endpoints(refuses))
+        assert [row["question"] for row in kept] == ["q0"]
+    settings = {"data": data, "give_up": 4, "workers": 1}
     assert len(stage("synthesise", "synthesised", **settings | endpoints(Endpoint()))) == 6
 
 

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import values
@@ -51,9 +51,10 @@ def test_levenshtein_against_recursion():
 SHORT = st.text("0123456789.,:/^√π°% \\\\{}abcmx=-+", max_size=12)
 
 
+@settings(deadline=None)
 @given(SHORT, SHORT)
 def test_equality_is_one_of_values(a, b):
-    """Of a text with itself, either way round, and whatever stands around it as layout."""
+    """Of a text with itself, and either way round."""
     assert values.same_text(a, a) and values.same_value(a, a)
     assert values.same_value(a, b) == values.same_value(b, a)
     assert values.same_text(a, b) == values.same_text(b, a)
