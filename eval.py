@@ -80,7 +80,8 @@ from launch import (
     claim,
     clock,
     folder_of,
-    lock,
+    hold_together,
+    is_alone,
     pick_device,
     rank_and_world,
     show_files,
@@ -940,6 +941,7 @@ def main():
         for test in tests:
             check_feed(test)
 
+    answering = hold_together(Path(out) / ".answering.lock")
     vlm = head = None  # not needed to score, nor for a page without imagined pictures
     answers_here = not (score_only or url)
     if memory or answers_here:
@@ -964,18 +966,21 @@ def main():
                 answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
             answer_all(test, answerer)
 
+    # the rank that finishes last sees all answers and scores them; no rank waits for another
+    if not is_alone(answering):
+        print(f"rank {rank} is done; the last one scores")
+        return
     scored = False
     for test in tests:
         predictions = read_predictions(test)
         left = len(test.rows) - len(predictions)
-        # the rank that finishes last sees all answers and scores them; no rank waits for another
-        if left and not score_only and world > 1:
+        if left and not score_only and world > 1:  # of a rank that has not begun
             print(f"rank {rank} is done; {left} answers to {test.name} are left to other ranks")
-        elif lock(test.out / ".scores.lock"):  # where all were there before, by one rank of them
-            graded = score(test, predictions)
-            if sheet:
-                answer_sheet(test, graded, Imaginer(test, vlm, head, memory))
-            scored = True
+            continue
+        graded = score(test, predictions)
+        if sheet:
+            answer_sheet(test, graded, Imaginer(test, vlm, head, memory))
+        scored = True
     if benchmarks and scored:
         published_tables()
 

@@ -19,6 +19,7 @@ import sys
 import time
 import tokenize
 from functools import cache, partial
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ USERS_ERRORS = {
     errno.EPERM,
     errno.EROFS,  # a read-only disk
     errno.ENOSPC,  # a full disk
+    errno.EFBIG,  # a file larger than the disk or the shell takes
     errno.EDQUOT,
     errno.EISDIR,  # a folder where a file should be, and the other way round
     errno.ENOTDIR,
@@ -78,7 +80,7 @@ def start(main=None, **commands):
     are no settings go to the command's function. What a user can cause (a missing file, a full
     disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank that torchrun has started
         end_with_parent()
@@ -462,6 +464,27 @@ def lock(path):
     return True
 
 
+def hold_together(path):
+    """Hold a lock file together with other processes; waits while one holds it alone."""
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as e:  # a network disk without locks
+        print(f"{path}: no lock can be held here ({e.strerror})")
+    return file
+
+
+def is_alone(file):
+    """Has every other process let go of a lock file? Then this one holds it alone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # without locks each takes itself for the last
+        return True
+    return True
+
+
 def claim(folder, file=""):
     """Make an output folder, and keep other launches of the stage out of it until this one ends.
 
@@ -477,7 +500,7 @@ def claim(folder, file=""):
     if held not in HELD and not lock(held):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
-    for tmp in folder.glob(f".{file}.*.tmp") if file else folder.rglob(".*.tmp"):
+    for tmp in folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
         if tmp.is_file() and writer.isdigit() and not Path(f"/proc/{writer}").exists():
             tmp.unlink()

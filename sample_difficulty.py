@@ -18,6 +18,7 @@ finished, rank 0 merges them.
 
 from collections import Counter
 from datetime import timedelta
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def run_key():
 
 def part_files():
     """The files that ranks append to, until they are merged into `out`."""
-    return sorted(Path(out).parent.glob(Path(out).name + ".rank*"))
+    return sorted(Path(out).parent.glob(escape(Path(out).name) + ".rank[0-9][0-9][0-9]"))
 
 
 def finished(rows, key):

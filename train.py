@@ -516,7 +516,9 @@ def export(model, tokenizer, processor):
     if not (tmp / HEAD_FILE).exists():  # no head of an earlier run beside these weights
         (Path(out) / HEAD_FILE).unlink(missing_ok=True)
     mode = (tmp / "config.json").stat().st_mode
-    for file in sorted(tmp.iterdir()):
+    # what a kill leaves half-moved has no config.json, and so is no model
+    (Path(out) / "config.json").unlink(missing_ok=True)
+    for file in sorted(tmp.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
         file.chmod(mode)  # safetensors makes files that their owner alone may read
         os.replace(file, Path(out) / file.name)
     tmp.rmdir()

@@ -214,6 +214,19 @@ def test_benchmark_ranks_and_kills(tmp_path, base, bench_root):
     assert len(predictions_of(out / "HRBench4K")) == 4  # nothing was answered twice
 
 
+def test_the_rank_that_answers_last_scores(tmp_path, base, world):
+    """Of two, one has nothing left to do; the other asks again what has failed before."""
+    out = tmp_path / "e"
+    args = [f"--model={base}", f"--data={world}/test.jsonl", f"--out={out}", "--max_new_tokens=8"]
+    run("eval.py", *args, ranks=2)
+    path = out / "predictions.rank1.jsonl"
+    *lines, last = read_lines(path)
+    write_lines(path, [*lines, {"id": last["id"], "key": last["key"], "error": "out of memory"}])
+    run("eval.py", *args, ranks=2)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["scores"]["overall"]["n_error"] == 0
+
+
 def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
     """An image that can not be read: its question fails, and the next run tries it again."""
     root, _ = bench_root

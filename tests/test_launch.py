@@ -16,7 +16,17 @@ import torch
 from conftest import ROOT, TOY, run
 
 import launch
-from launch import RANGES, SIZES, Progress, claim, lock, override, settings_of
+from launch import (
+    RANGES,
+    SIZES,
+    Progress,
+    claim,
+    hold_together,
+    is_alone,
+    lock,
+    override,
+    settings_of,
+)
 
 SCRIPTS = sorted(
     path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()
@@ -467,3 +477,9 @@ def test_a_users_own_number_of_threads_wins(monkeypatch):
     launch.use_idle_cores()
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+def test_who_is_alone_with_a_lock_is_the_last(tmp_path):
+    first, second = (hold_together(tmp_path / ".answering.lock") for _ in range(2))
+    assert not is_alone(first)
+    assert is_alone(second)  # the first has let go when it was not

@@ -109,6 +109,16 @@ def test_counts_of_all_files_are_found(sampled):
     assert list(sample_difficulty.finished(rows[1:2], "k")) == [rows[1]["id"]]
 
 
+def test_ranks_files_are_those_of_the_output_alone(tmp_path, monkeypatch):
+    """Whatever its name; another output may be called like a rank's file."""
+    for name in ("d.jsonl", "d[a]*.jsonl"):
+        monkeypatch.setattr(sample_difficulty, "out", str(tmp_path / name))
+        mine = [tmp_path / f"{name}.rank{rank:03}" for rank in (0, 1)]
+        for path in [*mine, tmp_path / f"{name}.ranked"]:
+            path.touch()
+        assert sample_difficulty.part_files() == mine
+
+
 def test_counts_of_other_questions_are_kept(sampled, monkeypatch, capsys):
     """A subset of the data takes no finished work away, from either file."""
     rows, write = sampled
