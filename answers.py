@@ -501,10 +501,6 @@ COUNTED = re.compile(
 )
 
 
-# "Yes, there is no doubt"
-OPENING_YES_NO = r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)"
-
-
 def find_kind(text, kind, finished=True):
     """The number, the last [list], or the yes or no of a text; None if it has none (or both).
 
@@ -512,17 +508,16 @@ def find_kind(text, kind, finished=True):
     """
     if kind == "number":
         return find_number(text, finished)
-    opens = re.match(OPENING_YES_NO, plain(text).lower())
-    if not finished:
-        text = "".join(DECLARED_TEXT.findall(text)[-1:])
+    said = text if finished else "".join(DECLARED_TEXT.findall(text)[-1:])
     if kind == "list":
-        lists = re.findall(r"\[[^\[\]]*\]", text)
+        lists = re.findall(r"\[[^\[\]]*\]", said)
         return lists[-1] if lists else None
+    # "Yes, there is no doubt"
+    opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", plain(text).lower())
     if opens:
         return opens[1]
-    text = plain(text).lower()
     # "no" in a sentence that also says "yes" settles nothing
-    words = set(re.findall(r"\b(?:yes|no)\b", text, re.ASCII))
+    words = set(re.findall(r"\b(?:yes|no)\b", plain(said).lower(), re.ASCII))
     return words.pop() if len(words) == 1 else None
 
 
@@ -699,7 +694,7 @@ def is_correct(answer, row):
         options = lettered(options) if isinstance(options, list) else options
         letter, _ = find_letter(answer, options)
         return letter is not None and letter == option_named(gold, options)
-    if CHOICE.fullmatch(gold) and is_choice(answer, gold):
+    if is_choice(answer, gold):
         return True
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
@@ -723,13 +718,15 @@ CHOICE = re.compile(
 
 def is_choice(answer, gold):
     """Does an answer choose the letter of a gold answer whose options stand in the question?"""
-    alone, marked, text = CHOICE.fullmatch(gold).groups()
-    said = CHOICE.fullmatch(answer)
+    of_gold, said = CHOICE.fullmatch(gold), CHOICE.fullmatch(answer)
+    if not of_gold:
+        return False
+    text = of_gold[3]
     if text and said and said[3] and normalise(text) not in normalise(said[3]):
         if not any(same_value(x, text) for x in (said[3], after_is(said[3]))):
             return False  # "A. Jones" is not "A. Smith"
     letter, _ = find_letter(answer, dict.fromkeys("ABCDEFGH", ""))
-    return letter == (alone or marked) or bool(text) and same_value(answer, text)
+    return letter == (of_gold[1] or of_gold[2]) or bool(text) and same_value(answer, text)
 
 
 def after_is(text):

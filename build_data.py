@@ -635,18 +635,21 @@ def draw_image(replies, row):
         return row
     image_server = served(image_url, image_model, image_key)
     prompt = filled(image_prompt, row)
-    query = picture(row["images"][0])
 
-    def call():
-        content = edit_image(image_server, prompt, png_of(query))
-        return content, *decode(content)
+    def draw_anew():
+        query = png_of(picture(row["images"][0]))
 
-    sent = [image_model, prompt, file_digest(Path(out) / row["images"][0])]
+        def call():
+            content = edit_image(image_server, prompt, query)
+            return content, *decode(content)
+
+        return store(*usable(image_server, call))
 
     def is_there(name):
         return (Path(out) / name).is_file()
 
-    name = replies.to(sent, lambda: store(*usable(image_server, call)), is_there)
+    sent = [image_model, prompt, *digests_of(row)[:1]]  # of the query image
+    name = replies.to(sent, draw_anew, is_there)
     response = wrapped(LATENT_SPAN, row["answer"])  # to be written by the teacher
     return row | {"aux_images": [name], "response": response}
 
@@ -671,20 +674,24 @@ def write_response(replies, row):
         raise Reject("teacher writes for one auxiliary image", len(row["aux_images"]))
     teacher = served(teacher_url, teacher_model, teacher_key)
     prompt = filled(teacher_prompt, row)
-    pngs = []
-    for path in row["images"] + row["aux_images"]:
-        image = picture(path)
-        image.thumbnail((send_side, send_side))
-        pngs.append(png_of(image))
 
-    def call():
-        text = ask_teacher(teacher, prompt, pngs, max_tokens, temperature)
-        check_example(row | {"response": in_our_tags(text)})
-        return text
+    def write_anew():
+        pngs = []
+        for path in row["images"] + row["aux_images"]:
+            image = picture(path)
+            image.thumbnail((send_side, send_side))
+            pngs.append(png_of(image))
+
+        def call():
+            text = ask_teacher(teacher, prompt, pngs, max_tokens, temperature)
+            check_example(row | {"response": in_our_tags(text)})
+            return text
+
+        return usable(teacher, call)
 
     asked = [teacher_model, prompt, max_tokens, temperature, send_side]
     # the answer: a prompt may not hold it, and a response must
-    text = replies.to([*asked, row["answer"], *digests_of(row)], lambda: usable(teacher, call))
+    text = replies.to([*asked, row["answer"], *digests_of(row)], write_anew)
     return row | {"response": in_our_tags(text)}
 
 

@@ -37,6 +37,10 @@ FIELDS = ("id", "question", "answer", "response", "system", "options", *IMAGE_FI
 OURS = ("instruction", "step", "at_first", "error")  # what stages add to a row: no column of a file
 IMAGE_MARK = "<image>"  # where an image stands in a question that says so
 TAGS = re.compile(r"</?(?:think|latent|parser|answer)>")
+EXPECTED_TAGS = (
+    "<think>, then any number of <latent></latent> and <parser></parser>, then "
+    "</think><answer></answer>"
+)
 TAG_ORDER = re.compile(r"<think>(?:<latent></latent>|<parser></parser>)*</think><answer></answer>")
 # Qwen's control tokens: in a question or a response they would break the prompt
 RESERVED = re.compile(
@@ -377,10 +381,7 @@ def response_fault(row):
     # the text between tags does not matter here
     tags = "".join(TAGS.findall(response))
     if not TAG_ORDER.fullmatch(tags):
-        said = (
-            f"response has tags {tags!r}; expected <think>, then any number of <latent></latent> "
-        )
-        said += "and <parser></parser>, then </think><answer></answer>"
+        said = f"response has tags {tags!r}; expected {EXPECTED_TAGS}"
         return "tags missing or out of order", None, said
     spans, images = response.count(LATENT_SPAN), len(row["aux_images"])
     # its latents are fed, not written

@@ -481,7 +481,7 @@ def is_alone(file):
     except BlockingIOError:
         return False
     except OSError:  # without locks each takes itself for the last
-        return True
+        pass
     return True
 
 

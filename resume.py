@@ -26,13 +26,9 @@ class Reject(Exception):
 class Unanswered(Reject):
     """An endpoint failed: the item is left out of this run, and tried again by the next."""
 
-    refused = False
-
 
 class Refused(Unanswered):
     """It says no to this item: another prompt, another limit of the server may change that."""
-
-    refused = True
 
 
 def clean(text):
@@ -183,7 +179,7 @@ def outcome_of(work, key, row, patience):
     except Unanswered as e:
         said = f"{patience.give_up} items in a row had no answer ({e.reason}: {clean(e.detail)})"
         advice = "what is finished is kept: mend the endpoint and run the same command again"
-        patience.failed(e.refused, f"{said}; {advice}")
+        patience.failed(isinstance(e, Refused), f"{said}; {advice}")
         # the mark is for run_stage; such a line is never written
         return {"key": key, "reject": reject_of(row, e), "again": True}
     except Reject as e:
