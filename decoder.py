@@ -29,7 +29,7 @@ WIDEN_AT_MOST = 2.0  # ... and become so many times as long for one that takes a
 class Prompts(NamedTuple):
     """What is kept of Q prompts once they are read."""
 
-    layers: list  # (keys, values), each (Q, H, T, D), H being key-value heads
+    layers: list  # (keys in float32, values), each (Q, H, T, D), H being key-value heads
     bias: torch.Tensor | None  # (Q, T), added to scores: -inf at padding
     next_pos: torch.Tensor  # (Q), where the text goes on
     last: torch.Tensor  # (Q, d), the state of the last position
@@ -135,9 +135,11 @@ class Cohort:
         return self.keys[0].room
 
     def add_room(self, x, H, D):
-        """For more new positions, of x's type."""
-        for new in self.keys + self.values:
-            new.add_room(x, len(self.prompts.last), H, self.S, D)
+        """For more new positions: keys in float32, values of x's type."""
+        size = len(self.prompts.last), H, self.S, D
+        for keys, values in zip(self.keys, self.values):
+            keys.add_room(x.float(), *size)
+            values.add_room(x, *size)
 
     def positions(self, t):
         """The t-th new position of each row (R)."""
@@ -161,7 +163,11 @@ class Cohort:
 
         q (R, H, G, D), k and v (R, H, 1, D), G query heads sharing a key-value head. Returns
         (R, H * G * D).
+
+        Queries, keys and scores are in float32, as they are within the attention of a whole text:
+        Qwen2.5 has keys of length 900, and scores in bfloat16 would double the error of a state.
         """
+        q = q.float()
         # one position a row: S takes the place that the sequence has in the stock attention
         R, H, G, D = q.shape
         Q, S = R // self.S, self.S
@@ -178,8 +184,8 @@ class Cohort:
         scores = torch.cat([to_prompt, *to_new], -1)
         scores = scores * scaling if mask is None else torch.add(mask, scores, alpha=scaling)
 
-        # one softmax over both parts; within, it counts in float32 whatever it is given
-        weights = scores.softmax(-1)  # (Q, H, S, G, T + new)
+        # one softmax over both parts
+        weights = scores.softmax(-1).to(v.dtype)  # (Q, H, S, G, T + new)
         T = k_prompt.shape[2]
         w_prompt, *w_new = weights.split([T, *(part.shape[3] for part in v_new)], -1)
         w_flat = w_prompt.reshape(Q, H, S * G, T)
@@ -264,7 +270,7 @@ class Decoder:
             bias = torch.where(mask[:, :T], 0.0, -torch.inf).to(x)
         # copies of the states, so that those of all positions are not held by them
         return Prompts(
-            layers=[(layer.keys[:, :, :T], layer.values[:, :, :T]) for layer in layers],
+            layers=[(layer.keys[:, :, :T].float(), layer.values[:, :, :T]) for layer in layers],
             bias=bias,
             # text has one position on all three axes of mRoPE: it goes on from the largest
             next_pos=pos[:, :, :T].amax(dim=(0, 2)) + 1,

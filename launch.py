@@ -226,7 +226,10 @@ def cast(key, value, kind):
             raise SystemExit(f"{key}={value!r} is not a bool; use 0 or 1")
         return value.lower() in ("1", "true")
     try:
+        value.encode()
         return kind(value)
+    except UnicodeEncodeError:  # a byte of the command line that Python could not read
+        raise SystemExit(f"{key}={value!r} is not UTF-8") from None
     except ValueError:
         raise SystemExit(f"{key}={value!r} is not {kind.__name__}") from None
 

@@ -46,6 +46,7 @@ def run_here(monkeypatch, path, *args):
     [
         ("train.py", "--lrr=1", "unknown setting '--lrr'"),
         ("train.py", "--epochs=two", "is not int"),
+        ("train.py", "--out=out/caf\udce9", "is not UTF-8"),
         ("fit_pca.py", "--K=5", "not a square"),
     ],
 )
