@@ -92,18 +92,25 @@ def any_of(words):
 
 
 LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
-SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?"
+SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?°?"
 # options that are named together; of "A, B is" only the last one is
 AND = r"(?: (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是) ?)"
 TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:,{AND}|, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
 
-GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b"  # after what is part of a number: "5√3", "3 1/2"
+# after what is part of a number: "5√3", "3 1/2", "two thirds"
+GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b|[ -](?:halves|half|thirds?|quarters?|fifths?)\b"
+# before a number that is a bound, "more than 5", or has a sign or a function in words, "sin 5"
+BOUND = "than least most over under minus negative log ln sin cos tan"
+NO_BOUND = r"(?<![<>≤≥≠±])(?<![<>≤≥≠±] )" + "".join(rf"(?<!\b{word} )" for word in BOUND.split())
 # what may not stand beside a mention: "art" is not in "start", nor 5 in 15, 1.5, 5√3 and 5 + 2
 WORD_EDGES = r"(?<![A-Za-z0-9_])(?<!\w-)", r"(?![A-Za-z0-9_]|-\w)"
 NUMBER_EDGES = (
-    r"(?<![A-Za-z0-9_^√/-])(?<!\d[.,:+*×÷])(?<!\d [-+*/×÷:] )",
-    rf"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷=:] ?[\d√π(\\]|{GOES_ON})",
+    r"(?<![A-Za-z0-9_^√/-])(?<!\d[.,:+*×÷])(?<!\d [-+*/×÷:] )(?<!\b[a-z]\+)(?<!\b[a-z] [-+*/×÷] )"
+    + NO_BOUND,
+    rf"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷=:] ?[\d√π(\\]| ?[+*/×÷] ?[a-z]\b| - [a-z]\b|{GOES_ON})",
 )
+# nor after a unit: 10 cm is neither in "10 cm^2" nor in "10 cm/s", nor 2x in "2x + 1"
+UNIT_EDGE = r"(?!\^|[/·][a-z]| ?[+*×÷] ?[\w(]| ?[<>≤≥≠]| - (?:\d|[a-z]\b))"
 # a variable is no letter of an option: "A = 5", "A(1, 2)", "∠A"
 LETTER_EDGES = r"(?<![A-Za-z0-9_°∠△^])(?<!\w[-.'])", r"(?![A-Za-z0-9_^+]|['-]\w| ?=|\(\d)"
 BESIDE = any_of("in on at of for from between among than near next_to behind above below by")
@@ -121,6 +128,8 @@ SMALL = (
     r"(?:(?<=\()(?=\w\))|\A(?=\w[).:](?:\s|\Z))"
     r"|(?:(?<= is )|(?<=: )|(?<=ption ))(?=\w(?:[.,;:!)\n]|\Z)))"
 )
+# "I have no idea" and "there is no doubt" do not say no
+NO = r"no(?! (?:doubt|idea|clue|way to|information)\b)"
 # where options are numbers, one that is none of them has a sign, too, but for a step's
 OTHER_NUMBER = "⒵"
 STEP = re.compile(r"^[^\w\n]*(?:step )?\d{1,2}[.):] (?=\w)|\bstep \d+", re.I | re.M)
@@ -179,16 +188,19 @@ def option_pattern(letter, options):
     if len(option) < 2 and not option.isdigit():
         return ""
     parts = re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_", option)
-    said = [r"\s?".join(map(re.escape, parts))]
+    said = [] if option == "no" else [r"\s?".join(map(re.escape, parts))]
     said += [word for word, digit in COUNT_WORDS.items() if digit == option and word != "one"]
+    said = [pattern.replace("°", r"(?:°|degrees?\b)") for pattern in said]
     # "yes" stands for the one option that opens with it, as in "Yes, it is"
     if parts[0] in ("yes", "no"):
         alike = [x for x in options.values() if re.match(rf"{parts[0]}\b", option_words(x))]
-        said += parts[:1] if len(alike) == 1 else []
+        said += [NO if parts[0] == "no" else "yes"] if len(alike) == 1 or option == "no" else []
     if option == "one":  # "the last one" counts nothing
         said = ["(?:(?<=is )|(?<=only )|(?<=exactly ))one(?! of)"]
     before, _ = NUMBER_EDGES if parts[0][-1].isdigit() else WORD_EDGES
     _, after = NUMBER_EDGES if parts[-1][-1].isdigit() else WORD_EDGES
+    if any(part.isdigit() for part in parts):
+        before, after = before + NO_BOUND, after + UNIT_EDGE
     return f"(?i:{before}(?:{'|'.join(said)}){after})"
 
 
@@ -215,6 +227,7 @@ RUN = rf"\(?(?<!{ANY}){ANY}++\)?"  # options that are named together, or one
 LETTERS = rf"\(?(?<!{ANY})(?:{LETTER}++(?!{TEXT})|{OTHER_NUMBER})\)?"  # without a text
 NOUN = "(?:option|choice|answer)"
 CLEARLY = r"(?: \w+ly| also| thus| therefore| indeed)?"
+SEEMS = "(?:is|are|was|were|seems?|looks?|appears?|(?:can|would|must|should) be)(?: to be)?"
 
 
 def any_pattern(*kinds):
@@ -224,26 +237,31 @@ def any_pattern(*kinds):
 NOT = any_of(
     r"\b(?:not|never|neither|nor|none|except|unlike|cannot|rather_than|instead_of)\b n't\b "
     r"rul\w+_out "
-    rf"eliminat\w+ exclud\w+ (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
-    "不是 不选 而非 并非 排除"
+    rf"eliminat\w+ exclud\w+ discard\w* (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
+    r"(?<!no_)(?<!a_)\bdoubt\w*(?=_(?:it|that)) \bhardly \bno_(?:evidence|longer) \blacks "
+    r"\b(?:anything|everything|all)_but "
+    "不是 不(?:能|应|可|该)?选 而非 并非 排除"
 )
 WRONG = any_of(
-    r"wrong incorrect false impossible eliminated excluded ruled_out (?:no|not)(?=[.,;\n]|\Z) "
-    rf"not_(?:the_|an?_)?(?:correct|right|{NOUN})"
+    r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely "
+    r"eliminated excluded ruled_out no(?=[.,;\n]|\Z)"
 )
 DENIED = any_pattern(
     # neither A nor B; I do not think that it is A; the wrong option is A
     rf"{NOT}(?:[ :]{{1,3}}(?!but\b)\w++){{0,4}}[ :]{{0,3}}{RUN}",
     # A is clearly wrong; option A can be excluded; A: wrong; A does not fit
-    rf"{RUN}(?:(?: {NOUN})? (?:is|are|was|were|can be){CLEARLY}|:) {WRONG}(?!\w)",
-    rf"{RUN}(?: {NOUN})? (?:(?:can ?not|can't) be|(?:do|does)(?: not|n't) (?:match|fit|work))\b",
-    rf"{RUN}(?:选项|项)?(?:是?错误|是?错的|不正确|不对|不符)",
+    rf"{RUN}(?:(?: {NOUN})? {SEEMS}{CLEARLY}(?: the| an?)?|:) {WRONG}(?!\w)",
+    rf"{RUN}(?: {NOUN}| one)? (?:is|are|was|were|do|does|did|can|could|would|should|must)"
+    r"(?:n't| ?not)\b(?! only)",
+    rf"{RUN}(?: {NOUN})? can't\b",
+    rf"{RUN}(?:: not|(?:选项|项)?(?:是?错|不是|不正确|不对|不符|有误))",
 )
 # it can not be told, and all that the sentence says after that
 REFUSED = any_pattern(
     r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
-    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
+    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|\bno (?:idea|clue|way to|information)\b"
+    r"|无法|不能确定|抱歉)"
     r"(?:(?!\bbut\b)[^.!?\n])*"
 )
 QUESTION = re.compile(r"(?<![^.!?\n])[^.!?\n]*+\?")
@@ -275,6 +293,16 @@ DECLARED = any_pattern(
 CONCLUSION = any_pattern(
     r"\b(?:so(?! (?:that|many|much)\b)|thus|hence|therefore|consequently|finally)\b",
     "所以|因此|综上",
+)
+
+# what is only supposed
+SUPPOSED = any_pattern(
+    r"\bif\b[^.,;\n]*", r"\b(?:might|may|could|would|some) (?:think|say)\b[^.,;\n]*"
+)
+# what takes back all that was said before
+TAKEN_BACK = any_pattern(
+    r"\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]",
+    r"\b(?:no, (?:that|it)|i disagree)\b",
 )
 
 # what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
@@ -342,6 +370,8 @@ def find_letter(text, options, finished=True):
             return letter, name
     signs = marked(text, options)
     said = without_denied(QUESTION.sub(" ", signs))
+    *_, at_last = TAKEN_BACK.split(said)
+    said = at_last if signs_in(at_last) else said
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
     told = without_lists(told)
@@ -373,6 +403,10 @@ def nothing_but_a_letter(text, options):
 
 def nothing_but_an_option(text, options):
     """The letter of the one option whose text, or whose value, is all that is said."""
+    # with its own letter, which another option may have for its text: "D. E"
+    m = re.match(r"\(?([A-Za-z])(?:[.:)]|\b) ?(?=\S)", text)
+    if m and (option := options.get(m[1].upper())) and same_text(text[m.end() :], option):
+        return m[1].upper()
     # "Blue." and "blue" are one; so are 10 and "10 cm", unless another option says just that
     for same in (same_text, same_value):
         alike = [letter for letter, option in options.items() if option and same(text, option)]
@@ -381,13 +415,16 @@ def nothing_but_an_option(text, options):
     return None
 
 
+UNIT_AFTER = re.compile(r" ?[a-z°%]*(?:\^\d|/[a-z]+)?")  # " cm^2"
+
+
 def option_of_value(text, options):
     """The letter of the one option that is the only value a text states; None if there is none."""
     text = text.lower()
     if UNKNOWN.search(text):
         return None
     # with the word after it: 20 mm is not 20 cm
-    stated = {m[1] + re.match(r" ?[a-z°%]*", text[m.end() :])[0] for m in STATED.finditer(text)}
+    stated = {m[1] + UNIT_AFTER.match(text, m.end())[0] for m in STATED.finditer(text)}
     value = stated.pop() if len(stated) == 1 else ""
     alike = [letter for letter, option in options.items() if value and same_value(value, option)]
     return alike[0] if len(alike) == 1 else None
@@ -404,7 +441,7 @@ def alone_on_the_last_line(told):
 
 def declared(told):
     # the last one: a model may name an option, and think better of it
-    found = DECLARED.findall(told)
+    found = DECLARED.findall(SUPPOSED.sub(" ", told))
     return found[-1] if found else ""
 
 
@@ -430,8 +467,8 @@ def leading(told):
 def named(told):
     # a letter on the last line, where a conclusion stands; else whatever stands anywhere
     line, part = without_passing(last_line(told)), without_passing(told)
-    if signs_in(line, LETTER) and only(line):
-        return line
+    if signs_in(line, LETTER) and only(line.replace(OTHER_NUMBER, "")):
+        return line.replace(OTHER_NUMBER, "")
     # several letters beside texts are names of things
     letters = signs_in(part, LETTER)
     return part if not letters or only(letters) else signs_in(part, TEXT)
@@ -487,6 +524,7 @@ EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMB
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
 # what holds numbers beside the one that is meant: "of the 20", "(2 of them red)", "in frame 12" ...
 ASIDE = any_pattern(
+    r",? (?:not|rather than|instead of) \d+\b(?!\.\d)",
     r", \d+ of (?:whom|them|these|those|which)\b[^.,;\n]*|其中[^.,;\n]*|\be\.g\.[^;\n]*",
     r"(?:\bout of|\bof (?:the|these|those)|(?<=\d )of|^of) (?:the |these |those )?\d+\b(?!\.\d)",
     r"\((?!-?[\d.,]+\))[^()\n]*\)",
@@ -495,10 +533,16 @@ ASIDE = any_pattern(
 )
 # ... and a reason or a time, if something is left without it
 REASONS = any_pattern(REASON.pattern, r"\b(?:which|after|before)\b[^.,;\n]*")
-# a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two
+# a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two,
+# and "the left one" counts nothing
 COUNTED = re.compile(
-    r"\bone of\b|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))", re.ASCII
+    r"\bone of\b|\bthe (?:\w+ )?one\b|\b(?:no|this|that|which|another|every|each|some|any) one\b"
+    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty \w+"
+    r"|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))",
+    re.ASCII,
 )
+# an answer before its explanation, "Yes, there is no doubt"
+YES_OR_NO = re.compile(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)")
 
 
 def find_kind(text, kind, finished=True):
@@ -508,17 +552,22 @@ def find_kind(text, kind, finished=True):
     """
     if kind == "number":
         return find_number(text, finished)
-    said = text if finished else "".join(DECLARED_TEXT.findall(text)[-1:])
+    declared = declared_text(text)
     if kind == "list":
-        lists = re.findall(r"\[[^\[\]]*\]", said)
+        lists = re.findall(r"\[[^\[\]]*\]", text if finished else declared)
         return lists[-1] if lists else None
-    # "Yes, there is no doubt"
-    opens = re.match(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)", plain(text).lower())
-    if opens:
-        return opens[1]
+    said = plain(text).lower()
+    for part in (plain(declared).lower(), said):
+        opens = YES_OR_NO.match(part)
+        if opens:
+            return opens[1]
     # "no" in a sentence that also says "yes" settles nothing
-    words = set(re.findall(r"\b(?:yes|no)\b", plain(said).lower(), re.ASCII))
-    return words.pop() if len(words) == 1 else None
+    words = set(re.findall(rf"(?<!not )\b(?:yes|{NO})\b", REFUSED.sub(" ", said), re.ASCII))
+    return words.pop() if len(words) == 1 and finished else None
+
+
+def digits(word):
+    return COUNT_WORDS.get(word[0], word[0])
 
 
 def find_number(text, finished=True):
@@ -528,9 +577,6 @@ def find_number(text, finished=True):
     last sentence with a number, or of what it concludes, the last that is stated, "it is 10.4 for 3
     of them", or the last of all. A refusal gives none.
     """
-
-    def digits(word):
-        return COUNT_WORDS.get(word[0], word[0])
 
     text = COUNTED.sub(digits, plain(text).lower())
     # an expression is its value
@@ -570,10 +616,23 @@ def lines_of(text):
 # --------------------------------------------------------------------------------------------------
 # the whole rule
 
+# "**Final Answer:**\n\n$$12$$" declares 12$$
 DECLARED_TEXT = re.compile(
-    r"(?:\banswer\s*(?:is\s*+[:：]?|[:：])|答案\s*(?:[是为]\s*+[:：]?|[:：]))\s*+(.*)",
+    r"(?:\banswer\W{0,2}\s*(?:is\s*+[:：]?|[:：])|答案\s*(?:[是为]\s*+[:：]?|[:：]))"
+    r"(?:\s|[*$`]|\\[\[(])*+(.*)",
     re.IGNORECASE,
 )
+# what may stand after the answer, to the end
+CLOSING = any_pattern(
+    r"\n[^\w\n]{0,4}(?:explanation|note|reason|reasoning)\W{0,2}:(?s:.)*\Z",
+    r"\n[^\n]*\b(?:i hope this|let me know|feel free)\b[^\n]*\Z",
+)
+
+
+def declared_text(text):
+    """What a text last declares to be the answer, to the end of the line; "" for none."""
+    # the last one, as of tags and boxes: what was declared before may have been taken back
+    return "".join(DECLARED_TEXT.findall(text)[-1:]).strip()
 
 
 def extract_answer(text, options=None, kind="text", finished=True):
@@ -599,41 +658,44 @@ def extract_answer(text, options=None, kind="text", finished=True):
     - value: no option is named, and the only number that is stated is the value of one. "So AC is
       20." for "20 cm"
 
-    Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is asked
-    about, "Is it A?"; the items of a list of options, "A. red\nB. blue"; and what is named in
-    passing, "in row B", "because B ...". After a refusal, "it can not be told", the last three
-    rules find nothing. Of an output that is not `finished`, cut off by the token limit, only a tag,
-    a box, what is declared and what opens it count: it may have gone on to say the opposite.
+    Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is taken
+    back, "Wait, ..."; what is asked about, "Is it A?", or supposed, "If A ..."; the items of a list
+    of options, "A. red\nB. blue"; and what is named in passing, "in row B", "because B ...". After
+    a refusal, "it can not be told", the last three rules find nothing. Of an output that is not
+    `finished`, cut off by the token limit, only a tag, a box, what is declared and what opens it
+    count: it may have gone on to say the opposite.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":
         return None, tag
-    source = said if inside is None else inside
+    source = CLOSING.sub("", said) if inside is None else inside
+    after_box = said[last_box(said)[1] :] if tag == "boxed" else ""
     if options:
         # a JSONL row has a list, a benchmark's row has its letters
         options = lettered(options) if isinstance(options, list) else options
         letter, rule = find_letter(source, options, finished or bool(tag))
-        if tag == "boxed":
-            later, how = find_letter(said[last_box(said)[1] :], options, finished)
+        if after_box:
+            later, how = find_letter(after_box, options, finished)
             if later and (letter is None or how == "declared"):
                 return later, how
         # of a tag that holds a letter or nothing there is no more to say
         rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
         return letter, ", ".join(rules)
+    if declared_text(after_box):
+        source = inside = declared_text(after_box)
+        tag = "declared"
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
         return find_kind(source, kind, finished or bool(tag)), tag or kind
     # an empty tag was meant as the answer, and says nothing
     if tag:
         return inside or None, tag
     said = re.sub(MARKUP, "\n", said, flags=re.IGNORECASE)
-    # the last one, as of tags and boxes: what was declared before may have been taken back
-    declared = DECLARED_TEXT.findall(said)
-    if declared:
-        return declared[-1].strip() or None, "declared"
+    if DECLARED_TEXT.search(said):
+        return declared_text(said) or None, "declared"
     if not finished:
         return None, "truncated"
     # nothing is declared: the last line is what a reader would take
-    lines = lines_of(said)
+    lines = lines_of(CLOSING.sub("", said))
     if not lines:
         return None, "empty"
     return lines[-1], "last line"
@@ -682,8 +744,9 @@ def letter_of(text):
 def is_correct(answer, row):
     """Does an extracted answer agree with a row's gold answer?
 
-    By text; where the row has `options` by the option that each names, as `extract_answer` reads
-    it; else by value, and of a gold that is a number, yes or no as such an answer is read.
+    By text, also that of "It is ..."; where the row has `options` by the option that each names, as
+    `extract_answer` reads it; else by value, and of a gold that is a number, yes or no as such an
+    answer is read. A number is right only where it is stated: not "at least 12", "x + 12", "9, 12".
     """
     gold, options = row["answer"], row.get("options")
     if answer is None:
@@ -698,15 +761,38 @@ def is_correct(answer, row):
         return True
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
-    is_value = re.search(r"[\d√π\\]", gold) and not NUMBERS.fullmatch(word)
-    said = [answer, after_is(answer)] if is_value else [answer]
+    said = [answer] if NUMBERS.fullmatch(word) else [answer, after_is(answer)]
     if any(same_value(a, b) for a, b in itertools.product(said, (gold, word))):
         return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word
     word = COUNT_WORDS.get(word, word)
     number = find_number(answer) if NUMBERS.fullmatch(word) else None
-    return number is not None and same_text(number, word)
+    return number is not None and same_text(number, word) and states(answer, word)
+
+
+# where Ⓖ is the gold number, and ⒵ another one
+UNSTATED = any_pattern(
+    # a bound, or a function's argument: "at least Ⓖ", "≥ Ⓖ", "log(Ⓖ)"
+    rf"(?:\b(?:{'|'.join(BOUND.split())}|up to|{LARGE}(?: and)?)[ (]|[<>≤≥≠±] ?)[({{]*Ⓖ",
+    # a part of an expression: "x + Ⓖ", "⒵ x Ⓖ", "{a+b}{Ⓖ}", "Ⓖ - y", "Ⓖk"
+    r"(?:(?<![a-z])[a-z]|[\d⒵Ⓖ)\]}°π])(?: ?[-+*/×÷^]| x) ?[({]*Ⓖ|\}\{Ⓖ",
+    r"Ⓖ[)}°]? ?(?:[+*/×÷^] ?[\w(\\√π⒵]|- ?(?:⒵|[a-z]\b)|x ⒵|[a-fi-kn-rt-z]\b|bn\b)",
+    # one of several: "⒵ or Ⓖ", "(⒵, Ⓖ)", "⒵ dogs and Ⓖ cats", "x = ⒵, y = Ⓖ"
+    r"⒵[)\]°%]*(?: [a-z]+){0,2} ?(?:,? ?(?:and|or|to|by|vs)|[,;:])(?: \w+ ?=)? ?[(\[]*Ⓖ"
+    r"(?! in (?:total|all)\b)",
+)
+
+
+def states(answer, number):
+    """Does an answer state a number: not deny it, bound it, use it in a sum or name others, too?"""
+
+    def sign(found):
+        return "Ⓖ" if same_text(found[0], number) else OTHER_NUMBER
+
+    text = COUNTED.sub(digits, plain(answer).lower())
+    said = without_denied(NUMBERS.sub(sign, text))
+    return "Ⓖ" in UNSTATED.sub(" ", said)
 
 
 # a gold answer that is a letter, "B" or "(B)", or a letter with its text, "B. 60°"; no list of them
@@ -729,14 +815,19 @@ def is_choice(answer, gold):
     return letter == (of_gold[1] or of_gold[2]) or bool(text) and same_value(answer, text)
 
 
-def after_is(text):
-    r"""What a sentence says that its subject is, "8\pi." of "So the area is 8\pi."
+IS_SAID = re.compile(r"\b(?:is|are|(?:would|must|should) be)\b|(?<=\b[Ii]t)'s\b")
 
-    "" where it refuses, or does not think so.
+
+def after_is(text):
+    r"""What a text says the answer is, or a sentence its subject: "8\pi." of "So the area is 8\pi."
+
+    "" where it refuses, does not think so, or says words of several.
     """
-    if REFUSED.search(text) or re.search(r"(?:not|n't) (?:think|believe|say|mean)\b", text):
+    if REFUSED.search(text) or re.search(r"(?:not|n't) (?:think|believe|say|mean)\b|doubt", text):
         return ""
-    return re.split(r"\b(?:is|are)\b", REASON.sub(" ", text))[-1]
+    text = declared_text(text) or text
+    of_one = IS_SAID.split(REASON.sub(" ", text))
+    return of_one[-1] if len(of_one) < 3 or re.search(r"\d", of_one[-1]) else ""
 
 
 def option_named(text, options):

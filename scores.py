@@ -16,8 +16,10 @@ from answers import (
     check_letter,
     extract_answer,
     find_kind,
+    is_choice,
     is_correct,
     letter_of,
+    states,
     tagged,
 )
 from values import bare_value, levenshtein, math_equal
@@ -79,6 +81,8 @@ def check_mathvision(row):
         return answer == letter or answer is None and math_equal(said, value)
     if answer is None:
         return False
+    if is_choice(answer, gold):  # a letter whose options stand in the question
+        return True
     # the official extraction leaves out degrees, percent, units and "x =" before it compares
     for said in (answer, bare_value(answer), bare_value(after_is(answer))):
         if math_equal(said, gold):
@@ -87,7 +91,7 @@ def check_mathvision(row):
     if row["method"] not in ("declared", "last line"):
         return False
     number = find_kind(answer, "number")
-    return number is not None and math_equal(number, gold)
+    return number is not None and math_equal(number, gold) and states(answer, number)
 
 
 def mean_relative_accuracy(predicted, gold):

@@ -32,6 +32,12 @@ LAYOUT = [
         (r"\\[dt]?frac ?\{ ?([\w.√]+) ?\} ?\{ ?([\w.√]+) ?\}", r"\1/\2"),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\pi(?![a-z])", "π"),
+        (r"\\geq?(?:slant)?(?![a-z])", "≥"),
+        (r"\\leq?(?:slant)?(?![a-z])", "≤"),
+        (r"\\neq?(?![a-z])", "≠"),
+        (r"\\pm(?![a-z])", "±"),
+        (r"\\times(?![a-z])", "×"),
+        (r"\\approx(?![a-z])", "≈"),
         (r"\^ ?\{?\\circ\}?|\\degree", "°"),
         (r"\{,\}", ","),
         (r"\\[()\[\],;:! ]|\\q?quad|\\?\$|[~`#]", " "),
@@ -88,16 +94,39 @@ def same_text(a, b):
     return normalise(a) == normalise(b)
 
 
+METRIC = re.compile(r"\b(square |cubic )?(centi|milli|kilo)?(met(?:er|re)|gram|lit(?:er|re))s?\b")
+
+
+def symbol(unit):
+    """The symbol of a metric unit's name: "square centimeters" is "cm^2"."""
+    power = {"square ": "^2", "cubic ": "^3"}.get(unit[1], "")
+    return (unit[2] or "")[:1] + unit[3][0] + power
+
+
 @cached
-def value_of(text):
-    """A value in one form: "x = 1 : 2" is "1:2"."""
+def in_one_form(text):
+    """A value or an equation in one form: "X = 3 1/2 degrees" is "x=(3+1/2)°"."""
     text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
+    text = METRIC.sub(symbol, text)
     text = re.sub(r"(?<![\d./])(\d+) (\d+/\d+)\b", r"(\1+\2)", text)  # "3 1/2"
-    # two equations have no one value
-    if text.count("=") == 1 or not re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text):
-        text = re.split(r"[=≈]|\\approx", text)[-1]
     text = re.sub(r" ?([^a-z ]) ?", r"\1", text)
     return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip(" .")
+
+
+@cached
+def value_of(text):
+    """A value in one form: "x = 1 : 2" is "1:2", and so is "3 : 6 = 1 : 2"."""
+    text = in_one_form(text)
+    left, equals, right = re.fullmatch(r"(?s)(?:(.*)([=≈]))?(.*)", text).groups("")
+    # two equations have no one value, nor has one that does not say what a name is
+    listed = text.count("=") > 1 and re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text)
+    return text if not equals or listed or not is_name(left) else right
+
+
+def is_name(left):
+    """May the left side of an equation be left out: is it a name, or worth what is on the right?"""
+    last = re.split("[=≈]", left)[-1].replace(":", "/")
+    return not re.search(r"[-+*/^×÷√]|\d[a-z]", last) or latex_value(without_unit(last)) is not None
 
 
 def bare_value(text):
@@ -106,8 +135,8 @@ def bare_value(text):
 
 
 def without_unit(value):
-    """A value that is in one form already, without unit, degree and percent."""
-    value = re.sub("[°%]", "", value)
+    """A value that is in one form already, without unit, degree, percent and currency."""
+    value = re.sub("[°%]|^[€£¥₹]", "", value)
     return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", value)
 
 
@@ -116,6 +145,9 @@ def same_value(a, b):
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)
+    forms = in_one_form(a), in_one_form(b)
+    if all("=" in form for form in forms) and latex_value(without_unit(x)) is None:
+        x, y = forms  # "AB = CD" is not "EF = CD"
     pairs = {(x, y), (without_unit(x), y), (x, without_unit(y))}  # mostly one
     return any(equal_values(*pair) for pair in pairs)
 
@@ -123,6 +155,9 @@ def same_value(a, b):
 def equal_values(x, y):
     if x == y:
         return True
+    if any(re.fullmatch(r"\d+(?:-\d+)+|\d+/\d+/\d+", value) for value in (x, y)):
+        # a range, a score or a date is no sum
+        return re.sub(r"\b0+(?=\d)", "", x) == re.sub(r"\b0+(?=\d)", "", y)
     # a ratio is a fraction
     v, w = latex_value(x.replace(":", "/")), latex_value(y.replace(":", "/"))
     return v is not None and w is not None and math.isclose(v, w, rel_tol=1e-9)

@@ -603,7 +603,8 @@ REPEATED = [
     "A ", "A. ", "A, ", "(A) ", "A\n", "A. x\nB. y\n", "not ", "not A ", "A is ", "a", " ", "\n",
     "\n |", ": ", "is the ", "is 3 ", "1,", "3 or ", "\\text{", "{", "(", "option: ", "red ",
     "red, ", "dark ", "because ", "in the ", "in row A ", "I can not tell ", "so ", "选", "答案是",
-    "²", "1. ", "5 c", "_", "?", "A? ",
+    "²", "1. ", "5 c", "_", "?", "A? ", "wait, ", "if ", "x + ", "x = ", "\nNote", "\nNote: ",
+    "one ", "twenty ", "3 or 5, ", "centi", "is ", "\\frac{",
 ]
 # fmt: on
 
@@ -744,6 +745,123 @@ def test_extraction(text, answer):
 )
 def test_check(answer, gold, options, right):
     assert answers.is_correct(answer, {"answer": gold, "options": options}) == right
+
+
+# fmt: off
+OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
+    "a number that is not stated": [
+        *((f"<answer>{said}</answer>", "12", None, False) for said in (
+            "It is not 12.", "more than 12", "at least 12", "x > 12", "x \\geq 12", "\\pm 12",
+            "negative 12", "12x", "12 + x", "x - 12", "\\frac{a+b}{12}", "\\log 12", "12\\sqrt{3}",
+            "5 × 12", "12 x 10^6", "15 or 12", "9°, 12°", "(9, 12)", "9-12", "from 9 to 12",
+            "9 rows and 12 tables", "15 rather than 12", "x = 9, x = 12", "12k",
+        )),
+        ("<answer>two thirds</answer>", "2", None, False),
+        ("<answer>fifty five</answer>", "5", None, False),
+        ("<answer>the left one</answer>", "1", None, False),
+        ("The answer is 15, not 12.", "15", None, True),
+        ("<answer>There are 12 of them.</answer>", "12", None, True),
+        ("<answer>4 + 8 = 12</answer>", "12", None, True),
+        ("<answer>$12.00</answer>", "12", None, True),
+        ("<answer>4 red and 8 blue, so 12 in total</answer>", "12", None, True),
+        ("<answer>There is one dog.</answer>", "1", None, True),
+    ],
+    "equations": [
+        ("<answer>AC = CD</answer>", "AB=CD", None, False),
+        ("<answer>AB = CD</answer>", "AB=CD", None, True),
+        ("<answer>EF = CD</answer>", "A", ["AB = CD", "BC = AD"], False),
+        ("<answer>x+y=1</answer>", "x^2+y^2=1", None, False),
+        ("<answer>y = 5</answer>", "2x + y = 5", None, False),
+        ("<answer>2x + 1</answer>", "y = 2x + 1", None, True),
+        ("<answer>3 × 4 = 12 cm</answer>", "12 cm", None, True),
+    ],
+    "scores, dates and ranges are no sums": [
+        ("<answer>5</answer>", "10-5", None, False),
+        ("<answer>2/1/2010</answer>", "12/6/2010", None, False),
+        ("<answer>3/5/2010</answer>", "03/05/2010", None, True),
+    ],
+    "markup around what is declared": [
+        ("**Answer**: Red", "red", None, True),
+        ("**Final Answer:**\n\n$$12$$", "12", None, True),
+        ("So the answer is:\n\\[\n12\n\\]", "12", None, True),
+    ],
+    "a sentence that says the answer": [
+        ("<answer>The answer is Nike.</answer>", "Nike", None, True),
+        ("<answer>Answer: red</answer>", "red", None, True),
+        ("<answer>It's red.</answer>", "red", None, True),
+        ("The color of the car is **red**.", "red", None, True),
+        ("<answer>It is not red.</answer>", "red", None, False),
+        ("<answer>I doubt that it is red.</answer>", "red", None, False),
+        ("The car is green and the bus is red.", "red", None, False),
+    ],
+    "what follows the answer": [
+        ("Thus, the total is 12.\n\nI hope this helps!", "12", None, True),
+        ("Red.\n\nExplanation: it is painted so.", "red", None, True),
+        ("The total is 12 chairs.\n\nNote: each row has 4.", "4", None, False),
+        ("I think it's option B.\n\nLet me know if you need more.", "B", list("wxyz"), True),
+    ],
+    "a box, and what is declared after it": [
+        ("\\boxed{12} is the width. The answer is 24.", "12", None, False),
+        ("\\boxed{12} is the width. The answer is 24.", "24", None, True),
+    ],
+    "taken back, or only supposed": [
+        ("The answer is A. Wait, the car is blue. So it's B.", "B", ["red", "blue"], True),
+        ("The answer is A. No, that's wrong: it's B.", "B", ["red", "blue"], True),
+        ("If the answer is A, the car should be red. It is blue.", "A", ["red", "blue"], False),
+        ("Answer: B. Wait times are longer there.", "B", ["red", "blue"], True),
+    ],
+    "yes, no, and neither": [
+        ("I have no idea.", "no", None, False),
+        ("I have no doubt that there is a dog.", "no", None, False),
+        ("The answer is: Yes. There is no doubt.", "yes", None, True),
+        ("There is no way to tell from this image.", "B", ["Yes", "No"], False),
+        ("I have no doubt that he wears a hat.", "B", ["Yes", "No"], False),
+        ("There is no dog.", "B", ["Yes", "No"], True),
+    ],
+    "denied in other words": [
+        *((said, "A", ["red", "blue"], False) for said in (
+            "A is not true.", "A is not supported by the image.", "A does not seem to be correct.",
+            "A is the wrong answer.", "A is not a good match.", "A would be wrong.", "不能选A",
+            "A不是正确答案", "Everything but A is correct.", "I doubt that it is A.",
+        )),
+        ("There is no doubt that it is A.", "A", ["red", "blue"], True),
+    ],
+    "an option in a bound or an expression": [
+        *((f"\\boxed{{{said}}}", "B", ["5", "10", "12", "13"], False) for said in (
+            "x+10", "\\pm 10", "\\log 10", "x \\geq 10", "10+x",
+        )),
+        ("There are more than 4 dogs.", "B", ["3", "4", "5"], False),
+        ("The area is 10 cm^2.", "B", ["5 cm", "10 cm"], False),
+        ("\\boxed{2x+1}", "C", ["$x+1$", "$x-1$", "$2x$"], False),
+    ],
+    "a letter beside a number that is no option": [
+        ("The angle is 60 degrees, which is that of option C.", "C", ["30°", "45°", "60°"], True),
+        ("The total is 12!", "12", None, True),
+        ("It is about 10.2 cm, closest to option B.", "B", ["5 cm", "10 cm"], True),
+    ],
+    "an option's letter and its text, which is another's letter": [
+        *((said, "D", ["B", "C", "D", "E"], True) for said in (
+            "D. E", "(D) E", "**D. E**", "<answer> D. E </answer>", "\\boxed{D. E}", "D",
+        )),
+        ("D. B", "D", ["B", "C", "D", "E"], False),
+    ],
+    "units and signs in words": [
+        ("<answer>24 centimeters</answer>", "24 cm", None, True),
+        ("<answer>24 square centimeters</answer>", "24 cm^2", None, True),
+        ("<answer>24 centimeters</answer>", "24 cm^2", None, False),
+        ("<answer>x \\geq 2</answer>", "x ≥ 2", None, True),
+        ("<answer>5</answer>", "€5", None, True),
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs(kind):
+    """From a whole output to right or wrong."""
+    for raw, gold, options, right in OUTPUTS[kind]:
+        answer, _ = answers.extract_answer(raw, options)
+        assert answers.is_correct(answer, {"answer": gold, "options": options}) == right, raw
 
 
 def test_readings_of_a_file(tmp_path):

@@ -32,6 +32,12 @@ import scores
         ("The answer is 60°.", None, "60", True),
         ("\\boxed{x = 5, y = 11}", None, "11", False),
         ("\\boxed{3x}", None, "3", False),
+        ("The answer is not 12", None, "12", False),
+        ("12 + x", None, "12", False),
+        # a letter whose options stand in the question
+        ("So the answer is (C).", None, "C", True),
+        ("\\boxed{C. C}", None, "C", True),
+        ("\\boxed{D. C}", None, "C", False),
     ],
 )
 def test_mathvision(raw, options, gold, right):
