@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from answers import check_letter, check_yesno, lettered
 from data import RESERVED
+from launch import rank_and_world
 from scores import (
     check_answer,
     check_mathvision,
@@ -105,8 +106,9 @@ def literal(cell):
         return cell
     if cell is None or str(cell) in NA:
         return []
-    # VLMEvalKit takes what stands between quotes, which breaks on an apostrophe in an option
-    return list(ast.literal_eval(cell))
+    # numpy writes no commas, and Python would join the texts. VLMEvalKit takes what stands between
+    # quotes, which breaks on an apostrophe in an option
+    return list(ast.literal_eval(re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", cell)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def mathvista_prompts(folder):
             f"{path}: no such file; MathVista's prompts are data/query.json of "
             "github.com/lupantech/MathVista"
         )
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def mathvista(r, folder):
@@ -269,7 +271,8 @@ def mmvp(r, folder):
         "question": f"{r['Question']} {r['Options']}",
         "answer": r["Correct Answer"],
         "options": hidden_options(r["Options"]),
-        "images": [folder / "MMVP Images" / f"{r['Index']}.jpg"],
+        # of its two revisions one spells the column with a small L
+        "images": [folder / "MMVP Images" / f"{r.get('Index') or r['lndex']}.jpg"],
     }
 
 
@@ -339,6 +342,7 @@ class Benchmark(NamedTuple):
     score: object = score_categories("category")  # of all of them: {name: rows or number}
     pixels: tuple = (1280 * 28 * 28, 16384 * 28 * 28)  # VLMEvalKit's for Qwen2.5-VL
     max_new_tokens: int = 2048
+    n: int = 0  # its questions; 0 where not known for sure
 
 
 class Published(NamedTuple):
@@ -359,22 +363,22 @@ BENCHMARKS = {
     "HRBench4K": Benchmark(
         (File("hr_bench_4k.tsv", "f6b041b03d49543494b8a56d2e35be65", HF + "DreamMr/HR-Bench",
               "index, question, answer, category, cycle_category, image", mcq),),
-        score=score_hrbench),
+        score=score_hrbench, n=800),
     "HRBench8K": Benchmark(
         (File("hr_bench_8k.tsv", "274c9c7f89329b804a4723178a00219c", HF + "DreamMr/HR-Bench",
               "index, question, answer, category, cycle_category, image", mcq),),
-        score=score_hrbench),
+        score=score_hrbench, n=800),
     "MMStar": Benchmark(
         (File("MMStar.tsv", "e1ecd2140806c1b1bbf54b43372efb9e",
               OC + "MMStar.tsv or " + HF + "Lin-Chen/MMStar",
               "index, question, answer, category, image", mcq),),
-        score=score_mmstar),
+        score=score_mmstar, n=1500),
     "MME-RealWorld-Lite": Benchmark(
         (File("mme_realworld_lite.tsv", "4c17057d7d3b6c4a0d4397c3dae0881c",
               HF + "yifanzhang114/MME-RealWorld-Base64",
               "index, image, question, multi-choice options, answer, category, l2-category",
               mme_realworld),),
-        score=score_mme),
+        score=score_mme, n=1919),
     "MathVista": Benchmark(
         (File("MathVista/testmini.json", "",
               "github.com/lupantech/MathVista, data/, with query.json; images.zip: "
@@ -382,13 +386,13 @@ BENCHMARKS = {
               "pid, image, choices, answer, question_type, answer_type, metadata", mathvista),
          File("MathVista_MINI.tsv", "f199b98e178e5a2a20e7048f5dcb0464", OC + "MathVista_MINI.tsv",
               "index, image, question, answer, choices, question_type, answer_type", mathvista)),
-        check=check_mathvista, score=score_mathvista),
+        check=check_mathvista, score=score_mathvista, n=1000),
     "WeMath": Benchmark(
         (File("WeMath/testmini.json", "", "github.com/We-Math/We-Math, data/",
               "ID, key, question, option, answer, image_path", wemath),
          File("WeMath.tsv", "b5e969a075f01290a542411fb7766388", OC + "WeMath.tsv",
               "ID, key, question, answer, image, A", wemath)),
-        score=score_wemath),
+        score=score_wemath, n=1740),
     "POPE": Benchmark(
         (File("POPE.tsv", "c12f5acb142f2ef1f85a26ba2fbe41d5", OC + "POPE.tsv",
               "index, image, question, answer, category", pope),),
@@ -398,57 +402,58 @@ BENCHMARKS = {
         (File("VSI-Bench/test.jsonl", "",
               HF + "nyu-visionx/VSI-Bench; extract 32 frames a video yourself",
               "id, dataset, scene_name, question_type, question, ground_truth, options", vsi),),
-        check=check_vsi, score=score_vsi, pixels=(128 * 28 * 28, 768 * 28 * 28)),  # a frame [ours]
+        check=check_vsi, score=score_vsi, n=5130,
+        pixels=(128 * 28 * 28, 768 * 28 * 28)),  # a frame [ours]
     "BLINK": Benchmark(
         (File("BLINK/val.jsonl", "",
               HF + "BLINK-Benchmark/BLINK, its parquet rows as JSON lines with image files",
               "idx, sub_task, prompt, choices, answer, image_1", blink),
          File("BLINK.tsv", "d5e8af148b10ac69f535ff7b23f3f989", OC + "BLINK.tsv",
               "index, image, question, answer, category", mcq)),
-        score=score_blink),
+        score=score_blink, n=1901),
     "VStar": Benchmark(
         (File("vstar_bench/test_questions.jsonl", "", HF + "craigwu/vstar_bench",
               "question_id, image, text, label, category", vstar),
          File("VStarBench.tsv", "b18854d7075574be06b631cd5f7d2d6a", HF + "xjtupanda/VStar_Bench",
-              "index, image, question, answer, category", mcq))),
+              "index, image, question, answer, category", mcq)), n=191),
     "MMVP": Benchmark(
         (File("MMVP/Questions.csv", "", HF + "MMVP/MMVP",
-              "Index, Question, Options, Correct Answer", mmvp),
+              "Question, Options, Correct Answer", mmvp),
          File("MMVP.tsv", "8cb732b141a0cba5b42159df2839e557", OC + "MMVP.tsv",
               "index, image, question, answer", mcq)),
-        score=score_mmvp),
+        score=score_mmvp, n=300),
     # two test sets to the harness; AVERAGES and POOLED make one number of both
     "CV-Bench-2D": Benchmark(
         (File("CV-Bench-2D.tsv", "a7cff4cc2857cc237ee2b89e62bccb2d", OC + "CV-Bench-2D.tsv",
               "index, image, question, prompt, answer, source, A", cvbench),),
-        score=score_cvbench),
+        score=score_cvbench, n=1438),
     "CV-Bench-3D": Benchmark(
         (File("CV-Bench-3D.tsv", "bb94c0d568d652d15b60e001ac40a170", OC + "CV-Bench-3D.tsv",
               "index, image, question, prompt, answer, source, A", cvbench),),
-        score=score_cvbench),
+        score=score_cvbench, n=1200),
     # VaLR does not say which of the two splits its numbers are of
     "MathVision": Benchmark(
         (File("MathVision/test.jsonl", "", MATH_V,
               "id, question, options, image, answer, level, subject", mathvision),
          File("MathVision.tsv", "93f6de14f7916e598aa1b7165589831e", OC + "MathVision.tsv",
               "index, image, question, choices, answer, category", mathvision)),
-        check=check_mathvision, score=score_categories("subject", "level", "category")),
+        check=check_mathvision, score=score_categories("subject", "level", "category"), n=3040),
     "MathVision-testmini": Benchmark(
         (File("MathVision/testmini.jsonl", "", MATH_V,
               "id, question, options, image, answer, level, subject", mathvision),
          File("MathVision_MINI.tsv", "060fe4fa5d868987ce179307bd5f8a33", OC + "MathVision_MINI.tsv",
               "index, image, question, choices, answer, category", mathvision)),
-        check=check_mathvision, score=score_categories("subject", "level", "category")),
+        check=check_mathvision, score=score_categories("subject", "level", "category"), n=304),
     # no rule grades it: eval.py writes the response file for its own judge
     "MMHal-Bench": Benchmark(
         (File("MMHal-Bench/response_template.json", "",
               HF + "Shengcao1006/MMHal-Bench, and the images that image_src names",
               "question_type, image_src, image_content, question, gt_answer", mmhal),),
-        check=check_nothing, score=score_mmhal),
+        check=check_nothing, score=score_mmhal, n=96),
     "VisualPuzzles": Benchmark(
         (File("VisualPuzzles.tsv", "12bcc3f6dd7a11b33ffcd526b5601076", OC + "VisualPuzzles.tsv",
               "index, image, question, options, answer, category", visualpuzzles),),
-        score=score_categories("category", "difficulty")),
+        score=score_categories("category", "difficulty"), n=1168),
 }
 # a JSONL file of one's own, the toy's test set for one
 JSONL = Benchmark(
@@ -576,10 +581,16 @@ def load_benchmark(name, data_root):
     else:
         raw, md5 = read_json_rows(path)
     # not refused: mirrors repack files, and the answers stay comparable among themselves
+    warnings = []
     if file.md5 and md5 != file.md5:
-        print(f"warning: {path} has MD5 {md5}, the official file {file.md5}", file=sys.stderr)
+        warnings.append(f"{path} has MD5 {md5}, the official file {file.md5}")
     if not raw:
         raise SystemExit(f"{path}: no questions")
+    # a table's rows without a picture are left out, as by the harness
+    if BENCHMARKS[name].n not in (0, len(raw)):
+        warnings.append(f"{path} has {len(raw)} questions, {name} has {BENCHMARKS[name].n}")
+    for warning in warnings * (rank_and_world()[0] == 0):
+        print(f"warning: {warning}", file=sys.stderr)
     rows, ids = [], set()
     for n, official in enumerate(raw):
         row = our_row(name, path, file, n, official)
@@ -594,17 +605,26 @@ def load_benchmark(name, data_root):
 
 def find_file(name, data_root):
     """(path, File) of the first file of a benchmark that is there."""
-    files = BENCHMARKS[name].files
-    for file in files:
+    for file in BENCHMARKS[name].files:
         path = data_root / file.path
         if path.is_file():
             return path, file
-    wanted = " or ".join(f"{data_root / file.path} ({file.source})" for file in files)
-    raise SystemExit(f"{name}: no such file: {wanted}")
+    raise SystemExit(missing_files([name], data_root))
+
+
+def missing_files(names, data_root):
+    """A line for each of these benchmarks that has no file, with what is wanted; "" for none."""
+    lines = []
+    for name in names:
+        paths = [(Path(data_root) / file.path, file.source) for file in BENCHMARKS[name].files]
+        if not any(path.is_file() for path, _ in paths):
+            wanted = " or ".join(f"{path} ({source})" for path, source in paths)
+            lines.append(f"{name}: no such file: {wanted}")
+    return "\n".join(lines)
 
 
 # a question's own name, by the first of these columns that a file has; else the row's number
-ID_COLUMNS = ("id", "index", "pid", "idx", "question_id", "Index")
+ID_COLUMNS = ("id", "index", "pid", "idx", "question_id", "Index", "lndex")
 
 
 def our_row(name, path, file, n, r):

@@ -10,7 +10,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, load_benchmark
+from benchmarks import BENCHMARKS, PUBLISHED, benchmarks_of, load_benchmark
 from data import load_examples
 from duplicates import nearest
 from pages import write_page
@@ -28,15 +28,17 @@ KINDS = ("pixels", "question", "template", "near")  # of findings
 
 
 def load_tests(names, data_root):
-    """{(benchmark, id): row} of test sets: public ones by their names, or JSONL files."""
-    tests = {}
+    """{(benchmark, id): row} of test sets: public ones, a paper's table of them, or JSONL files."""
+    tests, wanted = {}, []
     for name in names:
+        wanted += benchmarks_of(PUBLISHED[name]) if name in PUBLISHED else [name]
+    for name in dict.fromkeys(wanted):
         if name in BENCHMARKS:
             rows, _ = load_benchmark(name, data_root)
         elif Path(name).is_file():
             rows = load_examples(name, training=False)
         else:
-            there = ", ".join(BENCHMARKS)
+            there = ", ".join([*PUBLISHED, *BENCHMARKS])
             raise SystemExit(f"benchmarks: {name!r} is neither a file nor one of {there}")
         # an id is unique within its benchmark only
         tests |= {(name, row["id"]): row for row in rows}

@@ -36,6 +36,7 @@ from benchmarks import (
     Benchmark,
     benchmarks_named,
     load_benchmark,
+    missing_files,
 )
 from data import (
     LATENT_SPAN,
@@ -666,6 +667,7 @@ def write_scores(test, graded, scores, n_missing):
         "settings": test.settings,
         "key": test.key,
         "weights": weights_digest(model),
+        "questions": len(test.rows),
         "missing": n_missing,
         "limit": limit,
         "versions": versions(),
@@ -738,13 +740,16 @@ def headlines():
             continue
         record = read_json(path, settings=dict, missing=int, scores=dict)
         # the folder may hold runs of other models, or made in other ways
-        asked = {x: v for x, v in settings_for(benchmark).items() if x != "model"}
-        same = all(record["settings"].get(x) == v for x, v in asked.items())
-        same = same and record.get("weights") == digest
-        same = same and bool(url) == ("served_model" in record["settings"])
+        there, here = record["settings"], settings_for(benchmark)
+        same_way = all(there.get(name) == here[name] for name in here if name != "model")
+        same_way = same_way and ("served_model" in there) == bool(url)
         # a score of some of the answers is no headline
-        if same and not record["missing"] and not record.get("limit"):
+        whole = not record["missing"] and not record.get("limit")
+        if record.get("weights") == digest and same_way and whole:
             found |= {f"{name}/{metric}": m for metric, m in record["scores"].items()}
+            if record.get("questions") not in (None, benchmark.n or None):
+                n = record["questions"]
+                print(f"{name}: of {n} questions, where the benchmark has {benchmark.n}")
     ours = {metric: 100 * m["accuracy"] for metric, m in found.items()}
     for name, parts in (AVERAGES | POOLED).items():
         # over fewer benchmarks than the paper's, an average would compare with nothing
@@ -789,7 +794,7 @@ def compare(a, b):
         raise SystemExit(
             f"{a}: no scored.jsonl below it; eval.py writes one when all answers are there"
         )
-    print(f"A: {a}\nB: {b}")
+    print(f"A: {a}\nB: {b}\nover questions:")
     for name in others:
         if name not in names:
             print(f"{name.parent}: B's alone")
@@ -808,18 +813,23 @@ def compare(a, b):
         in_order_of_one = [two[id] for id in one]
         title = "" if name.parent == Path() else f"{name.parent}: "
         print(f"{title}{paired_difference(list(one.values()), in_order_of_one)}")
-        for setting, (x, y) in differing(Path(a) / name, Path(b) / name).items():
-            print(f"  {setting}: A {x!r}, B {y!r}")
+        records = [(Path(x) / name).with_name("metrics.json") for x in (a, b)]
+        if all(path.exists() for path in records):  # a scored.jsonl alone may have been copied
+            print_records(*(read_json(path, settings=dict, scores=dict) for path in records))
 
 
-def differing(a, b):
-    """{setting: (A's, B's)} of the settings in which the runs of two scored.jsonl differ."""
-    records = [path.with_name("metrics.json") for path in (a, b)]
-    if not all(path.exists() for path in records):  # a scored.jsonl alone may have been copied
-        return {}
-    one, two = (read_json(path, settings=dict)["settings"] for path in records)
-    names = [name for name in one | two if one.get(name) != two.get(name)]
-    return {name: (one.get(name), two.get(name)) for name in names}
+def print_records(a, b):
+    """Print what two records of one test set differ in: the benchmark's own scores, settings."""
+    one, two = a["settings"], b["settings"]
+    # which may be no mean over questions: WeMath's are over problems, MMVP's over pairs
+    printed = {metric for table in PUBLISHED.values() for metric, *_ in table.rows}
+    for name in a["scores"].keys() & b["scores"].keys():
+        if f"{one.get('data')}/{name}" in printed:
+            x, y = (record["scores"][name]["accuracy"] for record in (a, b))
+            print(f"  the benchmark's {name}: A {x:.3f}, B {y:.3f}")
+    for name in one | two:
+        if one.get(name) != two.get(name):
+            print(f"  {name}: A {one.get(name)!r}, B {two.get(name)!r}")
 
 
 def read_grades(path):
@@ -931,6 +941,9 @@ def main():
     if judge_url:
         check_url(judge_url)
     names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
+    missing = missing_files(filter(None, names), data_root)
+    if missing:
+        raise SystemExit(missing)
     claim(out)
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]

@@ -1,5 +1,6 @@
 """What is each public test set? Prompts and options from the official layouts, and broken files."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import (
     BENCHMARKS,
     PUBLISHED,
     benchmarks_named,
+    literal,
     load_benchmark,
     mathvision,
     mathvista,
@@ -179,6 +181,41 @@ def test_mathvistas_gold_is_an_options_text(choices, answer, letter, gold):
     row |= {"images": [], "choices": choices, "answer": answer}
     row |= {"answer_option": letter} if letter else {}
     assert (row | mathvista(row, None))["answer"] == gold
+
+
+@pytest.mark.parametrize(
+    "cell, texts",
+    [
+        ("['a', \"it's\", 'c d']", ["a", "it's", "c d"]),
+        ("['a' \"it's\"\n 'c d']", ["a", "it's", "c d"]),  # as numpy prints it
+        (["a", "b"], ["a", "b"]),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_a_list_in_a_cell(cell, texts):
+    assert literal(cell) == texts
+
+
+def test_mmvps_two_spellings(tmp_path, bench_root):
+    """Of its column Index, of which one begins with a small L."""
+    root, _ = bench_root
+    shutil.copytree(root / "MMVP", tmp_path / "MMVP")
+    file = tmp_path / "MMVP/Questions.csv"
+    file.write_text(file.read_text().replace("Index", "lndex"))
+    (theirs, _), (ours, _) = (load_benchmark("MMVP", folder) for folder in (root, tmp_path))
+    assert [row["id"] for row in ours] == [row["id"] for row in theirs] == ["1", "2"]
+    assert [Path(row["images"][0]).name for row in ours] == ["1.jpg", "2.jpg"]
+
+
+def test_all_missing_files_and_questions_are_told(tmp_path, bench_root, base):
+    said = run("eval.py", *args_of(base, tmp_path, tmp_path / "out", benchmarks="gap"), ok=False)
+    assert said.count("no such file: ") == len(benchmarks_named("gap"))
+    root, _ = bench_root
+    args = args_of(base, root, tmp_path / "out", benchmarks="VStar")
+    said = run("eval.py", *args, ranks=2)
+    assert said.count("questions, VStar has 191") == 1  # and not once a rank
+    assert "where the benchmark has 191" in run("eval.py", *args)  # beside the paper's numbers
 
 
 def test_prompts_end_as_the_harnesses_do():

@@ -179,6 +179,8 @@ def test_a_template_is_no_copy_without_its_picture(stage, tmp_path):
     for id in ("copy", "shared"):
         expected |= {(id, "question"), (id, "pixels")}
     assert found == expected
+    with pytest.raises(SystemExit, match="HRBench4K: no such file"):
+        stage("audit", "audited", data=data, benchmarks="gap")  # a table stands for its test sets
     with pytest.raises(SystemExit, match="'MMstar' is neither a file nor one of .*MMStar"):
         stage("audit", data=data, benchmarks="MMstar")
 

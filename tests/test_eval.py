@@ -373,11 +373,15 @@ def test_compare(tmp_path):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"id": i, "correct": c}) + "\n" for i, c in enumerate(right)]
         (tmp_path / name / "scored.jsonl").write_text("".join(lines))
-        settings = {"model": f"out/{name}", "seed": 1}
-        (tmp_path / name / "metrics.json").write_text(json.dumps({"settings": settings}))
+        settings = {"model": f"out/{name}", "seed": 1, "data": "WeMath"}
+        scores = {"strict": {"accuracy": len(name) / 4}, "IK": {"accuracy": 0.5}}
+        record = json.dumps({"settings": settings, "scores": scores})
+        (tmp_path / name / "metrics.json").write_text(record)
     both = (tmp_path / "a", tmp_path / "b")
     text = run("eval.py", "--compare", *both)
-    assert f"A: {both[0]}\nB: {both[1]}\n" in text
+    assert f"A: {both[0]}\nB: {both[1]}\nover questions:\n" in text
+    # the benchmark's own score of a paper's table, which is no mean over questions
+    assert "the benchmark's strict: A 0.250, B 0.250" in text and "IK" not in text
     assert "model: A 'out/a', B 'out/b'" in text and "seed:" not in text
     wins, losses = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
     test = binomtest(wins, wins + losses)
