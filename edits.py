@@ -145,12 +145,15 @@ def compare(a, b, said, features):
         "followed": follows(a, b, said),
         "both_right": all(said[row["id"]]["correct"] == 1 for row in (a, b)),
         "cosine": None,
+        "pooled": None,
         "own": None,
     }
     v_a, v_b = (latents_of(said[row["id"]]) for row in (a, b))
     if v_a is None or v_b is None or v_a.shape != v_b.shape:
         return found
     found["cosine"] = float(F.cosine_similarity(v_a, v_b, dim=-1).mean())
+    # the critics' measure, which the order of the latents does not change
+    found["pooled"] = float(F.cosine_similarity(v_a.mean(0), v_b.mean(0), dim=0))
     if features and a.get("aux_images") and b.get("aux_images"):
         real_a, real_b = (
             features([open_image(path) for path in row["aux_images"]]).flatten(0, 1)
@@ -163,7 +166,7 @@ def compare(a, b, said, features):
 
 def summary(found):
     """The means of the pairs' numbers, of those that have one."""
-    names = ("followed", "both_right", "cosine", "own")
+    names = ("followed", "both_right", "cosine", "pooled", "own")
     numbers = {name: [x[name] for x in found if x[name] is not None] for name in names}
     means = {name: mean(map(float, x)) if x else None for name, x in numbers.items()}
     return {"pairs": len(found)} | means

@@ -318,6 +318,16 @@ def report(merged):
         print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){note}")
 
 
+def check_drawn(merged):
+    """Say so where a server's samples of a question are one answer, whatever the question."""
+    drawn = [line["answers"] for line in merged if len(line["answers"]) > 1]
+    if temperature and len(drawn) > 20 and all(len(set(answers)) == 1 for answers in drawn):
+        print(
+            f"all samples of each of {len(drawn)} questions agree: does the server draw them? "
+            "By vLLM's default it takes top_k from the model's folder: --generation-config vllm"
+        )
+
+
 def main():
     check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
     show_files(reads=[base, data], writes=[out])
@@ -331,7 +341,10 @@ def main():
     sample_all(rows)
     dist.barrier()  # every rank's file is complete
     if rank_and_world()[0] == 0:
-        report(merge(rows))
+        merged = merge(rows)
+        report(merged)
+        if url:
+            check_drawn(merged)
     leave_ranks()
 
 

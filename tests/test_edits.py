@@ -174,3 +174,14 @@ def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
         want = F.adaptive_avg_pool2d(plane, 2)[0].flatten(1).T
         torch.testing.assert_close(real_features(folder, vlm, K)(pictures)[0], want)
     assert real_features(TOY, vlm, K) is None
+
+
+def test_pooled_latents_have_no_order(monkeypatch):
+    """The critics pool them: what is said in another order is the same to them."""
+    v = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(edits, "latents_of", lambda line: line["v"])
+    said = {"a": {"v": v}, "b": {"v": v.flip(0)}}
+    said = {id: line | {"extracted": "x", "correct": 1} for id, line in said.items()}
+    a, b = ({"id": id, "answer": "x"} for id in "ab")
+    found = edits.compare(a, b, said, None)
+    assert found["pooled"] == pytest.approx(1.0) and found["cosine"] < 0.9

@@ -140,6 +140,16 @@ def test_a_rule_is_told_only_what_decides_it(monkeypatch, capsys):
     assert re.search(r"guess-aware rule +4 \(100.0%\)  at most: 3 were stopped too early", said)
 
 
+def test_samples_that_all_agree_are_told(capsys):
+    """A server that takes top_k=1 from the model's folder draws one answer eight times."""
+    one = {"answers": ["A"] * 8}
+    sample_difficulty.check_drawn([one] * 30 + [{"answers": ["A"]}])
+    assert "all samples of each of 30 questions agree" in capsys.readouterr().out
+    sample_difficulty.check_drawn([one] * 30 + [{"answers": ["A", "B"]}])
+    sample_difficulty.check_drawn([one] * 5)
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("field", ["question", "answer", "options", "system", "images"])
 def test_only_a_changed_row_is_new(sampled, field):
     rows, write = sampled
