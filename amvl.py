@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import LATENT_SPAN, seed_of
-from method import Method, weights_of
+from method import Method, tensors_of
 from model import (
     IGNORE,
     LATENT_PAD,
@@ -106,7 +106,7 @@ class AMVL(Method):
         """
         p, q = self.prior_of(batch), self.posterior_of(batch)  # (B * K, m)
         z = q.sample(batch["noise"]) if "noise" in batch else q.mean
-        h = self.states(batch, self.head.into_slots(z), self.latent_id)
+        h = self.states(batch, self.head.into_slots(z))
         sums = {
             "ce": self.cross_entropy(h, batch),
             "forward": self.divergence(q.detach(), p),
@@ -114,7 +114,7 @@ class AMVL(Method):
         }
         if "noise" in batch:
             return sums
-        h_prior = self.states(batch, self.head.into_slots(p.mean), self.latent_id)
+        h_prior = self.states(batch, self.head.into_slots(p.mean))
         return sums | {
             "ce_prior": self.cross_entropy(h_prior, batch),
             "right": self.rows_right(h, batch),
@@ -169,10 +169,10 @@ class AMVL(Method):
 
     # --- what it leaves
 
-    def save(self, folder, weights):
+    def save(self, folder, trained):
         """latent_head.safetensors: the prior and the map into the slots. No posterior."""
         meta = {"tower": tower_fingerprint(self.vlm)}
-        save_head(folder, self.head, weights_of("head", weights), meta)
+        save_head(folder, self.head, tensors_of("head", trained), meta)
 
 
 def grown(done, begin, end):

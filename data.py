@@ -243,27 +243,20 @@ def in_one_form(raw, training, where):
     for field in texts:
         row[field] = as_text(row[field], field, where)
 
-    lists = ["images"]
-    if training or "aux_images" in row:
-        # the spans of the response are counted against it below
+    if training:
         row.setdefault("aux_images", [])  # a response without a span needs none
-        lists.append("aux_images")
+    for field in IMAGE_FIELDS:
+        if isinstance(row.get(field), str):  # a single image is often written without its list
+            row[field] = [row[field]]
+        if field in row:
+            check_list(row[field], field, where)
+            check_strings(row[field], field, where)
     if "options" in row:
-        lists.append("options")
-    for field in lists:
-        value = row.get(field)
-        # a single image is often written without its list; a single option is a mistake
-        if isinstance(value, str) and field != "options":
-            value = [value]
-        if not isinstance(value, list):
-            raise SystemExit(f"{where}: field {field!r} must be a list, found {value!r}")
-        if field == "options":
-            row[field] = without_letters([as_text(x, field, where) for x in value])
-            if len(value) > 26:
-                raise SystemExit(f"{where}: {len(value)} options; there are 26 letters")
-        else:
-            check_strings(value, field, where)
-            row[field] = value
+        options = row["options"]  # of which a single one without its list is a mistake
+        check_list(options, "options", where)
+        row["options"] = without_letters([as_text(x, "options", where) for x in options])
+        if len(options) > 26:
+            raise SystemExit(f"{where}: {len(options)} options; there are 26 letters")
     if is_place(row):
         raise SystemExit(
             f"{where}: answer {row['answer']!r} is none of the {len(row['options'])} options; if "
@@ -304,6 +297,11 @@ def as_text(value, field, where):
         raise SystemExit(f"{where}: field {field!r} must be a str, found {value!r}")
     # as it stood in the file: 3 stays 3, 2.5 stays 2.5
     return json.dumps(value)
+
+
+def check_list(value, field, where):
+    if not isinstance(value, list):
+        raise SystemExit(f"{where}: field {field!r} must be a list, found {value!r}")
 
 
 def check_strings(values, field, where):
@@ -672,7 +670,7 @@ def question_key(row):
 
 def example_key(row):
     """A hash of what a row teaches: its question and its response."""
-    taught = [row["response"], *([row["at_first"]] if "at_first" in row else [])]
+    taught = [row[name] for name in ("response", "at_first") if name in row]
     return key_of([row["id"], question_key(row), *taught])
 
 

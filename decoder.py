@@ -40,7 +40,7 @@ class Prompts(NamedTuple):
         """Positions, with padding."""
         return self.layers[0][0].shape[2]
 
-    def pick(self, q):
+    def at(self, q):
         """Those of the prompts q (Q'), ascending; no copy where these are all."""
         if len(q) == len(self.last):
             return self
@@ -195,7 +195,7 @@ class Cohort:
         return o.transpose(1, 2).reshape(R, H * G * D)
 
     def can_seat(self, prompts, n_samples):
-        """Are there places for the Prompts, and of what they need?"""
+        """Are there enough free places for the Prompts, and are they long enough?"""
         fits = rounded_up(prompts.T, PROMPT_ROOM) <= WIDEN_AT_MOST * self.prompts.T
         return fits and self.S == n_samples and self.free.sum() >= len(prompts.last)
 
@@ -215,7 +215,7 @@ class Cohort:
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
-        self.prompts, self.S = self.prompts.pick(q), s.shape[1]
+        self.prompts, self.S = self.prompts.at(q), s.shape[1]
         self.t, self.free = self.t[q], self.free[q]
         device = self.prompts.last.device
         for new in self.keys + self.values:
@@ -279,7 +279,7 @@ class Decoder:
         )
 
     def begin(self, prompts, n_samples):
-        """Rows more: n_samples of each of the Prompts, to go on after it.
+        """More rows: n_samples for each of the Prompts, to go on after it.
 
         Returns h_bar (Q * n_samples, d), from which their first tokens are drawn; and an index (R):
         what is row i now was row index[i] of the rows before, followed by these.
@@ -378,9 +378,9 @@ class Decoder:
         return self.lm.norm(x)
 
     def leave(self, alive, others_may_come=False):
-        """Let rows go that are not alive (R), where that makes their cohort smaller by much.
+        """Drop rows that are not alive (R), where that makes their cohort smaller by enough.
 
-        Where steps are captured none does as long as others may come, for whom they leave places.
+        While steps are captured and others may come, none is dropped: their places are used again.
         Returns the index (R') of those that stay; None where all do.
         """
         leave_at = LEAVE_CAPTURED_AT if self.captured else LEAVE_AT
@@ -395,7 +395,7 @@ class Decoder:
                 cohort.t[cohort.free] = 0  # until they are taken they write to their first position
             if others_may_come:
                 return None
-        # as at most steps: too many are alive for any to become smaller, which is found out cheaply
+        # the usual case, found out cheaply: too many are alive for any cohort to become smaller
         if all(living.sum() > leave_at * len(cohort) for cohort, living in parts):
             return None
         index, cohorts, before = [], [], 0

@@ -177,8 +177,8 @@ class TestSet(NamedTuple):
     rows: Rows | list
     out: Path
     benchmark: Benchmark
-    settings: dict  # all that changes an answer but the question, and what a reader must know
-    key: str  # its hash
+    settings: dict  # for metrics.json: what changes an answer, and what a reader must know
+    key: str  # of all that changes an answer but the question, by content
 
 
 def load_test_set(name):
@@ -232,8 +232,10 @@ def row_key(key, row):
     """The key of one answer: the run's settings, the question as it is put, and its pictures."""
     # of a Cell where it lies in the table, whose MD5 is in `key`; of a file what it holds
     pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
-    of_its_own = [row["system"]] if row.get("system") else []
-    return key_of([key, row["id"], question_text(row), pictures, *of_its_own])
+    asked = [key, row["id"], question_text(row), pictures]
+    if row.get("system"):
+        asked.append(row["system"])
+    return key_of(asked)
 
 
 def read_predictions(test):
@@ -260,7 +262,7 @@ def read_predictions(test):
 
 
 def failure(e):
-    """What the line of a question says that failed."""
+    """What the line says of a question that failed."""
     # cut, since some libraries quote all that they were given
     return {"error": f"{type(e).__name__}: {e}"[:1000]}
 
@@ -297,8 +299,8 @@ class Waiting:
         self.next = []  # the one that did not fit
 
     def fitting(self, n, held):
-        """Up to n of them that fit into prompt_tokens, where so many are held; and each one's
-        padded tokens."""
+        """Up to n of them that fit into prompt_tokens beside the `held` ones in use; and the
+        length of the longest, to which each is padded."""
         # padding costs as much as tokens: the longest prompt counts for all
         longest, part = 0, []
         while len(part) < n:
@@ -364,7 +366,7 @@ class Answerer:
         while True:
             under_way = {}  # {number: (row, prompt, padded tokens)}
             try:
-                for answered in self.answer(questions, under_way):
+                for answered in self.answer_together(questions, under_way):
                     yield answered
                     yield from failed
                     failed.clear()
@@ -379,7 +381,7 @@ class Answerer:
             # is free only after that block
             for row, prompt, _ in under_way.values():
                 try:
-                    yield from list(self.answer(Waiting([(row, prompt)]), {}))
+                    yield from list(self.answer_together(Waiting([(row, prompt)]), {}))
                 except (Exception, SystemExit) as e:
                     yield row, failure(e)
 
@@ -393,8 +395,11 @@ class Answerer:
                 continue
             yield row, prompt
 
-    def answer(self, questions, under_way):
-        """Answer questions, as many at once as fit. Yields (row, its line) as they end."""
+    def answer_together(self, questions, under_way):
+        """Answer questions, as many at once as fit. Yields (row, its line) as they end.
+
+        `under_way` is filled as questions begin and emptied as they end.
+        """
         numbers, shares = count(), Shares(self.vlm.device)
 
         def more(n):
@@ -476,9 +481,9 @@ class ServedAnswerer:
     """A server of the model, which is asked `workers` questions at once."""
 
     def __init__(self, test, processor):
-        self.limit, self.processor = test.settings["max_new_tokens"], processor
-        key = key_in(served_key)
-        self.server = Served(url, served_model, key, tries, self.limit, temperature, top_p)
+        self.processor = processor
+        key, most = key_in(served_key), test.settings["max_new_tokens"]
+        self.server = Served(url, served_model, key, tries, most, temperature, top_p)
 
     def answers(self, rows, has_answered):
         """As Answerer's, in the order in which the server answers."""
@@ -541,11 +546,11 @@ def grade(test, predictions):
 
     A failed question counts as wrong; one without a prediction is left out.
     """
+    empty = {"raw": "", "truncated": False, "tokens": 0, "latents": 0}  # of a failure
     graded = []
     for row in test.rows:
         if row["id"] not in predictions:
             continue
-        empty = {"raw": "", "truncated": False, "tokens": 0, "latents": 0}  # of a failure
         line = empty | predictions[row["id"]]
         # a column of this name in a file of one's own is no kind of answer
         kind = row.get("kind", "text") if test.benchmark is not JSONL else "text"
@@ -625,8 +630,8 @@ def score(test, predictions):
         write_mmhal_responses(test, graded)
     print(f"wrote {test.out / 'scored.jsonl'} and metrics.json")
     if all(row["truncated"] for row in graded):
-        limit = test.settings["max_new_tokens"]
-        print(f"every answer was cut off: raise max_new_tokens={limit}, or look at `raw` for why")
+        most = test.settings["max_new_tokens"]
+        print(f"every answer was cut off: raise max_new_tokens={most}, or look at `raw` for why")
     if failures:
         print(
             f"{len(failures)} questions failed and count as wrong; run eval.py again to retry "
@@ -786,10 +791,8 @@ def compare(a, b):
 
     a, b: folders with scored.jsonl, of one test set or of several.
     """
-    names, others = (
-        sorted(path.relative_to(folder) for path in Path(folder).glob("**/scored.jsonl"))
-        for folder in (a, b)
-    )
+    names = sorted(path.relative_to(a) for path in Path(a).glob("**/scored.jsonl"))
+    others = sorted(path.relative_to(b) for path in Path(b).glob("**/scored.jsonl"))
     if not names:
         raise SystemExit(
             f"{a}: no scored.jsonl below it; eval.py writes one when all answers are there"

@@ -106,9 +106,8 @@ def moments(paths, d, device):
                 shape = tuple(part.shape)
                 raise SystemExit(f"{path}: targets of shape {shape}, expected (spans, K, {d})")
             check_finite(part, str(path))
-        v = torch.cat([part.flatten(0, 1) for part in kept]).to(
-            device, torch.float64
-        )  # (vectors of this file, d)
+        v = torch.cat([part.flatten(0, 1) for part in kept])  # (vectors of this file, d)
+        v = v.to(device, torch.float64)
         total += v.sum(0)
         outer += v.T @ v
         n += len(v)
@@ -283,14 +282,14 @@ def check_provenance(note, made_by):
 
 def read_shards(shards):
     """All targets as {id: file name}, the rejected ids, a count of thin images, and mean norms."""
-    index, rejected, thin = {}, [], 0
+    files, rejected, thin = {}, [], 0
     norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one a file
     for path, _, _ in shards:
         with safe_open(path, "pt") as f:
             meta = f.metadata()
-            index |= dict.fromkeys(f.keys(), path.name)
+            files |= dict.fromkeys(f.keys(), path.name)
         rejected += json.loads(meta["rejected"])
-        thin += int(meta.get("thin", 0))  # older files did not count them
+        thin += int(meta["thin"])
         for name, pairs in norms.items():
             pairs.append(json.loads(meta[name]))
 
@@ -298,16 +297,15 @@ def read_shards(shards):
     for name, pairs in norms.items():
         count = sum(count for _, count in pairs)
         means[name] = sum(total for total, _ in pairs) / max(1, count)
-    return index, rejected, thin, means
+    return files, rejected, thin, means
 
 
-def report(n, d, index, rejected, thin, norms, eigenvalues):
+def report(n, d, n_examples, rejected, thin, norms, eigenvalues):
     """Print what there is to know about the vectors and their PCA."""
-    share = len(rejected) / max(len(index), 1)
     print(f"{n:,} vectors of the training data; K = {K}, {mode}, d = {d}")
     print(
-        f"rejected as degenerate: {len(rejected)} of {len(index):,} examples, validation data "
-        f"included ({share:.2%}) {' '.join(rejected[:20])}"
+        f"rejected as degenerate: {len(rejected)} of {n_examples:,} examples, validation data "
+        f"included ({len(rejected) / max(n_examples, 1):.2%}) {' '.join(rejected[:20])}"
     )
     if thin:
         side = math.isqrt(K)
@@ -323,10 +321,10 @@ def report(n, d, index, rejected, thin, norms, eigenvalues):
 
 def finish(shards, total, outer, n, made_by):
     """Fit the PCA, report, and write it and the index of the targets."""
-    index, rejected, thin, norms = read_shards(shards)
+    files, rejected, thin, norms = read_shards(shards)
     if n < 2:
         raise SystemExit(
-            f"{data}: {n} usable auxiliary vectors, and a PCA needs at least 2; of {len(index)} "
+            f"{data}: {n} usable auxiliary vectors, and a PCA needs at least 2; of {len(files)} "
             f"examples with auxiliary images {len(rejected)} were rejected as flat (degenerate)"
         )
     mean, covariance = mean_and_covariance(total, outer, n)
@@ -334,19 +332,19 @@ def finish(shards, total, outer, n, made_by):
         raise SystemExit(f"{data}: all {n} auxiliary vectors are one and the same: no PCA")
     eigenvalues, vectors, k = fit(covariance, retained)
     check_finite(eigenvalues, f"{out}: the eigenvalues of the fit")
-    report(n, len(mean), index, rejected, thin, norms, eigenvalues)
+    report(n, len(mean), len(files), rejected, thin, norms, eigenvalues)
     if basis == "random":
         eigenvalues, vectors = random_basis(covariance)
 
     folder = Path(out)
     index_path = folder / "targets" / "index.json"
-    whole = made_by | {
+    index = made_by | {
         "rejected": rejected,
-        "files": index,
+        "files": files,
         "pictures": {row["id"]: pictures_of(row) for _, rows, _ in shards for row in rows},
         "shards": {path.name: tensors_digest(path) for path, _, _ in shards},
     }
-    write_json(index_path, whole)
+    write_json(index_path, index)
 
     tensors = {
         "mean": mean.float() * centre,
@@ -354,7 +352,7 @@ def finish(shards, total, outer, n, made_by):
         "eigenvalues": eigenvalues.float(),
     }
     meta = made_by | {"retained": retained, "k": k, "n": n, "basis": basis, "centre": centre}
-    meta["targets"] = key_of(whole)  # a PCA belongs to the targets that it was fitted on
+    meta["targets"] = key_of(index)  # a PCA belongs to the targets that it was fitted on
     meta = {name: str(x) for name, x in meta.items()}  # safetensors keeps strings only
     write_then_rename(folder / "pca.safetensors", lambda tmp: save_file(tensors, tmp, meta))
     examples = sample_targets(shards, set(rejected))
@@ -365,18 +363,19 @@ def finish(shards, total, outer, n, made_by):
 
 def sample_targets(shards, rejected):
     """[(row, its targets (m, K, d))] of n_bank training examples, evenly spread over them."""
-    rows = [
-        (part, i, path)
-        for path, part, _ in shards
-        for i, row in enumerate(part)
-        if path.name.startswith("train-") and row["aux_images"] and row["id"] not in rejected
+    places = [  # not the rows, which stay on the disk
+        (path, rows, i)
+        for path, rows, _ in shards
+        if path.name.startswith("train-")
+        for i, row in enumerate(rows)
+        if row["aux_images"] and row["id"] not in rejected
     ]
-    n = min(n_bank, len(rows))
+    n = min(n_bank, len(places))
     examples = []
-    for part, i, path in [rows[i * len(rows) // n] for i in range(n)]:
-        row = part[i]
-        with safe_open(path, "pt") as f:  # a header a row, not a shard in memory
-            examples.append((row, f.get_tensor(row["id"])))
+    for j in range(n):
+        path, rows, i = places[j * len(places) // n]
+        with safe_open(path, "pt") as f:  # reads a header and these targets, not the whole shard
+            examples.append((rows[i], f.get_tensor(rows[i]["id"])))
     return examples
 
 

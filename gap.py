@@ -32,7 +32,7 @@ from data import (
 )
 from images import usable_rows
 from launch import check_choices, check_each
-from method import Method, idle, weights_of
+from method import Method, idle, tensors_of
 from model import (
     HEADS,
     LATENT_PAD,
@@ -104,8 +104,7 @@ def solved_by(counts, examples, base, settings):
     Raises SystemExit for examples that were not sampled, or not as they are now, or from another
     base, and where an early-stopped count can not tell.
     """
-    path, tau, rule = (settings[name] for name in ("difficulty", "tau", "rule"))
-    kept = settings["easy_latents"]
+    path, tau, rule = settings["difficulty"], settings["tau"], settings["rule"]
     again = "run sample_difficulty.py again, it goes on where it stopped"
     missing = [row["id"] for row in examples if row["id"] not in counts]
     if missing:
@@ -125,8 +124,8 @@ def solved_by(counts, examples, base, settings):
                 f"{row.where} has; {again}"
             )
         if not needs_latents(line, tau, rule):
-            # a share that depends on the ids alone
-            if seed_of("easy", row["id"]) >= kept * 2**63:
+            # the share that keeps its latents depends on the ids alone
+            if seed_of("easy", row["id"]) >= settings["easy_latents"] * 2**63:
                 solved.add(row["id"])
         elif line["lower_bound"]:
             # it counted no further once solved under another tau or rule
@@ -157,7 +156,7 @@ class Targets:
         self.files = self.index["files"]  # {id: the file that holds it}
         # ids with a degenerate auxiliary image
         self.rejected = set(map(str, self.index["rejected"]))
-        self.open = {}  # files
+        self.handles = {}  # {path: open file}
 
     def check_files(self):
         """Refuse target files that are not those that fit_pca.py indexed."""
@@ -172,10 +171,10 @@ class Targets:
         check_each([*shards], fault)
         for name in shards:
             # held open: a file that is replaced while this one trains is another one
-            self.open[self.folder / name] = safe_open(self.folder / name, "pt")
+            self.handles[self.folder / name] = safe_open(self.folder / name, "pt")
 
-    def has(self, row):
-        """Are there targets of a row's auxiliary images? SystemExit if not, or of other ones."""
+    def are_usable(self, row):
+        """False if one is of a degenerate picture. SystemExit if they are missing, or of others."""
         if row["id"] not in self.files:
             raise SystemExit(
                 f"{row.where}: example {row['id']!r} needs latent targets, which {self.index_file} "
@@ -185,18 +184,16 @@ class Targets:
         pictures = [file_digest(path) for path in row["aux_images"]]
         if self.index["pictures"].get(row["id"]) != pictures:
             raise SystemExit(
-                f"{row.where}: the auxiliary images of {row['id']!r} are others than those of its "
-                f"targets in {self.folder}; run fit_pca.py again"
+                f"{row.where}: the auxiliary images of {row['id']!r} are not those that its "
+                f"targets in {self.folder} were made from; run fit_pca.py again"
             )
         return row["id"] not in self.rejected
 
     def read(self, id, n_spans):
         """(n_spans * K, d) of an example. Raises SystemExit if its targets have another shape."""
         path = self.folder / self.files[id]
-        if path not in self.open:
-            self.open[path] = safe_open(path, "pt")
         # safetensors maps the file: only this example's bytes are read
-        v = self.open[path].get_tensor(id)  # (m, K, d)
+        v = self.handles[path].get_tensor(id)  # (m, K, d)
         if v.shape != (n_spans, self.K, self.d):
             raise SystemExit(
                 f"{path}: targets {tuple(v.shape)} for example {id!r}, expected "
@@ -272,7 +269,7 @@ class GAP(Method):
     # --- which rows, and how a row becomes numbers
 
     def rows(self, examples, training):
-        # as fit_pca.py did; their digests are made here, a share a rank
+        # as fit_pca.py did; each rank makes a share of their digests here
         examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
         if training and self.settings["difficulty"]:
             counts = read_counts(self.settings["difficulty"])
@@ -284,9 +281,9 @@ class GAP(Method):
         whole = row["response"]
         super().change(row, training)
         # beside a stripped response the whole one, for the first steps
-        if training and self.settings["latents_first"] and row["id"] in self.solved:
-            if row["aux_images"] and self.can_use(row):
-                row["at_first"] = whole if self.settings["write_parser"] else strip_parser(whole)
+        stripped = row["aux_images"] and not self.keeps_latents(row, training)
+        if self.settings["latents_first"] and stripped and self.can_use(row):
+            row["at_first"] = whole if self.settings["write_parser"] else strip_parser(whole)
 
     def keeps_latents(self, row, training):
         return not training or row["id"] not in self.solved
@@ -297,15 +294,14 @@ class GAP(Method):
         return super().keeps_parser(row, training)
 
     def can_use(self, row):
-        return self.targets.has(row)
+        return self.targets.are_usable(row)
 
     def encode(self, row):
-        response, K = row["response"], self.head.K
-        first = self.settings["latents_first"]
-        if row.get("step", first) < first:
+        response = row["response"]
+        if "step" in row and row["step"] < self.settings["latents_first"]:
             response = row.get("at_first", response)
         # the same prompt and spans as at inference, with K pads a span
-        example = encode(self.vlm, self.tokenizer, self.processor, row, K, response)
+        example = encode(self.vlm, self.tokenizer, self.processor, row, self.head.K, response)
         return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
 
     def counts(self, example):
@@ -338,8 +334,8 @@ class GAP(Method):
         elif self.settings["scheduled_sampling"]:
             # on every rank, with latents or not: FSDP gathers the decoder twice
             with torch.no_grad():
-                fed = self.head(self.states(batch, v, self.latent_id)[at])
-        h = self.states(batch, fed, self.latent_id)  # (B, T - 1, d)
+                fed = self.head(self.states(batch, v)[at])
+        h = self.states(batch, fed)  # (B, T - 1, d)
         ce = self.cross_entropy(h, batch)
         if not len(v):
             zero = ce.new_zeros(())
@@ -383,7 +379,7 @@ class GAP(Method):
 
     # --- what it leaves
 
-    def save(self, folder, weights):
+    def save(self, folder, trained):
         """latent_head.safetensors, what `generate` asks for the next latent.
 
         It also says where the bank lies that its latents can be looked at with: now, and from the
@@ -393,4 +389,4 @@ class GAP(Method):
         # `folder` is one that is renamed to `out` once it is whole
         beside = os.path.relpath(bank, Path(self.settings["out"]).resolve())
         meta = self.meta | {"bank": str(bank), "bank_beside": beside}
-        save_head(folder, self.head, weights_of("head", weights), meta)
+        save_head(folder, self.head, tensors_of("head", trained), meta)

@@ -19,7 +19,7 @@ from decoder import Decoder
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-REFILL_AT = 0.5  # others begin when no more than this share of those busy after the last still are
+REFILL_AT = 0.5  # questions begin once at most this share of those busy after the last refill are
 REFILL_CAPTURED_AT = 0.9  # the same on a GPU, where they take places that are free
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
@@ -226,7 +226,7 @@ class Question:
         return donor[len(self.latents[s]) % len(donor)]
 
     def answers(self, stops):
-        """{"ids", "latents" (m, d), "finished"} a sample."""
+        """{"ids", "latents" (m, d), "finished"} of each sample."""
         found = []
         for ids, latents in zip(self.ids, self.latents):
             v = torch.stack(latents) if latents else torch.zeros(0)
@@ -294,12 +294,20 @@ def generate(vlm, head, tokenizer, prompts, *, seeds=None, fed=None, n_samples=1
     """
     asked = []
     for q, prompt in enumerate(prompts):
-        mine = {"seeds": seeds[q * n_samples : (q + 1) * n_samples] if seeds else None}
-        asked.append(prompt | mine | {"fed": fed[q] if fed else None})
-    rest, Q = iter(asked), len(asked)
-    settings["n_samples"] = n_samples
-    found = dict(stream(vlm, head, tokenizer, lambda n: list(islice(rest, n)), Q, **settings))
-    return [found[q] for q in range(Q)]
+        prompt = dict(prompt)
+        if seeds:
+            prompt["seeds"] = seeds[q * n_samples : (q + 1) * n_samples]
+        if fed:
+            prompt["fed"] = fed[q]
+        asked.append(prompt)
+    left = iter(asked)
+
+    def more(n):
+        return list(islice(left, n))
+
+    answered = stream(vlm, head, tokenizer, more, len(asked), n_samples=n_samples, **settings)
+    found = dict(answered)
+    return [found[q] for q in range(len(asked))]
 
 
 class Desk:
@@ -335,8 +343,8 @@ class Desk:
         self.full = self.n_busy
         return groups
 
-    def rest(self, question):
-        """Take note that none of its rows is alive. Returns whether it has ended, or only waits."""
+    def end_wave(self, question):
+        """Its wave's last row has ended. Returns whether the question has, too, or only waits."""
         self.n_busy -= 1
         if question.dropped or question.begun == len(question.ids):
             del self.asked[question.q]
@@ -360,7 +368,7 @@ class RowStates(NamedTuple):
         zero = torch.zeros(0, dtype=torch.long)
         return cls(zero, zero, zero, zero.bool(), torch.zeros(0, max_new_tokens))
 
-    def pick(self, places):
+    def at(self, places):
         return RowStates(*(x[places] for x in self))
 
     def and_then(self, other):
@@ -390,9 +398,9 @@ def stream(
     """Answer prompts, `at_once` of them at a time; one that ends makes room for another.
 
     more(n) gives up to n prompts, as those of `generate`, each with its "seeds" and, for `shuffle`
-    and `oracle`, what is "fed". It may be asked again; none while no question is being answered
-    is the end. Yields (q, its answers as of `generate`) as questions end, numbered in the order in
-    which `more` gave them.
+    and `oracle`, what is "fed". It may be asked again; the stream ends when it gives none while no
+    question is being answered. Yields (q, its answers as of `generate`) as questions end, numbered
+    in the order in which `more` gave them.
 
     Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the
     head's output for the state before it, then `<|latent_end|>` and the text `after` are forced
@@ -400,8 +408,8 @@ def stream(
     fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
     other span opens. With no head, or under `zero`, none does; under `markers` one ends at once.
 
-    waves: how many of the n_samples are drawn one time after another, on one prompt cache; on a GPU
-    all at once, whatever this says.
+    waves: how many of the n_samples each successive wave draws, all on one prompt cache; a GPU
+    always draws them all at once.
     ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress` are never written.
     on_step(rows, tokens, x, h) sees what each living row is fed, and from which state;
     on_finish(q, s, ids) is called as a row ends and may return True to drop the question's other
@@ -456,7 +464,7 @@ def stream(
         forced = len(span) if before_answer else 0
         for group in desk.due():
             begun, states, index = begin(decoder, group, waves, forced)
-            rows, h = rows.and_then(begun).pick(index), torch.cat([h, states])[index]
+            rows, h = rows.and_then(begun).at(index), torch.cat([h, states])[index]
         if not rows.alive.any():
             return
 
@@ -508,20 +516,20 @@ def stream(
             if on_finish and on_finish(q, s, question.ids[s]):
                 question.dropped = True
         for q in dict.fromkeys(q for q, _ in ended):
-            question, mine = desk.asked[q], number // n_samples == q
+            question = desk.asked[q]
+            mine = number // n_samples == q
             if question.dropped:
                 alive = alive & ~mine
             if (alive & mine).any():
                 continue
-            has_ended = desk.rest(question)
-            if has_ended:
+            if desk.end_wave(question):
                 yield q, question.answers(stops.tolist())
 
         # 5. finished rows leave once they are many; the others read what they wrote
         rows = RowStates(number, n, left, alive, rows.u)
         staying = decoder.leave(alive, desk.others_may_come)
         if staying is not None:
-            rows, x, h = rows.pick(staying), x[staying], h[staying]
+            rows, x, h = rows.at(staying), x[staying], h[staying]
         if alive.any():
             h = decoder.step(x)
 
@@ -536,7 +544,7 @@ def begin(decoder, group, waves, forced):
     last = next(n for n in waves if n > first)
     group = sorted(group, key=lambda question: question.place)
     places = torch.tensor([question.place for question in group])
-    h, index = decoder.begin(group[0].prompts.pick(places), last - first)
+    h, index = decoder.begin(group[0].prompts.at(places), last - first)
     n_samples = waves[-1]
     for question in group:
         question.begun = last
@@ -618,13 +626,13 @@ def save_latents_file(path, latents, head, key=""):
 
     A span that the token limit cut off is left out. key: of the answer that they belong to.
     """
-    # the token limit can cut a span in two
     unit = span_unit(head)
     whole = len(latents) // unit * unit
     if not whole:
         Path(path).unlink(missing_ok=True)
         return
-    tensors, meta = {"latents": latents[:whole].contiguous()}, {"key": key, "K": str(unit)}
+    tensors = {"latents": latents[:whole].contiguous()}
+    meta = {"key": key, "K": str(unit)}
     write_then_rename(path, lambda tmp: save_file(tensors, tmp, meta))
 
 

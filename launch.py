@@ -46,7 +46,7 @@ PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent en
 LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 
 # settings by the least and the largest value that make sense, whatever script has them
-RANGES = {
+NAMES_IN_RANGE = {
     (0, math.inf): "epochs max_steps limit eval_every save_every examples interventions_at "
     "temperature lr lr_head weight_decay grad_clip timeout first_pause degenerate lambda_latent "
     "lambda_align rollout latents_first beta gamma free_bits",
@@ -61,12 +61,12 @@ RANGES = {
     (1, 64): "loader_threads",
     (0, 2**63 - 1): "seed",
 }
-RANGES = {name: ends for ends, names in RANGES.items() for name in names.split()}
+RANGES = {name: ends for ends, names in NAMES_IN_RANGE.items() for name in names.split()}
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
 RUN_ROOTS = ("out/toy", "data", "out")
 SHARED = ("data_root",)  # the benchmarks' files, which all runs read
 RUN = []  # the name that --run gave, if any
-# 0 has a meaning of its own where the script's default is 0, and none elsewhere
+# 0 is allowed where it is the default, and lets the script choose; elsewhere at least 1
 SIZES = ("max_new_tokens", "min_pixels", "max_pixels")
 
 # --------------------------------------------------------------------------------------------------
@@ -90,20 +90,20 @@ def start(main=None, **commands):
     if {"--help", "-h"} & set(args):
         print(help_text(script))
         return
-    run = main
+    command = main
     # --compare A B, or --compare=A,B
     name, equals, given = (args or [""])[0].removeprefix("--").partition("=")
     if name in commands and not (equals and name in settings_of(script)):
-        run = commands[name]
+        command = commands[name]
         args[:1] = given.split(",") if equals else []
-    if run is None:
+    if command is None:
         name = Path(script["__file__"]).name
         usage = f"usage: python {name} {' | '.join(commands)} [--key=value ...]"
         raise SystemExit(f"{usage}; --help says what they do")
     # a command that takes two folders (eval.py --compare A B) says so by its parameters
-    words = override(script, args, n_words=len(inspect.signature(run).parameters))
+    words = override(script, args, n_words=len(inspect.signature(command).parameters))
     try:
-        run(*words)
+        command(*words)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None  # what a shell expects of Ctrl-C
@@ -178,12 +178,8 @@ def override(script, args, n_words=0):
     RUN[:] = [run] if run else []
     if run:
         move_to_run(script, run, defaults, given)
-    # the toy's validation rows are of no use beside one's own data
-    if "data" in given and "val_data" in defaults and "val_data" not in given:
-        toys = script["val_data"] == defaults["val_data"] and script["val_data"]
-        if toys and Path(script["data"]) != Path(defaults["data"]):
-            print(f"no val_data: the default, {script['val_data']}, is the toy's; --val_data=FILE")
-            script["val_data"] = ""
+    if script.get("val_data") and "val_data" not in given:
+        drop_val_data(script, run, defaults, given)
     check_ranges(script, defaults)
     return words
 
@@ -198,11 +194,20 @@ def move_to_run(script, run, defaults, given):
             if path.is_relative_to(root):
                 script[name] = str(Path("out") / run / path.relative_to(root))
                 break
-    # one's own data may have no validation rows, which the toy's has
-    val_data = script.get("val_data")
-    if val_data and "val_data" not in given and not Path(val_data).exists():
-        print(f"no val_data: {val_data} is not there; --val_data=FILE names another")
-        script["val_data"] = ""
+
+
+def drop_val_data(script, run, defaults, given):
+    """Do without the default val_data where it does not go with one's own data."""
+    val_data = script["val_data"]
+    own_data = "data" in given and Path(script["data"]) != Path(defaults["data"])
+    if run and not Path(val_data).exists():
+        why = "is not there"
+    elif own_data and val_data == defaults["val_data"]:
+        why = "is the toy's"
+    else:
+        return
+    print(f"no val_data: {val_data} {why}; --val_data=FILE names another")
+    script["val_data"] = ""
 
 
 def folder_of(stage, model):

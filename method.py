@@ -30,6 +30,7 @@ class Method(nn.Module):
     call the decoder equally often and reach all trained weights: FSDP waits for each of them.
     """
 
+    latent_id = -1  # the token at whose places latents are fed; -1 is none
     reads = ()  # settings with the files and folders that it reads, beside base and data
 
     def __init__(self, vlm, tokenizer, processor, settings):
@@ -123,10 +124,10 @@ class Method(nn.Module):
         """
         return {"ce": self.cross_entropy(self.states(batch), batch)}
 
-    def states(self, batch, latents=None, latent_id=-1):
+    def states(self, batch, latents=None):
         """h_bar (B, T - 1, d) of a micro-batch: each position predicts the next, the last none."""
         # images at their pads; a subclass puts latents at theirs
-        x = embed(self.vlm, batch["ids"], batch["vision"], latents, latent_id)
+        x = embed(self.vlm, batch["ids"], batch["vision"], latents, self.latent_id)
         decoder = self.vlm.model.language_model
         # no cache: those of transformers grow in place, and activation checkpointing, which reads
         # twice, then gives wrong gradients, in silence (valr.py has one that does not)
@@ -151,14 +152,14 @@ class Method(nn.Module):
 
     # --- what it leaves
 
-    def save(self, folder, weights):
-        """Write the method's own files beside the exported model; weights are by full name."""
+    def save(self, folder, trained):
+        """Write the method's own files beside the exported model; trained: {full name: tensor}."""
 
 
-def weights_of(name, weights):
-    """The weights of the submodule `name`, by their names in it, of those that `save` is given."""
+def tensors_of(name, trained):
+    """The tensors of the submodule `name`, by their names in it, of those that `save` is given."""
     prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
 
 
 def idle(module):

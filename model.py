@@ -389,15 +389,18 @@ def load_head(folder, vlm, tokenizer, latent_size):
         d = vlm.config.text_config.hidden_size
         return MonetHead(d, latent_size).to(vlm.device).eval()
     _, meta = read_safetensors(path, fields=("K", "kind", "tower"))
-    kind, K, kinds = meta["kind"], meta["K"], HEADS | OTHER_HEADS
-    if kind not in kinds:
-        raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(kinds)}")
-    tensors, meta = read_safetensors(path, kinds[kind].tensors, kinds[kind].fields)
+    kind, K, heads = meta["kind"], meta["K"], HEADS | OTHER_HEADS
+    if kind not in heads:
+        raise SystemExit(f"{path}: head kind is {kind!r}, expected one of {sorted(heads)}")
+    Head = heads[kind]
+    tensors, meta = read_safetensors(path, Head.tensors, Head.fields)
     if "basis" in tensors:
         check_pca(path, tensors)
-    whole = K.isdecimal() and kinds[kind].fewest <= int(K) <= MOST_LATENTS
-    if not whole or kinds[kind].square and math.isqrt(int(K)) ** 2 != int(K):
-        wanted = "a square up to" if kinds[kind].square else "a number up to"
+    fits = K.isdecimal() and Head.fewest <= int(K) <= MOST_LATENTS
+    if fits and Head.square:
+        fits = math.isqrt(int(K)) ** 2 == int(K)
+    if not fits:
+        wanted = "a square up to" if Head.square else "a number up to"
         raise SystemExit(f"{path}: K is {K!r}, expected {wanted} {MOST_LATENTS}")
     d = vlm.config.text_config.hidden_size
     if "mean" in tensors and len(tensors["mean"]) != d:
@@ -408,7 +411,7 @@ def load_head(folder, vlm, tokenizer, latent_size):
     if None in latent_ids(tokenizer):
         raise SystemExit(f"{path}: a latent head, but the tokenizer has no {LATENT_START}")
     try:
-        head = kinds[kind].of_file(tensors, meta, d, int(K))
+        head = Head.of_file(tensors, meta, d, int(K))
         head.load_state_dict(tensors)
     except (RuntimeError, ValueError, LookupError) as e:  # a weight missing, unknown or misshapen
         reason = " ".join(str(e).split())[:300]
@@ -778,6 +781,15 @@ def spread(v):
     return (variance / energy).nan_to_num(0)
 
 
+# --------------------------------------------------------------------------------------------------
+# the same weights, faster
+
+# "flash" in the name is how transformers knows to pass all windows in one call
+TOWER_ATTENTION = "flash_windows"
+CHUNK = {"cpu": 2**19, "cuda": 2**23}  # elements of q per call: fit a cache, fill a GPU
+SMALL_WINDOW = 256  # patches up to which two large products beat SDPA's CPU kernel
+
+
 def quicken(vlm):
     """Give a stock model modules that are faster, of the same weights: nothing of it is saved."""
     quicken_tower(vlm.model.visual)
@@ -828,11 +840,6 @@ class PatchEmbedding(nn.Module):
 
 # The stock SDPA path of the tower calls attention once a window, over a thousand times a layer for
 # a 4K image. Nearly all windows are of one length, so ours takes those of a length in one call.
-
-# "flash" in the name is how transformers knows to pass all windows in one call
-TOWER_ATTENTION = "flash_windows"
-CHUNK = {"cpu": 2**19, "cuda": 2**23}  # numbers in q of a call: fit a cache, fill a GPU
-SMALL_WINDOW = 256  # patches up to which two large products beat SDPA's CPU kernel
 
 
 @lru_cache(maxsize=2)  # a forward has two of them, its windows and its images: a device sync each

@@ -119,7 +119,7 @@ class Tally:
 def waves():
     """How many samples are drawn at a time: at first as few as can solve a question."""
     few = n_samples
-    if early_stop:
+    if early_stop:  # without options both rules are the paper's, which needs the fewest
         few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))
     return [few, n_samples - few] if few < n_samples else [n_samples]
 
@@ -148,7 +148,7 @@ def part_files():
     return sorted(Path(out).parent.glob(escape(Path(out).name) + ".rank[0-9][0-9][0-9]"))
 
 
-def finished(rows, key):
+def counted(rows, key):
     """{id: line} of the questions that a file has, as they are now.
 
     Raises SystemExit for lines of another base or other settings, and where all questions by these
@@ -263,7 +263,7 @@ def sample_all(rows):
     """Sample this rank's share of the questions that no file has yet."""
     rank, world = rank_and_world()
     key = run_key()
-    done = finished(rows, key)
+    done = counted(rows, key)
     dist.barrier()  # every rank has read the files before one appends
     # the ranks take turns, so that long questions spread
     left = rows.keep(i for i, row in enumerate(rows) if row["id"] not in done)
@@ -281,10 +281,10 @@ def sample_all(rows):
 def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them.
 
-    Questions that the data no longer has keep their lines, behind. Returns the others.
+    Lines of questions that the data no longer has are kept, after these. Returns those of `rows`.
     """
     # of all ranks, this launch's and earlier ones'
-    found = finished(rows, run_key())
+    found = counted(rows, run_key())
     merged = [found[row["id"]] for row in rows]
     asked = {line["id"] for line in merged}
     # work that is done: another data file may ask for it again
@@ -311,11 +311,12 @@ def report(merged):
     # both, whichever is used: who guesses among four is right once in eight tries with p = .90
     for name, title in (("paper", "paper rule"), ("guess", "guess-aware rule")):
         unsolved = [line for line in merged if needs_latents(line, tau, name)]
-        n, open_still = len(unsolved), sum(line["lower_bound"] for line in unsolved)
-        note = "  <- used" if name == rule else ""
-        if open_still:  # solved by the rule that was used, and sampled no further
-            note = f"  at most: {open_still} were stopped too early to tell (early_stop=0 does)"
-        print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){note}")
+        undecided = sum(line["lower_bound"] for line in unsolved)
+        remark = "  <- used" if name == rule else ""
+        if undecided:  # solved by the rule that was used, and sampled no further
+            remark = f"  at most: {undecided} were stopped too early to tell (early_stop=0 does)"
+        n = len(unsolved)
+        print(f"  latents by the {title:17} {n:7} ({n / total:.1%}){remark}")
 
 
 def check_drawn(merged):

@@ -337,7 +337,7 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     norm = nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()  # a collective: on every rank
-    check_step(step, means, float(norm))
+    check_step(step, means | {"grad_norm": float(norm)})
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, total, group["peak"])
     optimizer.step()
@@ -390,7 +390,8 @@ def check_space(model, first, total):
 def checkpoints():
     """The folders ckpt/step-N, the oldest first; a user's copies by other names are none."""
     found = (Path(out) / "ckpt").glob("step-*")
-    return sorted(path for path in found if path.is_dir() and path.name[5:].isdecimal())
+    numbered = (path for path in found if path.name.removeprefix("step-").isdecimal())
+    return sorted(path for path in numbered if path.is_dir())
 
 
 def save_checkpoint(model, optimizer, step, settings):
@@ -430,18 +431,18 @@ def save_checkpoint(model, optimizer, step, settings):
 
 def load_checkpoint(model, optimizer, settings):
     """Load the newest whole checkpoint, if any, on any number of ranks; returns finished steps."""
-    for newest in reversed(checkpoints()):
-        faults = [fault for fault in gathered(checkpoint_fault(newest)) if fault]
+    for folder in reversed(checkpoints()):
+        faults = [fault for fault in gathered(checkpoint_fault(folder)) if fault]
         if faults:
             if rank_and_world()[0] == 0:
                 advice = "the checkpoint before it is used, if there is one"
                 print(f"{faults[0]}; {advice}", file=sys.stderr)
             continue
-        check_same_run(newest, settings)
+        check_same_run(folder, settings)
         weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=newest)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        return int(newest.name.removeprefix("step-"))
+        return int(folder.name.removeprefix("step-"))
     return 0
 
 
@@ -496,16 +497,16 @@ def export(model, tokenizer, processor):
     weights = get_model_state_dict(model, options=options)  # a collective: on every rank
     if rank_and_world()[0] > 0:
         return
-    tmp, kind = Path(out) / ".export", getattr(torch, dtype)
+    tmp = Path(out) / ".export"
     shutil.rmtree(tmp, ignore_errors=True)
 
     vlm = model.vlm
     for config in (vlm.config, vlm.config.text_config, vlm.config.vision_config):
-        config.dtype = kind  # else bfloat16 weights load as float32
+        config.dtype = getattr(torch, dtype)  # else bfloat16 weights load as float32
     decoder = {}
     for name, weight in weights.items():
         if name.startswith("vlm."):
-            decoder[name.removeprefix("vlm.")] = weight.to(kind)
+            decoder[name.removeprefix("vlm.")] = weight.to(getattr(torch, dtype))
     if vlm.config.tie_word_embeddings:  # 3B: the LM head is the embedding table, stored once
         decoder.pop("lm_head.weight", None)
     vlm.save_pretrained(tmp, state_dict=decoder)
@@ -612,9 +613,8 @@ def is_saved(step, total):
     return step + 1 == total or is_due(step, save_every)
 
 
-def check_step(step, means, norm):
+def check_step(step, numbers):
     """Raise SystemExit at a loss or gradient that is not finite, before it reaches a weight."""
-    numbers = means | {"grad_norm": norm}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise SystemExit(
@@ -714,7 +714,7 @@ def main():
         last = step + 1 == total
         if val_rows and (last or is_due(step, eval_every)):
             validated = validate(model, val_rows, device)
-            check_step(step, validated, norm)
+            check_step(step, validated)
             row |= validated
         if rank == 0:
             append(log, row)

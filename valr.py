@@ -172,9 +172,9 @@ class VaLR(Method):
             else:
                 fed = None  # at first the embedding of the pad itself
                 for _ in range(passes - 1 if through else passes):
-                    fed = self.states(batch, fed, self.latent_id)[before]
+                    fed = self.states(batch, fed)[before]
         if through:
-            fed = self.states(batch, fed, self.latent_id)[before]
+            fed = self.states(batch, fed)[before]
         return fed
 
     def read_in_parts(self, batch, whole=True):
@@ -228,7 +228,7 @@ class VaLR(Method):
         """h_bar (B, T - 1, d) as of `states`, and the states (B, T, d) after block align_layer."""
         kept = []
         with self.after_block(kept):
-            h = self.states(batch, fed, self.latent_id)
+            h = self.states(batch, fed)
         return h, kept[0]
 
     @contextmanager
@@ -272,7 +272,7 @@ class VaLR(Method):
 
     # --- what it leaves
 
-    def save(self, folder, weights):
+    def save(self, folder, trained):
         """latent_head.safetensors, which holds no weights: psi has done its work."""
         meta = {"tower": tower_fingerprint(self.vlm), "layer": self.settings["align_layer"]}
         save_head(folder, self.head, {}, meta)

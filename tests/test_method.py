@@ -91,8 +91,8 @@ class Countdown(Method):
     def weights(self, step, total):
         return {"ce": 1.0, "countdown": 0.01 * (step + 1) / total}
 
-    def save(self, folder, weights):
-        psi = {k: v.contiguous() for k, v in weights.items() if k.startswith("psi.")}
+    def save(self, folder, trained):
+        psi = {k: v.contiguous() for k, v in trained.items() if k.startswith("psi.")}
         write_then_rename(Path(folder) / "psi.safetensors", lambda tmp: save_file(psi, tmp))
 
 

@@ -98,15 +98,15 @@ def sampled(tmp_path, monkeypatch, world):
 
 def test_counts_of_all_files_are_found(sampled):
     rows, write = sampled
-    assert sample_difficulty.finished(rows, "k") == {}
+    assert sample_difficulty.counted(rows, "k") == {}
     write("d.jsonl", (rows[0], {}), (rows[1], {"correct": 3}))
     write("d.jsonl.rank000", (rows[2], {}))
     write("d.jsonl.rank001", (rows[3], {}))
-    found = sample_difficulty.finished(rows, "k")
+    found = sample_difficulty.counted(rows, "k")
     assert sorted(found) == sorted(row["id"] for row in rows)
     assert found[rows[1]["id"]]["correct"] == 3
     # rows that are gone are forgotten
-    assert list(sample_difficulty.finished(rows[1:2], "k")) == [rows[1]["id"]]
+    assert list(sample_difficulty.counted(rows[1:2], "k")) == [rows[1]["id"]]
 
 
 def test_ranks_files_are_those_of_the_output_alone(tmp_path, monkeypatch):
@@ -155,10 +155,10 @@ def test_only_a_changed_row_is_new(sampled, field):
     rows, write = sampled
     write("d.jsonl", *[(row, {}) for row in rows])
     rows[1][field] = {"options": ["x"], "images": rows[2]["images"]}.get(field, "another")
-    found = sample_difficulty.finished(rows, "k")
+    found = sample_difficulty.counted(rows, "k")
     assert sorted(found) == sorted(row["id"] for row in rows if row is not rows[1])
     write("d.jsonl.rank000", (rows[1], {"correct": 8}))  # asked again: the new line counts
-    assert sample_difficulty.finished(rows, "k")[rows[1]["id"]]["correct"] == 8
+    assert sample_difficulty.counted(rows, "k")[rows[1]["id"]]["correct"] == 8
 
 
 def test_counts_of_another_data_file_are_not_lost(sampled):
@@ -166,7 +166,7 @@ def test_counts_of_another_data_file_are_not_lost(sampled):
     rows, write = sampled
     write("d.jsonl", *[(row, {"row": "another"}) for row in rows])
     with pytest.raises(SystemExit, match="counts of 4 other questions by the ids of"):
-        sample_difficulty.finished(rows, "k")
+        sample_difficulty.counted(rows, "k")
 
 
 @pytest.mark.parametrize("file", ["d.jsonl", "d.jsonl.rank000"])
@@ -174,7 +174,7 @@ def test_counts_of_other_settings_are_named(sampled, file):
     rows, write = sampled
     write(file, (rows[0], {}), (rows[1], {"key": "another"}))
     with pytest.raises(SystemExit, match=f"{file}:2: sampled with other settings"):
-        sample_difficulty.finished(rows, "k")
+        sample_difficulty.counted(rows, "k")
 
 
 CHANGED = {"instruction": "x", "n_samples": 4, "temperature": 0.5, "top_p": 0.9, "seed": 1}

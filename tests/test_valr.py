@@ -114,7 +114,7 @@ def test_an_exact_rollout_is_step_by_step_generation(base, steps, alone):
             close(one[:passes], all_of_it[:passes], rtol=1e-3, atol=1e-3)
         sums = model(batch)
         error = model.report({k: float(v) for k, v in sums.items()})["rollout_error"]
-        exact = model.states(batch, torch.cat(fed), model.latent_id)[before]
+        exact = model.states(batch, torch.cat(fed))[before]
         off = float((torch.cat(fed) - exact).norm() / exact.norm())
         assert error == pytest.approx(off, abs=1e-4)
         errors.append(error)
@@ -152,7 +152,7 @@ def test_an_exact_rollout_in_bfloat16(base, steps, alone):
     batch = batch_of(model, load_examples(steps / "train.jsonl")[1:4])
     before = batch["ids"][:, 1:] == model.latent_id
     fed = model.roll_out(batch, before)
-    exact = model.states(batch, fed, model.latent_id)[before]
+    exact = model.states(batch, fed)[before]
     assert fed.dtype == torch.bfloat16
     assert (fed - exact).float().norm() < 0.03 * exact.float().norm()
 
@@ -310,7 +310,7 @@ def test_gradients_go_through_a_whole_exact_rollout(base, steps, alone, checkpoi
 
     before, fed = batch["ids"][:, 1:] == model.latent_id, None
     for _ in range(model.most_latents(before)):
-        fed = model.states(batch, fed, model.latent_id)[before]
+        fed = model.states(batch, fed)[before]
     h, early = model.states_and_block(batch, fed)
     early = early[batch["ids"] == model.latent_id].unflatten(0, (-1, model.head.K))
     naive = {"ce": model.cross_entropy(h, batch), "align": model.alignment(early, batch).sum()}
