@@ -2,7 +2,7 @@ r"""Which variants are run, and how? The papers' tables in miniature, with contr
 
 For each run and seed of a study: fit_pca.py (GAP's), train.py, eval.py for each of its evaluations,
 probe.py.
-One line a run is appended to <results>.jsonl, and what has a line is not run again: a table grows
+One line per run is appended to <results>.jsonl, and what has a line is not run again: a table grows
 over as many calls as it takes. Then report.py writes <results>.md from the lines alone.
 
     T="--longest=8 --n_train=4200"
@@ -90,7 +90,7 @@ MAIN = {
 # a panel is one token of the tower; the toy needs more alignment than the paper's 0.5
 VALR = {"method": "valr", "K": 4, "fed_gradient": True, "lambda_align": 2.0}
 AMVL = {"method": "amvl", "K": 4}
-# beside the others: VaLR's data have a picture a move, and two passes of up to eight roll it out;
+# beside the others: VaLR's data have a picture per move, and two passes of up to eight roll it out;
 # AMVL has eight slots and learns slowly
 OTHERS = {
     "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
@@ -454,7 +454,7 @@ def evaluated(folder, kind, model):
 def answers(folder, rows):
     """What eval.py left in a folder: which questions were right, and the mean costs.
 
-    The right ones are {category: [questions, hexadecimal number of a bit a question]}.
+    The right ones are {category: [questions, hexadecimal number of a bit per question]}.
     """
     correct = {row["id"]: row["correct"] for row in read_lines(folder / "scored.jsonl")}
     bits = {}

@@ -72,7 +72,7 @@ class AMVL(Method):
         # the span's two ends are forced at test: nothing is learnt of them
         start, _, end = latent_ids(self.tokenizer)
         example["labels"][(ids == start) | (ids == end)] = IGNORE
-        # text after the question has one position a token, whatever it is: the order alone changes
+        # text after the question has one position per token: the order alone changes
         first = int((ids == start).nonzero())
         x, span, y, eos = ids.split([first, K + 2, len(ids) - first - K - 3, 1])
         example["ids_q"] = torch.cat([x, y, span, eos])

@@ -1,12 +1,12 @@
 """How fast is it? Beside Hugging Face's own code, as ratios measured in one run.
 
-(a) 8 samples a question: ours against HF generate(num_return_sequences=8), on the same prompts and
-    temperature
+(a) 8 samples per question: ours against HF generate(num_return_sequences=8), on the same prompts
+    and temperature
 (b) a training step: ours against HF's labels= forward with auxiliary images encoded in the step and
     padding to the longest, on a narrow model with Qwen's vocabulary of 152,064; and the peak memory
     of both
 (c) a decode step in latent mode against one in text mode
-(d) the vision tower on a 4K image: ours against the stock SDPA path, one call a window; and the
+(d) the vision tower on a 4K image: ours against the stock SDPA path, one call per window; and the
     peak memory of both
 (e) one answer at a time with Qwen's vocabulary: ours against HF generate, by the size of the image
 (f) what a decode step costs by rows, by image tokens and by position
@@ -451,7 +451,7 @@ def narrow_job():
 def narrow_vlm(tokenizer):
     """Random weights: 4 layers of width 256 below a head of VOCABULARY rows."""
     at = tokenizer.convert_tokens_to_ids
-    # narrow, so that the 152,064 logits a token weigh as they do nowhere else: what (b) is about
+    # narrow, so that the 152,064 logits per token weigh as they do nowhere else: what (b) is about
     text = dict(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -624,7 +624,7 @@ def window_attention(heads, dim, grid):
     def ours():
         return tower_attention(layer, q, k, v, None, scaling, 0.0, cu_seqlens)
 
-    # as transformers does it without a flash kernel: split, one call a window, join
+    # as transformers does it without a flash kernel: split, one call per window, join
     def theirs():
         lengths = cu_seqlens.diff().tolist()
         windows = zip(*(x.split(lengths, 2) for x in (q, k, v)))
@@ -817,7 +817,7 @@ LENGTH = 64  # of an answer
 
 def decoding(vlm, stock, tokenizer):
     """A decode step by rows beside the time to read the weights; one answer beside HF's."""
-    # all the decoder's weights, once; not the embedding, of which a step reads one row a token
+    # all the decoder's weights, once; not the embedding, of which a step reads one row per token
     read = [*vlm.model.language_model.layers.parameters(), *vlm.lm_head.parameters()]
     size = sum(p.numel() * p.element_size() for p in read)  # bytes
     bandwidth = copied_per_s()

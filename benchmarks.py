@@ -210,7 +210,7 @@ def pope(r, folder):
 
 
 def vsi(r, folder):
-    """test.jsonl and 32 frames a video, linspace(0, N - 1, 32).
+    """test.jsonl and 32 frames per video, linspace(0, N - 1, 32).
 
     The frames are frames/<dataset>/<scene_name>/000.jpg to 031.jpg.
     """
@@ -400,7 +400,7 @@ BENCHMARKS = {
     # the JSON lines, since no parquet reader is among the dependencies
     "VSI-Bench": Benchmark(
         (File("VSI-Bench/test.jsonl", "",
-              HF + "nyu-visionx/VSI-Bench; extract 32 frames a video yourself",
+              HF + "nyu-visionx/VSI-Bench; extract 32 frames per video yourself",
               "id, dataset, scene_name, question_type, question, ground_truth, options", vsi),),
         check=check_vsi, score=score_vsi, n=5130,
         pixels=(128 * 28 * 28, 768 * 28 * 28)),  # a frame [ours]

@@ -1,6 +1,6 @@
 """How is training data made? From public data or with a teacher: the paper's data-level alignment.
 
-A command a step, each reading what the one before it wrote (`convert` alone reads files of others):
+A command per step; each reads what the one before it wrote (`convert` alone reads others' files):
 
     python build_data.py convert --source=monet --files='Monet-SFT-125K/*/train.json' \\
         --root=Monet-SFT-125K              <out>/monet.jsonl, <out>/rejects.monet.jsonl
@@ -153,7 +153,7 @@ blank = 2.0  # grey levels: an auxiliary image of a smaller standard deviation i
 same_as_query = 8.0  # grey levels: one that differs less on a 64 x 64 grid is the query image again
 base = ""  # a Qwen2.5-VL folder, to reject what its tower sees as flat; "": fit_pca.py does that
 degenerate = 1e-3  # var(v) / mean ||v||^2, as in fit_pca.py
-K = 36  # latents an image
+K = 36  # latents per image
 mode = "pool"  # how the tower's tokens become K: pool, resize
 min_pixels = 56 * 56  # of an image that the tower sees
 max_pixels = 1280 * 28 * 28  # of an image that the tower sees
@@ -765,7 +765,7 @@ def filter_one(row, tower):
     aux = [decode_rgb(read_inside(out, path)) for path in row["aux_images"]]
     for image in aux:
         check_auxiliary(image, queries, blank, same_as_query)
-    if tower and aux and K > 1:  # one latent an image has no spread to judge by
+    if tower and aux and K > 1:  # one latent per image has no spread to judge by
         with torch.inference_mode():
             flattest = float(spread(grid_features(*tower, aux, K, mode)).min())
         if flattest < degenerate:

@@ -49,7 +49,7 @@ ALL_SYSTEMS = Table(
         "LH+DA":  "full head; those that the base fails",
         "LH+PCA": "PCA head; all",
         "GAP":    "PCA head; those that the base fails",
-        "VaLR":   "the state, aligned inside; all, a picture a move",
+        "VaLR":   "the state, aligned inside; all, a picture per move",
         "AMVL":   "slots before the answer, which no picture supervises; all",
     }, claims=[
         ("the PCA head beats the full one",            "LH+PCA", "LH"),
@@ -361,7 +361,7 @@ TABLES = {"main": [
         "one pass":         "",
         "stopped gradient": "",
     }, claims=[
-        ("four latents a step beat one",                   "VaLR", "K=1"),
+        ("four latents per step beat one",                   "VaLR", "K=1"),
         ("the second block beats the first",               "VaLR", "block 1"),
         ("the second block beats the last",                "VaLR", "block 4"),
         ("an exact rollout beats four passes",             "VaLR", "four passes"),

@@ -313,7 +313,7 @@ def check_strings(values, field, where):
 def place_marks(question, n_images, where):
     """The question with `<image>` where an image stands in the text; none if all stand before it.
 
-    Raises SystemExit if there are marks, but not one an image.
+    Raises SystemExit if there are marks, but not one per image.
     """
     n_marks = question.count(IMAGE_MARK)
     if n_marks == 0:

@@ -1,8 +1,8 @@
-"""How do many rows of text go on together, a position at a time?
+"""How do many rows of text go on together, one position at a time?
 
 Prompts are read whole, once each; from then on a step is one new position of every row.
 
-Shape letters beside model.py's: Q prompts, S rows of each, R rows in all (in a Cohort, its own), T
+Shape letters besides model.py's: Q prompts, S rows of each, R rows in all (in a Cohort, its own), T
 prompt positions, t new positions, H key-value heads of D, G query heads that share one. A *cohort*
 is Q x S rows whose caches have one shape.
 """
@@ -168,7 +168,7 @@ class Cohort:
         Qwen2.5 has keys of length 900, and scores in bfloat16 would double the error of a state.
         """
         q = q.float()
-        # one position a row: S takes the place that the sequence has in the stock attention
+        # one position per row: S takes the place that the sequence has in the stock attention
         R, H, G, D = q.shape
         Q, S = R // self.S, self.S
         # (Q, H, S, G, D) queries, (Q, H, S, 1, D) keys and values
@@ -306,7 +306,7 @@ class Decoder:
         return h, torch.cat([index, begun])
 
     def step(self, x):
-        """Feed x (R, d), one embedding a row; returns h_bar (R, d), after the final norm.
+        """Feed x (R, d), one embedding per row; returns h_bar (R, d), after the final norm.
 
         The next step may overwrite what is returned.
         """

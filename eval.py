@@ -3,8 +3,8 @@
 Reads a model folder and either a JSONL test set (`data`) or the official files of public benchmarks
 under `data_root` (`benchmarks`, names of BENCHMARKS in benchmarks.py; nothing is downloaded).
 Writes, for a JSONL set to <out>/ and for a benchmark to <out>/<name>/: predictions.rank*.jsonl
-(append-only, one line an answer, resumed after a kill with any number of ranks), and once all
-answers are there scored.jsonl (one line a question) and metrics.json. Ranks share nothing while
+(append-only, one line per answer, resumed after a kill with any number of ranks), and once all
+answers are there scored.jsonl (one line per question) and metrics.json. Ranks share nothing while
 they answer; scoring is a separate pass over the files (`--score_only=1`).
 
     python eval.py                                        # the toy's test set
@@ -120,9 +120,9 @@ top_p = 1.0
 seed = 12345
 intervention = "clean"  # clean zero markers noise mean shuffle oracle oracle_pca
 donor = ""  # for shuffle: the latents/ folder of a clean run with save_latents=1
-save_latents = False  # also write <out>/latents/*.safetensors, a file an answer
+save_latents = False  # also write <out>/latents/*.safetensors, a file per answer
 after_latents = ""  # forced after every span, e.g. " </think> <answer>": no parser text is written
-latent_size = 10  # most latents a span where Monet's tokens are and no head file [Monet: 10 to 16]
+latent_size = 10  # most latents per span with Monet's tokens and no head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration of output-as-input latents [paper; 0.9 ours]
 dtype = "float32"  # 7B: bfloat16
 limit = 0  # > 0: only the first rows
@@ -230,7 +230,7 @@ def settings_for(benchmark):
 
 def row_key(key, row):
     """The key of one answer: the run's settings, the question as it is put, and its pictures."""
-    # of a Cell where it lies in the table, whose MD5 is in `key`; of a file what it holds
+    # a Cell counts by its place in the table, whose MD5 is in `key`; a file by what it holds
     pictures = [x[1:] if isinstance(x, Cell) else file_digest(x) for x in row["images"]]
     asked = [key, row["id"], question_text(row), pictures]
     if row.get("system"):
@@ -433,7 +433,7 @@ class Answerer:
             ema_beta=ema_beta,
             after=after_latents,
         )
-        for number, (answer,) in answered:  # one sample a question
+        for number, (answer,) in answered:  # one sample per question
             shares.tick()
             row, *_ = under_way[number]
             if save_latents:  # before the line that says it is done
@@ -720,7 +720,7 @@ def title_of(test, n_missing):
 
 
 def print_scores(title, scores):
-    """A line a group: the accuracy, and where it is one of rows what `summary` says of them."""
+    """A line per group: the accuracy, and where it is one of rows what `summary` says of them."""
     # long names of subtasks widen the column
     width = max([16, *(len(name) + 1 for name in scores)])
     print(
@@ -972,7 +972,7 @@ def main():
         check_intervention(intervention, head)
     if not score_only:
         for test in tests:
-            # one a test set: their pixel limits differ, and change HRBench and V* most
+            # one per test set: their pixel limits differ, and change HRBench and V* most
             limits = test.settings["min_pixels"], test.settings["max_pixels"]
             say_other_limits(model, *limits)
             processor = load_processor(model, *limits)

@@ -65,7 +65,7 @@ base = "toy/base"  # a Qwen2.5-VL folder
 data = "out/toy/train.jsonl"  # the PCA is fitted on these auxiliary images ...
 val_data = "out/toy/val.jsonl"  # ... and these only get targets ("" for none)
 out = "out/pca"  # a folder
-K = 4  # latents a span, a square; the paper's 36
+K = 4  # latents per span, a square; the paper's 36
 mode = "pool"  # an image's sqrt(K) grid: "pool" its merged tokens, or "resize" the image [ours]
 retained = 0.95  # k is the smallest number of components with this share of the variance [paper]
 basis = "pca"  # or "random", a control: a random orthonormal basis of the same k
@@ -73,9 +73,9 @@ centre = True  # False, a control: mu = 0 in v_hat = P_k c + mu
 n_bank = 2000  # examples in the bank, evenly over `data`; 7B: about 0.7 GB at K = 36
 degenerate = 1e-3  # rejects an image with var(v) / mean ||v||^2 over its latents below this [ours]
 batch = 64  # images a tower call
-shard = 512  # examples a file
+shard = 512  # examples per file
 min_pixels = 56 * 56  # smaller images are scaled up
-max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings per image
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
 dtype = "float32"  # of the tower; 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def check_provenance(note, made_by):
 def read_shards(shards):
     """All targets as {id: file name}, the rejected ids, a count of thin images, and mean norms."""
     files, rejected, thin = {}, [], 0
-    norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one a file
+    norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one per file
     for path, _, _ in shards:
         with safe_open(path, "pt") as f:
             meta = f.metadata()

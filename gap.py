@@ -2,7 +2,7 @@
 
 Model level (section 4.3): the difficulty rule says which questions keep their latents.
 Feature level (4.1): a latent head regresses the targets that fit_pca.py left.
-Loss (4.2): one teacher-forced forward a step.
+Loss (4.2): one teacher-forced forward per step.
 
 The baselines LH and output-as-input and the controls differ in the head only (model.HEADS).
 Constants of the paper are settings of train.py: lambda_latent, tau, ...
@@ -300,7 +300,7 @@ class GAP(Method):
         response = row["response"]
         if "step" in row and row["step"] < self.settings["latents_first"]:
             response = row.get("at_first", response)
-        # the same prompt and spans as at inference, with K pads a span
+        # the same prompt and spans as at inference, with K pads per span
         example = encode(self.vlm, self.tokenizer, self.processor, row, self.head.K, response)
         return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
 

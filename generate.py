@@ -1,9 +1,9 @@
 """How are text and latents written, batched?
 
-One prompt cache a question, shared by its samples; every row in text or in latent mode on its own;
+One prompt cache per question, shared by its samples; every row in text or latent mode on its own;
 questions that end make room for others; the interventions and the norm calibration of section 5.
 
-Shape letters beside model.py's and decoder.py's: Q questions, S samples of each, V vocabulary.
+Shape letters besides model.py's and decoder.py's: Q questions, S samples of each, V vocabulary.
 """
 
 import math
@@ -207,7 +207,7 @@ class Question:
         self.place = place  # which of these it is
         self.begun = 0  # samples
         self.dropped = False  # True: what is still to come is not wanted
-        # a generator a sample: its draws do not depend on who else is in the batch
+        # a generator per sample: its draws do not depend on who else is in the batch
         self.generators = [torch.Generator().manual_seed(s) for s in prompt.get("seeds") or ()]
         self.u = torch.zeros(n_samples, max_new_tokens)
         if temperature:

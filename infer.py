@@ -65,10 +65,10 @@ seed = 12345  # of the draws
 intervention = "clean"  # clean zero markers noise mean shuffle oracle oracle_pca
 aux = ""  # the real auxiliary image(s), a.png,b.png: for oracle, and beside what is shown
 donor = ""  # for shuffle: a latents.safetensors of another example
-latent_size = 10  # most latents a span, for Monet's tokens without a head file [Monet: 10 to 16]
+latent_size = 10  # most latents per span, for Monet's tokens without a head file [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
 min_pixels = 56 * 56  # smaller images are scaled up
-max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings per image
 dtype = "float32"  # 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ def row_of(path):
 
 
 def check_feed():
-    """Raise SystemExit if what is fed is not given, or what is fed or shown not there."""
+    """Raise SystemExit if an intervention's input is not given, or a file to feed or show away."""
     real = paths_of(aux)
     if intervention.startswith("oracle") and not real:
         raise SystemExit(f"{intervention} feeds the features of --aux=image.png")

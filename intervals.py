@@ -70,7 +70,7 @@ def mean_and_error(differences):
 
 
 def t_test(x):
-    """Exact two-sided p-value of the mean of numbers x being 0, one a seed.
+    """Exact two-sided p-value of the mean of numbers x being 0, one per seed.
 
     1 for a single one, and for equal ones: nothing is known of their spread.
     """

@@ -396,7 +396,9 @@ def check_same_everywhere(what, value):
     values = gathered(value)
     differ = [rank for rank, other in enumerate(values) if other != values[0]]
     if differ:
-        raise SystemExit(f"{what} of ranks 0 and {differ[0]} differ: is a file another, or away?")
+        raise SystemExit(
+            f"{what} of ranks 0 and {differ[0]} differ: is a file missing, or another, somewhere?"
+        )
 
 
 def end_with_parent():
@@ -413,7 +415,7 @@ def use_idle_cores():
     """Let torch use as many CPU threads as cores are idle; OMP_NUM_THREADS of a user wins.
 
     A thread that waits for others spins: with one more thread than idle cores a step of the toy
-    takes up to 50 times as long, with one less 1.3 to 1.45 times. torchrun sets one a rank.
+    takes up to 50 times as long, with one less 1.3 to 1.45 times. torchrun sets one per rank.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         before = cpu_ticks()

@@ -5,7 +5,8 @@ The model folder, the prompt, the inputs, and the latent heads with the paper's 
 Symbols are the paper's (arXiv 2605.12374): v a vision embedding, mu and P_k the PCA of auxiliary
 embeddings, h_bar a decoder state after the final norm, c = F(h_bar) its coefficients,
 v_hat = P_k c + mu the next input embedding.
-Shape letters: B rows, T positions, d model width, k components, K latents a span, M latents in all.
+Shape letters: B rows, T positions, d model width, k components, K latents per span, M latents
+in all.
 """
 
 import hashlib
@@ -124,7 +125,7 @@ class PCAHead(LatentHead):
         return self.reconstruct(self.coefficients(h))
 
     def squared_error(self, h, v):
-        """As above, with a gradient of k numbers a latent instead of d.
+        """As above, with a gradient of k numbers per latent instead of d.
 
         P_k is orthonormal: ||P_k c + mu - v||^2 = ||c - P_k^T (v - mu)||^2 + a constant, which is
         what the subspace can not reach of v.
@@ -323,7 +324,7 @@ class MarkersHead(LatentHead):
         return h  # of no position
 
 
-# a line a head: what train.py's `method` names, and what a head file says it holds
+# a line per head: what train.py's `method` names, and what a head file says it holds
 HEADS = {
     head.kind: head
     for head in (
@@ -525,7 +526,7 @@ def load_processor(folder, min_pixels, max_pixels):
     with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        # set on the object: limits in the file (the released ones allow 16,384 tokens an image)
+        # set on the object: limits in the file (the released ones allow 16,384 tokens per image)
         # would win over an argument, in silence. The names are of pixels, not of edges
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         processor.size = type(processor.size)(**limits)
@@ -648,7 +649,7 @@ def prompt_ids(vlm, tokenizer, processor, row, grids):
     chat = chat_messages(row)
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
-    # the template writes one pad an image; the tower's merger leaves t * h * w / 4 embeddings
+    # the template writes one pad per image; the tower's merger leaves t * h * w / 4 embeddings
     pad, merged = vlm.config.image_token_id, processor.merge_size**2
     n_tokens = iter([math.prod(grid) // merged for grid in grids])
     ids = []
@@ -746,7 +747,7 @@ def real_features(folder, vlm, K):
     """A function of PIL images that gives their features (n, K, d), on the CPU.
 
     They are made as the targets of the folder's head were: fit_pca.py's mode and pixel limits,
-    which may be others than those of the questions' images. None for a head without targets.
+    which may differ from those of the questions' images. None for a head without targets.
     """
     meta = meta_of_targets(folder)
     if not meta:
@@ -773,7 +774,7 @@ def meta_of_targets(folder):
 def spread(v):
     """Variance over mean squared norm of each image's features v (n, K, d): 0 for a blank image."""
     if v.shape[1] == 1:
-        return torch.ones(len(v))  # one latent an image has no spread to judge by
+        return torch.ones(len(v))  # one latent per image has no spread to judge by
     # in bfloat16 the spread of nearly equal features is lost
     v = v.float()
     variance = (v - v.mean(1, keepdim=True)).pow(2).sum(-1).mean(1)
@@ -838,8 +839,8 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.flatten(1), self.weight.flatten(1))
 
 
-# The stock SDPA path of the tower calls attention once a window, over a thousand times a layer for
-# a 4K image. Nearly all windows are of one length, so ours takes those of a length in one call.
+# The stock SDPA path of the tower calls attention once per window, over a thousand times per layer
+# for a 4K image. Nearly all windows are of one length, so ours takes those of a length in one call.
 
 
 @lru_cache(maxsize=2)  # a forward has two of them, its windows and its images: a device sync each

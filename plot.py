@@ -37,10 +37,10 @@ PERFECT = "1 is perfect"
 # is not here has a panel of its own
 PANELS = {
     "loss, as minimised": ("loss",),
-    "cross-entropy, nats a token": ("ce", "ce_prior"),
-    "leakage, nats a token": ("leakage_ce",),
+    "cross-entropy, nats per token": ("ce", "ce_prior"),
+    "leakage, nats per token": ("leakage_ce",),
     "latent loss": ("latent",),
-    "KL, nats a question": ("kl_forward", "kl_reverse"),
+    "KL, nats per question": ("kl_forward", "kl_reverse"),
     PERFECT: ("r2", "cosine", "right_posterior", "right_prior", "leakage"),
     "error of the rollout": ("rollout_error",),
     "length of latents": ("norm_predicted", "norm_target"),
@@ -206,7 +206,7 @@ def wants_log(values):
 
 
 def draw_curves(folders, path):
-    """A panel a unit; a colour a run, a style a field; dots are validation data."""
+    """A panel per unit, a colour per run, a style per field; dots are validation data."""
     plt = pyplot()
     check_number(folders, "runs")
     logs = [read_log(folder) for folder in folders]
@@ -326,7 +326,7 @@ def read_runs(path_of_lines):
 
 
 def accuracies(lines, file=""):
-    """{method: {examples: [accuracy on hard questions, one a seed]}} of ablate.py's lines."""
+    """{method: {examples: [accuracy on hard questions, one per seed]}} of ablate.py's lines."""
     wanted = [name.strip() for name in methods.split(",") if name.strip()]
     for number, line in enumerate(lines, 1):
         check_fields(line["settings"], {"examples": int}, f"{file}:{number}")
@@ -398,7 +398,7 @@ class Number(NamedTuple):
 
 
 class RowFigure(NamedTuple):
-    """A figure with a row a run and, in each, a colour a number."""
+    """A figure with a row per run and, in each, a colour per number."""
 
     runs: tuple  # in the order in which they are drawn, from above
     numbers: dict  # {what it is: Number}
@@ -442,7 +442,7 @@ DRIFT = ("output", "LH", "LH+PCA")
 
 
 def by_run(lines, names, number):
-    """{name: [its Number, one a seed]} of the runs that have it."""
+    """{name: [its Number, one per seed]} of the runs that have it."""
     found = {}
     for name in names:
         mine = [line for line in lines if line["name"] == name + number.size]

@@ -84,7 +84,7 @@ def right(line, kind, measure, easy):
     for category, (n, digits) in line["evals"][kind]["right"].items():
         group = "easy" if easy and category == easy else "hard"  # rows may have no category
         if measure in (f"category:{category}", group, "all"):
-            bits = f"{int(digits, 16):0{n}b}"  # a bit a question, leading zeros kept
+            bits = f"{int(digits, 16):0{n}b}"  # a bit per question, leading zeros kept
             answers += [int(bit) for bit in bits]
     return answers
 
@@ -154,7 +154,7 @@ class Difference(NamedTuple):
 
 
 def mean_interval(x):
-    """The mean of a few numbers, one a seed, and its 95 % t-interval; infinitely wide for one."""
+    """The mean of a few numbers, one per seed, and its 95 % t-interval; infinitely wide for one."""
     mean = sum(x) / len(x)
     # one seed says nothing of what another would give
     if len(x) == 1:
@@ -175,7 +175,7 @@ def difference(study, a, b, measure="hard"):
 
 
 def over_seeds(gaps):
-    """The Difference that gaps are, one a seed."""
+    """The Difference that gaps are, one per seed."""
     return Difference(*mean_interval(gaps), len(gaps), t_test(gaps))
 
 
@@ -190,7 +190,7 @@ def paired_p(study, a, b):
         answers = [right(study.lines[name][seed], kind, "hard", study.easy) for seed in seeds]
         return [sum(one) / len(seeds) for one in zip(*answers)]
 
-    # a question is one pair, not one a seed: seeds find the same questions hard
+    # a question is one pair, not one per seed: seeds find the same questions hard
     pairs = zip(shares_right(a), shares_right(b))
     return difference_p([x - y for x, y in pairs])
 
@@ -242,7 +242,7 @@ def power(study):
     return (
         f"Seeds of a run between {low} and {high} differ by a standard deviation of {sd:.3f} (over "
         f"{freedom} degrees of freedom), so that a single test, uncorrected, tells a difference of "
-        f"{TELLS} in four of five tries by {enough} seeds a run, and {now} by {here}."
+        f"{TELLS} in four of five tries by {enough} seeds per run, and {now} by {here}."
     )
 
 
@@ -549,14 +549,14 @@ COSTS = (
     "K=1", "K=9", "K=16", "K=36", "GAP*/parser skipped", "no parser text",
 )
 COSTS_HEAD = [
-    "run", "steps a second, ratio", "time an answer, ratio", "positions an answer",
+    "run", "steps a second, ratio", "time per answer, ratio", "positions per answer",
     "of them latents",
 ]
 # fmt: on
 
 
 def costs(study):
-    """Speed against the text run of the same seed; tokens and latents an answer."""
+    """Speed against the text run of the same seed; tokens and latents per answer."""
     rows = []
     for starred in COSTS:
         what = study.named(starred)
@@ -639,11 +639,11 @@ def where_it_pays(gaps):
 # the report
 
 TITLES = {
-    "main": "The toy's tables",
-    "fresh": "What fresh seeds say of the toy",
-    "gap": "GAP's own tables on the toy",
-    "valr": "VaLR on the toy",
-    "amvl": "AMVL on the toy",
+    "main": "All systems",
+    "fresh": "What fresh seeds say",
+    "gap": "GAP's own tables",
+    "valr": "VaLR",
+    "amvl": "AMVL",
 }
 R2 = "R2 is that of the latents on validation data, teacher-forced."
 MEANINGS = {
@@ -652,7 +652,7 @@ MEANINGS = {
     "gap": R2,
     "valr": "The cosine of latents and their pictures is that of validation data; the rollout's "
     "error is ||fed - h|| / ||h||.",
-    "amvl": "KL terms are nats a question, of validation data; right are answers all of whose "
+    "amvl": "KL terms are nats per question, of validation data; right are answers all of whose "
     "tokens are the likeliest, with the posterior's mean in the slots and with the prior's.",
 }
 
@@ -662,9 +662,10 @@ def preamble(study, lines):
     # all runs answer one test set: any line tells its size
     hard = len(right(lines[0], "clean", "hard", study.easy))
     easy = len(right(lines[0], "clean", "easy", study.easy))
+    questions = f"{hard} hard and {easy} easy" if study.easy else f"{hard}"
     text = (
         f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
-        f"`{study.train_args}`, {hard} hard and {easy} easy test questions, greedy. "
+        f"`{study.train_args}`, {questions} test questions, greedy. "
         "Of an accuracy on hard questions every seed's is shown, of other numbers mean ± standard "
         "deviation over seeds. "
         f"{MEANINGS[study.name]} "

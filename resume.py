@@ -28,7 +28,7 @@ class Unanswered(Reject):
 
 
 class Refused(Unanswered):
-    """It says no to this item: another prompt, another limit of the server may change that."""
+    """It refuses this item: another prompt, or another limit of the server, may change that."""
 
 
 def clean(text):
@@ -40,7 +40,7 @@ def clean(text):
 class Patience:
     """Ends a run after `give_up` failures of an endpoint in a row, whose threads all report here.
 
-    answers: has it ever answered? What it refuses then is no failure of its.
+    answers: has it ever answered? If so, a refusal is the item's fault and not the endpoint's.
     """
 
     def __init__(self, give_up, answers=False):
@@ -104,7 +104,7 @@ def results(futures):
 def in_order(work, items, workers, ahead=0):
     """Yield work(item) in the order of the items, by `workers` at a time.
 
-    So many items are `ahead` of the one that is used; at least as many as there are workers.
+    `ahead`: items that are begun before the one in use; never fewer than there are workers.
     """
     pool = ThreadPoolExecutor(workers)
     begun = deque()
@@ -126,7 +126,7 @@ def run_stage(
 
     rows: a list, or what reads them anew each of the two times that they are gone through.
     settings: {name: value} of what makes older results useless when it changes.
-    contents(row): what is known of the files that a row names; it does the same.
+    contents(row): what is known of the files that a row names; a change there does the same.
     give_up: so many rows in a row without an answer end the run (SystemExit); answers: has the
     endpoint, if one is asked, ever answered?
     Returns the rows that were kept, in the order of `rows`.

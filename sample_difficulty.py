@@ -1,10 +1,10 @@
 r"""What can the base solve already?
 
-Draws N answers a question from the base model and counts the right ones (section 4.3). train.py
+Draws N answers per question from the base model and counts the right ones (section 4.3). train.py
 strips the latents of what the base solves.
 
-Reads the base model and a data file. Writes <out>, `difficulty.jsonl`, one line a question: id, n,
-correct, accuracy, answers, and whether the count is a lower bound because sampling stopped early.
+Reads the base model and a data file. Writes <out>, `difficulty.jsonl`, one line per question: id,
+n, correct, accuracy, answers, and whether the count is a lower bound: sampling stopped early.
 
     python sample_difficulty.py
     torchrun --nproc-per-node 8 sample_difficulty.py \
@@ -59,7 +59,7 @@ from served import Served, ask_all, draw, served_messages
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # a Qwen2.5-VL folder
 data = "out/toy/train.jsonl"  # the questions
-out = "out/difficulty.jsonl"  # one line a question
+out = "out/difficulty.jsonl"  # one line per question
 instruction = ""  # ends every question; 7B: "\nPut your final answer in <answer> </answer>."
 n_samples = 8  # N [paper]
 temperature = 1.0  # [ours]
@@ -70,7 +70,7 @@ early_stop = True  # stop at a question once it is solved: the same assignment, 
 batch = 64  # questions at once; 7B on 80 GB: 16
 max_new_tokens = 24  # 7B: 2048
 min_pixels = 56 * 56  # smaller images are scaled up
-max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings per image
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
 dtype = "float32"  # 7B: bfloat16
 seed = 12345  # of the draws
@@ -178,7 +178,7 @@ def counted(rows, key):
 
 
 def sample(rows):
-    """Draw the answers with the base itself. Yields a Tally a question, as they end.
+    """Draw the answers with the base itself. Yields a Tally per question, as they end.
 
     The prompt and its image are run once a question; its samples share the cache.
     """
@@ -187,7 +187,7 @@ def sample(rows):
 
     def prepared(row):
         prompt = encode(vlm, tokenizer, processor, row | {"instruction": instruction})
-        # one a sample: its draws depend on no batch, no rank and no kill
+        # one seed per sample: its draws depend on no batch, no rank and no kill
         seeds = [seed_of(seed, row["id"], s) for s in range(n_samples)]
         return row, read_ahead(processor, prompt) | {"seeds": seeds}
 
@@ -270,7 +270,7 @@ def sample_all(rows):
     mine = left[rank::world]
 
     bar = Progress(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
-    # a file a rank: no two processes append to one
+    # a file per rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
         for tally in sample_served(mine) if url else sample(mine):
             append(f, tally.line(key))

@@ -72,7 +72,7 @@ def draw(served, messages, n, seed):
     """
     replies = []
     while len(replies) < n:
-        # another seed a request: the same one would draw the same answers again
+        # another seed per request: the same one would draw the same answers again
         call = partial(ask, served, messages, n - len(replies), seed + len(replies))
         try:
             replies += answered(call, served.url, served.tries, key=served.key)

@@ -140,7 +140,7 @@ def ask_teacher(served, prompt, pngs, max_tokens, temperature):
 
 
 def log_cost(served, start, usage=None):
-    """A line a request in `costs`: what was paid is known after a kill, too."""
+    """A line per request in `costs`: what was paid is known after a kill, too."""
     line = {"model": served.model, "seconds": round(time.monotonic() - start, 3)}
     for name in ("prompt_tokens", "completion_tokens"):
         # not every server counts tokens

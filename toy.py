@@ -8,7 +8,7 @@ names two of nine pieces, so a guess is right once in 72.
 
     python toy.py data     write out/toy/{train,val,test}.jsonl and their images
     python toy.py data --form=steps --data_folder=out/steps     as a chain of thought: a span and a
-                           panel a move, whose texts name the move and not where the dot is
+                           panel per move, whose texts name the move and not where the dot is
     python toy.py data --form=named --data_folder=out/named     the same, each span after its move
     python toy.py data --form=place --data_folder=out/place     "Where is the dot?": one word
     python toy.py data --longest=8 --data_folder=out/long       up to 8 moves, a storyboard for each
@@ -38,7 +38,7 @@ from model import IGNORE, embed, load_vlm, positions
 # --------------------------------------------------------------------------------------------------
 seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
-form = "storyboard"  # one picture of all moves; steps, named: one a move; place: another question
+form = "storyboard"  # one picture of all moves; steps, named: one per move; place: another question
 n_train = 4000  # examples
 longest = 4  # moves; of more than four, a storyboard for each four of them
 n_val = 200
@@ -130,7 +130,7 @@ def question_of(names, path, asked="Which two pieces does the dot reach last?"):
 
 
 def steps_of(names):
-    """The think text of a picture a move: if it said where the dot is, text alone would do."""
+    """The think text of a picture per move: if it said where the dot is, text alone would do."""
     step = "{name}. {span}" if form == "named" else "{span} {name}."
     return " ".join(step.format(name=name, span=LATENT_SPAN) for name in names)
 

@@ -105,28 +105,28 @@ out = "out/gap"  # the model folder to write
 tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 easy_latents = 0.0  # share of the solved examples that keep their latents all the same [ours]
-latents_first = 0  # so many steps at first all examples have latents [ours]
+latents_first = 0  # for this many first steps every example keeps its latents [ours]
 keep_parser = True  # of a stripped example [ours]
 write_parser = True  # False, a control: no example has parser text
 lambda_latent = 1.0  # weight of the latent loss [paper]
 latent_loss = "relative"  # 1 - R^2; 7B: mean (over d); or sum: the equation literally [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
 # valr and amvl
-K = 4  # latents a span; 7B: 16 for valr, 8 for amvl (GAP's K is that of its targets)
+K = 4  # latents per span; 7B: 16 for valr, 8 for amvl (GAP's K is that of its targets)
 encoders = "own"  # of valr: "own" and folders, with commas between; the paper: DINOv3's ViT-L
 align_layer = 2  # of valr: the block whose output is aligned; 7B: 12 [paper]
 lambda_align = 0.5  # of valr: weight of the alignment [paper]
 rollout = 0  # of valr: passes before the trained one; 0: latent after latent, which is exact
 fed_gradient = False  # of valr: gradients go through the last of these passes [paper: not stated]
 whole_gradient = False  # of valr: ... through all of an exact rollout, read once (rollout = 0)
-query_span = False  # of valr: a row of one image and no span has one first, its image the target
+query_span = False  # of valr: a row of one image and no span gets one first; target: the image
 slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [paper]
 beta = 1e-5  # of amvl: weight of KL(sg[q] || p) [paper: not stated]
 gamma = 3e-6  # of amvl: weight of KL(sg[p] || q), smaller [paper: not stated]
 free_bits = 0.0  # of amvl: nats of a slot that both terms leave alone [ours]
 # all methods
 epochs = 2  # [paper]
-global_batch = 16  # examples a step; 7B: 128
+global_batch = 16  # examples per step; 7B: 128
 lr = 1e-3  # peak, of the decoder; 7B: 1e-5
 lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5
 weight_decay = 0.01  # of matrices [paper]
@@ -134,11 +134,11 @@ beta1 = 0.9  # of AdamW [ours]
 beta2 = 0.95  # [ours]
 warmup_ratio = 0.03  # share of the steps [paper]
 grad_clip = 1.0  # largest norm of the gradient [ours]; 0: any
-token_budget = 8192  # padded tokens a micro-batch; 7B on 80 GB: 4096
-loader_threads = 2  # that read the next steps' images, a rank; 7B: 8
+token_budget = 8192  # padded tokens per micro-batch; 7B on 80 GB: 4096
+loader_threads = 2  # per rank, to read the next steps' images; 7B: 8
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
 min_pixels = 56 * 56  # smaller images are scaled up
-max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings an image
+max_pixels = 1280 * 28 * 28  # larger ones are scaled down: 1,280 embeddings per image
 dtype = "float32"  # of the forward; 7B: bfloat16 (masters, optimizer, reductions stay float32)
 activation_checkpointing = False  # 7B: True
 cpu_offload = False  # shards and optimizer on the host, where GPUs are small
@@ -146,7 +146,7 @@ eval_every = 500  # steps between validations; 0: only after the last
 save_every = 500  # steps between checkpoints; 0: only after the last
 curves = True  # draw <out>/curves.png in the end (plot.py), where matplotlib is installed
 wandb_project = ""  # also log to this project of wandb, where it is installed
-max_steps = 0  # > 0: stop (and let the schedule end) here
+max_steps = 0  # > 0: stop here, where the schedule ends, too
 seed = 12345  # of the order of examples, and of the head's first weights
 # --------------------------------------------------------------------------------------------------
 
@@ -486,7 +486,7 @@ def check_same_run(folder, settings):
     there, here = saved["inputs"], settings["inputs"]
     changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
     if changed:
-        files = settings | {"targets": pca}  # what else is no setting lies in the data
+        files = settings | {"targets": pca}  # inputs that are no setting come from the data
         names = ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
         raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 
@@ -530,7 +530,7 @@ def export(model, tokenizer, processor):
 
 
 def open_log(first, settings):
-    """log.jsonl from step `first` on: line 1 is the configuration, then a line a step."""
+    """log.jsonl from step `first` on: line 1 is the configuration, then a line per step."""
     path = Path(out) / "log.jsonl"
     kept = []  # steps after the checkpoint are run again
     if first:

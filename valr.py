@@ -12,7 +12,7 @@ starts from a chain-of-thought model (`method=text` on the same rows). Its value
 settings of train.py: K = 16, align_layer = 12 of 28, lambda_align = 0.5, lr = 2e-6,
 lr_head = 1e-5 (of psi), one epoch.
 
-Shape letters beside method.py's: M latents, N spans, K latents a span, P patches, L places of a
+Shape letters besides method.py's: M latents, N spans, K latents per span, P patches, L places of a
 part.
 """
 
@@ -77,7 +77,7 @@ class VaLR(Method):
                 dtype = getattr(torch, settings["dtype"])
                 self.encoders.append(FolderEncoder(name, dtype, pick_device()))
         self.psi = nn.ModuleList(projector(d, encoder.width) for encoder in self.encoders)
-        self.pictures = []  # a digest a row
+        self.pictures = []  # a digest per row
         if settings["whole_gradient"]:
             # `read_in_parts` has masks, for which cuDNN's attention gives NaN gradients on an H100
             # (github.com/pytorch/pytorch/issues/196678)
