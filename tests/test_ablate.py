@@ -229,5 +229,5 @@ def test_a_study_of_another_paper(tmp_path, base, world, monkeypatch):
     gap = forward["val_right_posterior"] - forward["val_right_prior"]
     assert abs(forward["val_leakage"] - gap) < 1e-6
     table = (tmp_path / "amvl.md").read_text()
-    assert "# AMVL on the toy" in table and "| + forward | 1 |" in table and "KL(q, p)" in table
+    assert "# AMVL\n" in table and "| + forward | 1 |" in table and "KL(q, p)" in table
     assert not list((tmp_path / "out").glob("*/pca-*"))
