@@ -167,7 +167,7 @@ class Cohort:
         Queries, keys and scores are in float32, as they are within the attention of a whole text:
         Qwen2.5 has keys of length 900, and scores in bfloat16 would double the error of a state.
         """
-        q = q.float()
+        q, k = q.float(), k.float()
         # one position per row: S takes the place that the sequence has in the stock attention
         R, H, G, D = q.shape
         Q, S = R // self.S, self.S

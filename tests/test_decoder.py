@@ -29,7 +29,8 @@ def test_new_positions_stay_where_they_are_written(monkeypatch):
     assert torch.equal(torch.cat(kept.add(rows[:, :, :, 13:], 13), 3), rows)
 
 
-def test_scores_in_bfloat16_are_not_rounded():
+@pytest.mark.parametrize("captured", [False, True])
+def test_scores_in_bfloat16_are_not_rounded(captured):
     """As in SDPA, whose error is that of its output: Qwen2.5's keys have a common part of 900."""
     torch.manual_seed(0)
     Q, S, H, G, D, T, scaling = 2, 3, 2, 2, 16, 9, 16**-0.5
@@ -38,15 +39,18 @@ def test_scores_in_bfloat16_are_not_rounded():
     v = torch.randn(Q, S, H, T + 4, D).bfloat16()
     k[:, :, :, :T], v[:, :, :, :T] = k[:, :1, :, :T], v[:, :1, :, :T]  # one prompt for all samples
     layer = k[:, 0, :, :T].float(), v[:, 0, :, :T]
-    last = torch.zeros(Q, 1)
-    cohort = decoder.Cohort(decoder.Prompts([layer], None, last, last, last), S, in_one_part=False)
+    last = torch.zeros(Q, 1).bfloat16()
+    prompts = decoder.Prompts([layer], None, last, last, last)
+    cohort = decoder.Cohort(prompts.widened(T + 3) if captured else prompts, S, captured)
     cohort.add_room(v, H, D)
     for t in range(4):
         q = torch.randn(Q, S, H, G, D).bfloat16()
         seen = [x[:, :, :, : T + t + 1].double() for x in (k, v)]
         exact = torch.nn.functional.scaled_dot_product_attention(q.double(), *seen, scale=scaling)
         new = [x[:, :, :, T + t].reshape(Q * S, H, 1, D) for x in (k, v)]
-        o = cohort.attend(0, q.reshape(Q * S, H, G, D), *new, t, scaling, None)
+        at = torch.full((Q,), t) if captured else t
+        mask = cohort.mask(v, at)
+        o = cohort.attend(0, q.reshape(Q * S, H, G, D), *new, at, scaling, mask)
         assert o.dtype == torch.bfloat16
         assert (o.double() - exact.reshape(o.shape)).norm() < 2**-8 * exact.norm()
 
