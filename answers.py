@@ -98,19 +98,19 @@ AND = r"(?: (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是
 TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:,{AND}|, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
 
 # after what is part of a number: "5√3", "3 1/2", "two thirds"
-GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b|[ -](?:halves|half|thirds?|quarters?|fifths?)\b"
+GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b|[ -](?:halves|thirds|quarters|fifths)\b"
 # before a number that is a bound, "more than 5", or has a sign or a function in words, "sin 5"
-BOUND = "than least most over under minus negative log ln sin cos tan"
+BOUND = "than minus negative log ln sin cos tan"
 NO_BOUND = r"(?<![<>≤≥≠±])(?<![<>≤≥≠±] )" + "".join(rf"(?<!\b{word} )" for word in BOUND.split())
 # what may not stand beside a mention: "art" is not in "start", nor 5 in 15, 1.5, 5√3 and 5 + 2
 WORD_EDGES = r"(?<![A-Za-z0-9_])(?<!\w-)", r"(?![A-Za-z0-9_]|-\w)"
 NUMBER_EDGES = (
     r"(?<![A-Za-z0-9_^√/-])(?<!\d[.,:+*×÷])(?<!\d [-+*/×÷:] )(?<!\b[a-z]\+)(?<!\b[a-z] [-+*/×÷] )"
     + NO_BOUND,
-    rf"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷=:] ?[\d√π(\\]| ?[+*/×÷] ?[a-z]\b| - [a-z]\b|{GOES_ON})",
+    rf"(?![A-Za-z0-9_]|[.,]\d| ?[-+*/×÷=:] ?[\d√π(\\]| ?[+*/×÷] ?[a-z]\b| - [b-hj-z]\b|{GOES_ON})",
 )
 # nor after a unit: 10 cm is neither in "10 cm^2" nor in "10 cm/s", nor 2x in "2x + 1"
-UNIT_EDGE = r"(?!\^|[/·][a-z]| ?[+*×÷] ?[\w(]| ?[<>≤≥≠]| - (?:\d|[a-z]\b))"
+UNIT_EDGE = r"(?!\^|[/·][a-z]| ?[+*×÷] ?[\w(]| ?[<>≤≥≠]| - (?:\d|[b-hj-z]\b))"
 # a variable is no letter of an option: "A = 5", "A(1, 2)", "∠A"
 LETTER_EDGES = r"(?<![A-Za-z0-9_°∠△^])(?<!\w[-.'])", r"(?![A-Za-z0-9_^+]|['-]\w| ?=|\(\d)"
 BESIDE = any_of("in on at of for from between among than near next_to behind above below by")
@@ -237,31 +237,35 @@ def any_pattern(*kinds):
 NOT = any_of(
     r"\b(?:not|never|neither|nor|none|except|unlike|cannot|rather_than|instead_of)\b n't\b "
     r"rul\w+_out "
-    rf"eliminat\w+ exclud\w+ discard\w* (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
-    r"(?<!no_)(?<!a_)\bdoubt\w*(?=_(?:it|that)) \bhardly \bno_(?:evidence|longer) \blacks "
-    r"\b(?:anything|everything|all)_but "
+    rf"eliminat\w+ exclud\w+ (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
+    r"(?<!no_)(?<!a_)(?<!any_)(?<!little_)\bdoubt\w*(?=_(?:it|that)) \bno_evidence "
+    r"\b(?:anything|everything)_but "
     "不是 不(?:能|应|可|该)?选 而非 并非 排除"
 )
 WRONG = any_of(
     r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely "
-    r"eliminated excluded ruled_out no(?=[.,;\n]|\Z)"
+    r"eliminated excluded ruled_out (?:no|not)(?=[.,;\n]|\Z) "
+    rf"not_(?:the_|an?_)?(?:correct|right|true|{NOUN})"
 )
 DENIED = any_pattern(
     # neither A nor B; I do not think that it is A; the wrong option is A
     rf"{NOT}(?:[ :]{{1,3}}(?!but\b)\w++){{0,4}}[ :]{{0,3}}{RUN}",
     # A is clearly wrong; option A can be excluded; A: wrong; A does not fit
     rf"{RUN}(?:(?: {NOUN})? {SEEMS}{CLEARLY}(?: the| an?)?|:) {WRONG}(?!\w)",
-    rf"{RUN}(?: {NOUN}| one)? (?:is|are|was|were|do|does|did|can|could|would|should|must)"
-    r"(?:n't| ?not)\b(?! only)",
-    rf"{RUN}(?: {NOUN})? can't\b",
-    rf"{RUN}(?:: not|(?:选项|项)?(?:是?错|不是|不正确|不对|不符|有误))",
+    rf"{RUN}(?: {NOUN})? (?:(?:can ?not|can't) be|(?:do|does)(?: not|n't) (?:match|fit|work))\b",
+    rf"{RUN}(?:选项|项)?(?:是?错|不是正确|不正确|不对|不符|有误)",
+)
+# what is not so is not chosen here, which takes nothing back: "The answer is A. A is not cut"
+NOT_SO = any_pattern(
+    rf"(?<!only )(?<!though ){RUN}(?: {NOUN}| one)? "
+    r"(?:is|are|was|were|do|does|did|can|could|would|should|must)(?:n't| ?not)\b"
+    r"(?! (?:only|just|merely|necessarily)\b)",
 )
 # it can not be told, and all that the sentence says after that
 REFUSED = any_pattern(
     r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
-    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|\bno (?:idea|clue|way to|information)\b"
-    r"|无法|不能确定|抱歉)"
+    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
     r"(?:(?!\bbut\b)[^.!?\n])*"
 )
 QUESTION = re.compile(r"(?<![^.!?\n])[^.!?\n]*+\?")
@@ -297,13 +301,15 @@ CONCLUSION = any_pattern(
 
 # what is only supposed
 SUPPOSED = any_pattern(
-    r"\bif\b[^.,;\n]*", r"\b(?:might|may|could|would|some) (?:think|say)\b[^.,;\n]*"
+    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)[^.,;\n])*",
+    r"\b(?:might|may|could|would|some) (?:think|say)\b[^.,;\n]*",
 )
-# what takes back all that was said before
+# what takes back all that was said before, if something else is said then
 TAKEN_BACK = any_pattern(
-    r"\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]",
-    r"\b(?:no, (?:that|it)|i disagree)\b",
+    r"(?<!\w )\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]",
+    r"\b(?:no, that's (?:wrong|not)|i disagree)\b",
 )
+IT_IS = any_pattern(rf"\bit(?:'s| is) {RUN}(?!,? (?:that|which|who))")
 
 # what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
 REASON = any_pattern(r"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为)[^.,;\n]*")
@@ -330,7 +336,8 @@ def without_denied(said):
     denied = {}  # sign: where it was denied last
     for m in DENIED.finditer(said):
         denied |= dict.fromkeys(signs_in(m[0]), m.end())
-    return re.sub(ANY, lambda m: m[0] if m.start() >= denied.get(m[0], 0) else "", said)
+    said = re.sub(ANY, lambda m: m[0] if m.start() >= denied.get(m[0], 0) else "", said)
+    return NOT_SO.sub(" not", said)
 
 
 def without_lists(said):
@@ -371,7 +378,8 @@ def find_letter(text, options, finished=True):
     signs = marked(text, options)
     said = without_denied(QUESTION.sub(" ", signs))
     *_, at_last = TAKEN_BACK.split(said)
-    said = at_last if signs_in(at_last) else said
+    if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
+        said = at_last
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
     told = without_lists(told)
@@ -510,7 +518,7 @@ VALUE = (
 STATED = re.compile(VALUE, re.ASCII)
 # an answer before its explanation
 FIRST_LINE = re.compile(
-    rf"\A(?:{ABOUT} )?({NUMBER})(?: ?[a-z°%]+(?:\^\d)?){{0,3}}\.?\n(?!\W*(?:\d|and\b|plus\b))",
+    rf"\A(?:{ABOUT} )?({NUMBER})(?: ?[a-z°%]++(?:\^\d)?){{0,3}}+\.?\n(?!\W*(?:\d|and\b|plus\b))",
     re.ASCII,
 )
 # what a value is no answer beside: 2x, 30 + y (3 m is none), what is given, and what it is used for
@@ -536,7 +544,7 @@ REASONS = any_pattern(REASON.pattern, r"\b(?:which|after|before)\b[^.,;\n]*")
 # a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two,
 # and "the left one" counts nothing
 COUNTED = re.compile(
-    r"\bone of\b|\bthe (?:\w+ )?one\b|\b(?:no|this|that|which|another|every|each|some|any) one\b"
+    r"\bone of\b|\bthe (?:\w+ )?one\b|\b(?:no|another|every|each|some|any) one\b"
     r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty \w+"
     r"|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))",
     re.ASCII,
@@ -562,7 +570,7 @@ def find_kind(text, kind, finished=True):
         if opens:
             return opens[1]
     # "no" in a sentence that also says "yes" settles nothing
-    words = set(re.findall(rf"(?<!not )\b(?:yes|{NO})\b", REFUSED.sub(" ", said), re.ASCII))
+    words = set(re.findall(rf"(?<!not )\b(?:yes|{NO})\b", said, re.ASCII))
     return words.pop() if len(words) == 1 and finished else None
 
 
@@ -622,11 +630,19 @@ DECLARED_TEXT = re.compile(
     r"(?:\s|[*$`]|\\[\[(])*+(.*)",
     re.IGNORECASE,
 )
-# what may stand after the answer, to the end
-CLOSING = any_pattern(
-    r"\n[^\w\n]{0,4}(?:explanation|note|reason|reasoning)\W{0,2}:(?s:.)*\Z",
-    r"\n[^\n]*\b(?:i hope this|let me know|feel free)\b[^\n]*\Z",
+# a line that may stand after the answer
+REMARK = any_pattern(
+    r"[ *#>]*(?:(?:explanation|note)[ *]*:|i hope this|(?:please )?(?:let me know|feel free))"
+    r"(?!.*\banswer\b)"
 )
+
+
+def without_remarks(text):
+    """A text without the remarks that it ends with, "I hope this helps!"."""
+    lines = text.rstrip().split("\n")
+    while len(lines) > 1 and (not lines[-1].strip() or REMARK.match(lines[-1])):
+        lines.pop()
+    return "\n".join(lines)
 
 
 def declared_text(text):
@@ -668,7 +684,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     said, inside, tag = tagged(text)
     if tag == "truncated":
         return None, tag
-    source = CLOSING.sub("", said) if inside is None else inside
+    source = without_remarks(said) if inside is None else inside
     after_box = said[last_box(said)[1] :] if tag == "boxed" else ""
     if options:
         # a JSONL row has a list, a benchmark's row has its letters
@@ -681,8 +697,9 @@ def extract_answer(text, options=None, kind="text", finished=True):
         # of a tag that holds a letter or nothing there is no more to say
         rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
         return letter, ", ".join(rules)
-    if declared_text(after_box):
-        source = inside = declared_text(after_box)
+    later = DECLARED_NUMBER.findall(plain(after_box).lower())
+    if later:
+        source = inside = later[-1]
         tag = "declared"
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
         return find_kind(source, kind, finished or bool(tag)), tag or kind
@@ -695,7 +712,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     if not finished:
         return None, "truncated"
     # nothing is declared: the last line is what a reader would take
-    lines = lines_of(CLOSING.sub("", said))
+    lines = lines_of(without_remarks(said))
     if not lines:
         return None, "empty"
     return lines[-1], "last line"
@@ -774,13 +791,15 @@ def is_correct(answer, row):
 # where Ⓖ is the gold number, and ⒵ another one
 UNSTATED = any_pattern(
     # a bound, or a function's argument: "at least Ⓖ", "≥ Ⓖ", "log(Ⓖ)"
-    rf"(?:\b(?:{'|'.join(BOUND.split())}|up to|{LARGE}(?: and)?)[ (]|[<>≤≥≠±] ?)[({{]*Ⓖ",
+    rf"(?:\b(?:{'|'.join(BOUND.split())}|least|most|over|under|{LARGE}(?: and)?)[ (]|"
+    r"[<>≤≥≠±] ?)[({]*Ⓖ",
     # a part of an expression: "x + Ⓖ", "⒵ x Ⓖ", "{a+b}{Ⓖ}", "Ⓖ - y", "Ⓖk"
     r"(?:(?<![a-z])[a-z]|[\d⒵Ⓖ)\]}°π])(?: ?[-+*/×÷^]| x) ?[({]*Ⓖ|\}\{Ⓖ",
-    r"Ⓖ[)}°]? ?(?:[+*/×÷^] ?[\w(\\√π⒵]|- ?(?:⒵|[a-z]\b)|x ⒵|[a-fi-kn-rt-z]\b|bn\b)",
+    r"Ⓖ[)}°]? ?(?:[+*/×÷^] ?[\w(\\√π⒵]|- ?(?:⒵|[b-hj-z]\b)|x ⒵|[a-fi-kn-rt-z]\b|bn\b)",
     # one of several: "⒵ or Ⓖ", "(⒵, Ⓖ)", "⒵ dogs and Ⓖ cats", "x = ⒵, y = Ⓖ"
-    r"⒵[)\]°%]*(?: [a-z]+){0,2} ?(?:,? ?(?:and|or|to|by|vs)|[,;:])(?: \w+ ?=)? ?[(\[]*Ⓖ"
-    r"(?! in (?:total|all)\b)",
+    r"(?<!\bin )⒵[)\]°%]* ?(?:,? ?(?:and|or|to|by)|[,;]) ?[(\[]*Ⓖ(?! (?:in )?(?:total|all)\b)",
+    r"⒵(?: [a-z]+){1,2} (?:and|or) Ⓖ(?! (?:in )?(?:total|all)\b)",
+    r"(?<![\w⒵])[a-z] = ⒵(?:,| and| or) [a-z] = Ⓖ",
 )
 
 

@@ -116,17 +116,10 @@ def in_one_form(text):
 @cached
 def value_of(text):
     """A value in one form: "x = 1 : 2" is "1:2", and so is "3 : 6 = 1 : 2"."""
-    text = in_one_form(text)
-    left, equals, right = re.fullmatch(r"(?s)(?:(.*)([=≈]))?(.*)", text).groups("")
-    # two equations have no one value, nor has one that does not say what a name is
+    # two equations have no one value
     listed = text.count("=") > 1 and re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text)
-    return text if not equals or listed or not is_name(left) else right
-
-
-def is_name(left):
-    """May the left side of an equation be left out: is it a name, or worth what is on the right?"""
-    last = re.split("[=≈]", left)[-1].replace(":", "/")
-    return not re.search(r"[-+*/^×÷√]|\d[a-z]", last) or latex_value(without_unit(last)) is not None
+    form = in_one_form(text)
+    return form if listed else re.split("[=≈]", form)[-1]
 
 
 def bare_value(text):
@@ -141,13 +134,16 @@ def without_unit(value):
 
 
 def same_value(a, b):
-    """Are two short texts one value? Units count where both have one: 10 m is not 10 cm."""
+    """Is a short text the value b? Units count where both have one: 10 m is not 10 cm."""
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)
     forms = in_one_form(a), in_one_form(b)
-    if all("=" in form for form in forms) and latex_value(without_unit(x)) is None:
-        x, y = forms  # "AB = CD" is not "EF = CD"
+    # "AB = CD" is not "EF = CD", nor "x + y = 5" "x - y = 5"; but "AB = 5" and "x = 5" are both 5
+    if all("=" in form for form in forms):
+        named = not any(re.search(r"[-+*/^×÷√]|\d[a-z]", form.rpartition("=")[0]) for form in forms)
+        if not named or latex_value(without_unit(x)) is None:
+            x, y = forms
     pairs = {(x, y), (without_unit(x), y), (x, without_unit(y))}  # mostly one
     return any(equal_values(*pair) for pair in pairs)
 
@@ -155,8 +151,8 @@ def same_value(a, b):
 def equal_values(x, y):
     if x == y:
         return True
-    if any(re.fullmatch(r"\d+(?:-\d+)+|\d+/\d+/\d+", value) for value in (x, y)):
-        # a range, a score or a date is no sum
+    if re.fullmatch(r"\d+(?:-\d+)+|\d+/\d+/\d+", y):
+        # what is asked for is a range, a score or a date, and no sum
         return re.sub(r"\b0+(?=\d)", "", x) == re.sub(r"\b0+(?=\d)", "", y)
     # a ratio is a fraction
     v, w = latex_value(x.replace(":", "/")), latex_value(y.replace(":", "/"))

@@ -839,6 +839,31 @@ OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
         ("The total is 12!", "12", None, True),
         ("It is about 10.2 cm, closest to option B.", "B", ["5 cm", "10 cm"], True),
     ],
+    "what is no denial, retraction or remark": [
+        ("The answer is B. B does not have a line of symmetry.", "B", list("ABCD"), True),
+        ("**Answer:** B\n\n- A is symmetric\n- B is not symmetric", "B", list("ABCD"), True),
+        ("答案是B。B不是轴对称图形。", "B", list("ABCD"), True),
+        ("Only B is not blurred.", "B", list("ABCD"), True),
+        ("The object is a discarded bottle.", "B", ["can", "bottle"], True),
+        ("The right picture lacks the shoe.", "B", ["hat", "shoe"], True),
+        ("The answer is B. Actually, the red car is behind it.", "B", ["red", "blue"], True),
+        ("The answer is B. Hmm, A is also close, but B is better.", "B", ["red", "blue"], True),
+        ("If you look closely the answer is B", "B", ["red", "blue"], True),
+        ("Well.\n\n**Reasoning:** It is blue.\n\n**Answer:** B", "B", list("xyz"), True),
+        ("Look.\nThe answer is B. I hope this helps!", "B", ["red", "blue"], True),
+        ('The text reads:\n"Feel free to touch"', "feel free to touch", None, True),
+        ("There is no way to fold A to get this, so the answer is B.", "B", list("wxyz"), True),
+        ("\\boxed{12}. The answer is rounded to 2 digits.", "12", None, True),
+        ("The answer is 12 - I counted twice.", "B", ["10", "12", "15"], True),
+    ],
+    "a number that is stated": [
+        *((f"<answer>{said}</answer>", "12", None, True) for said in (
+            "They add up to 12.", "10 + 2 is equal to 12", "11.8 rounds to 12", "2x = 24, x = 12",
+            "5 red, 7 blue, 12 total", "5 cats, 7 dogs: 12 animals in total", "In 2015: 12%",
+            "In 2015, 12 people voted.", "4 cm × 3 cm = 12 cm²", "x + y = 12", "24 - 12",
+        )),
+        ("There are 4 quarter notes.", "4", None, True),
+    ],
     "an option's letter and its text, which is another's letter": [
         *((said, "D", ["B", "C", "D", "E"], True) for said in (
             "D. E", "(D) E", "**D. E**", "<answer> D. E </answer>", "\\boxed{D. E}", "D",
