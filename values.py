@@ -141,7 +141,7 @@ def same_value(a, b):
     forms = in_one_form(a), in_one_form(b)
     # "AB = CD" is not "EF = CD", nor "x + y = 5" "x - y = 5"; but "AB = 5" and "x = 5" are both 5
     if all("=" in form for form in forms):
-        named = not any(re.search(r"[-+*/^×÷√]|\d[a-z]", form.rpartition("=")[0]) for form in forms)
+        named = not any(re.search(r"[-+*/^×÷√]|\d[a-z]", form.split("=")[0]) for form in forms)
         if not named or latex_value(without_unit(x)) is None:
             x, y = forms
     pairs = {(x, y), (without_unit(x), y), (x, without_unit(y))}  # mostly one
