@@ -1,9 +1,8 @@
 r"""Which variants are run, and how? The papers' tables in miniature, with controls and seeds.
 
 For each run and seed of a study: fit_pca.py (GAP's), train.py, eval.py for each of its evaluations,
-probe.py.
-One line per run is appended to <results>.jsonl, and what has a line is not run again: a table grows
-over as many calls as it takes. Then report.py writes <results>.md from the lines alone.
+probe.py. One line per run is appended to <results>.jsonl, and what has a line is not run again: a
+table grows over as many calls as it takes. Then report.py writes <results>.md from the lines alone.
 
     T="--longest=8 --n_train=4200"
     python toy.py data $T --data_folder=out/ablate/toy
@@ -44,23 +43,23 @@ from data import (
     read_lines,
     write_then_rename,
 )
-from launch import Progress, check_choices, end_with_parent, lock, start, use_idle_cores
+from launch import Progress, check_choices, end_with_parent, lock, names_in, start, use_idle_cores
 from report import Study, latest, lines_of, write_tables
 
 # --------------------------------------------------------------------------------------------------
-study = "main"  # or fresh: what that left open; gap valr amvl: a paper's own tables
+study = "main"  # or fresh: what main left open; gap valr amvl: a paper's own tables
 base = "toy/base"  # what every run starts from
 data = "out/ablate/toy/train.jsonl"  # a run trains on its first `examples` lines
 val_data = "out/ablate/toy/val.jsonl"  # for R2, at the end of training
 test_data = "out/ablate/toy/test.jsonl"  # for every evaluation, and for probe.py
-out = "out/ablate"  # working files, a folder a base; targets and PCA stay, checkpoints do not
-results = ""  # .jsonl and .md; "": results/<study>, and results/toy of main
+out = "out/ablate"  # working files, a folder per base; targets and PCA stay, checkpoints do not
+results = ""  # the tables' path without .jsonl or .md; "": results/<study>; for main results/toy
 edit_data = ""  # pairs for edits.py; "": edits.jsonl beside test_data, if there is one
 examples = 1250  # few enough to be off the ceiling, enough to be off the floor
 seeds = "1,2,3,4,5"
 only = ""  # names of runs, with commas between
-report = False  # run nothing
-interventions_at = 1000  # of study gap: examples of the run that is intervened on; 0: main (7B)
+report = False  # only rewrite the tables, run nothing
+interventions_at = 1000  # study gap: intervene on the run of this many examples; 0: of `examples`
 easy = "1 moves"  # the category reported apart, which needs no latents; "" for none
 launch = ""  # "": this python; 7B: torchrun --nproc-per-node 8
 sample_args = ""  # further --key=value of sample_difficulty.py; the README has those for 7B
@@ -306,12 +305,9 @@ def star():
 
 def evals_of(name):
     """The evaluations of a run: clean, what MORE has for it, and the timed one."""
-    more = MORE[study]
-    kinds = more.get(name, ())
     if study == "gap":
-        starred = name == "GAP" + star()
-        kinds = more.get("GAP*" if starred else name.partition(" n=")[0], ())
-    return ["clean", *kinds, "one by one"]
+        name = "GAP*" if name == "GAP" + star() else name.partition(" n=")[0]
+    return ["clean", *MORE[study].get(name, ()), "one by one"]
 
 
 def pairs_file():
@@ -420,10 +416,10 @@ def trained(folder, run, seed, file):
         "out": model,
         "seed": seed,
         "eval_every": 0,  # validate at the end only
+        "curves": 0,  # the folder is deleted
     }
     if with_pca:
         settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
-    settings["curves"] = 0  # of a folder that is deleted
     call("train.py", train_args, **(settings | own))
 
     log = read_lines(model / "log.jsonl")
@@ -451,7 +447,7 @@ def evaluated(folder, kind, model):
     return folder / kind
 
 
-def answers(folder, rows):
+def read_answers(folder, rows):
     """What eval.py left in a folder: which questions were right, and the mean costs.
 
     The right ones are {category: [questions, hexadecimal number of a bit per question]}.
@@ -502,7 +498,7 @@ def one_run(folder, settings, seed, file, rows):
             call("edits.py", "", model=model, data=pairs_file(), answers=answered)
             line["edits"] = read_json(answered / "edits.json")
         else:
-            line["evals"][kind] = answers(answered, rows)
+            line["evals"][kind] = read_answers(answered, rows)
     line["probe"] = probed(folder, model)
     return line
 
@@ -533,7 +529,7 @@ def wanted_runs():
             expected = "expected numbers with commas between, as in 1,2,3"
             raise SystemExit(f"seeds={seeds!r}: {expected}; found {seed!r}")
     names = [name for group in RUNS[study] for name in group]
-    wanted = only.split(",") if only else names
+    wanted = names_in(only) or names
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         there = ", ".join(names)
@@ -637,11 +633,11 @@ def write_report():
     lines = read_results()
     if not lines:
         others = len(lines_of(results + ".jsonl"))
-        again = "give --report=1 beside the settings that they were made with"
-        raise SystemExit(
-            f"{results}.jsonl has no run with these settings yet"
-            + (f", and {others} with others: {again}" if others else "; run ablate.py first")
-        )
+        if others:
+            why = f"but {others} with others; give the settings that those were made with"
+        else:
+            why = "and no others; run ablate.py without --report first"
+        raise SystemExit(f"{results}.jsonl has no run with these settings, {why}")
     found = Study(
         name=study,
         lines=lines,

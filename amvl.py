@@ -11,7 +11,7 @@ The forward term moves the prior alone, the reverse term the posterior alone: it
 where the prior can reach it, against an answer that leaks through the slots. The paper's values,
 where they are settings of train.py: K = 8 slots, slot_dim = 512.
 
-A causal slot can not see the y behind it, so each distribution has a pass of its own [not stated]:
+A causal slot cannot see the y after it, so each distribution has a pass of its own [not stated]:
 the prior's reads [x, slots], the posterior's [x, y, slots], and the third, with Z in the slots,
 writes y. Shape letters beside method.py's: K slots, m latent dimensions.
 """
@@ -176,5 +176,5 @@ class AMVL(Method):
 
 
 def grown(done, begin, end):
-    """How far a weight has grown, 0 to 1, when a share `done` of the steps is."""
+    """A ramp from 0 at the share `begin` of the steps to 1 at `end`; `done`: the share taken."""
     return min(1.0, max(0.0, (done - begin) / (end - begin)))

@@ -261,7 +261,7 @@ NOT_SO = any_pattern(
     r"(?:is|are|was|were|do|does|did|can|could|would|should|must)(?:n't| ?not)\b"
     r"(?! (?:only|just|merely|necessarily)\b)",
 )
-# it can not be told, and all that the sentence says after that
+# it cannot be told, and all that the sentence says after that
 REFUSED = any_pattern(
     r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
@@ -593,7 +593,7 @@ def find_number(text, finished=True):
         value = latex_value(bare)
         if value is not None:
             return f"{value:.15g}"
-    # "two people, whose ages can not be told": numbers before a refusal are of other things
+    # "two people, whose ages cannot be told": numbers before a refusal are of other things
     *before, said = REFUSED.split(text)
     whole = " ".join([*before, said])
     declared = DECLARED_NUMBER.findall(whole)
@@ -677,7 +677,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is taken
     back, "Wait, ..."; what is asked about, "Is it A?", or supposed, "If A ..."; the items of a list
     of options, "A. red\nB. blue"; and what is named in passing, "in row B", "because B ...". After
-    a refusal, "it can not be told", the last three rules find nothing. Of an output that is not
+    a refusal, "it cannot be told", the last three rules find nothing. Of an output that is not
     `finished`, cut off by the token limit, only a tag, a box, what is declared and what opens it
     count: it may have gone on to say the opposite.
     """

@@ -59,7 +59,7 @@ from data import json_line, load_examples
 from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, pick, stream, to_text
 from images import open_image, png_of
-from launch import pick_device, start
+from launch import check_choices, pick_device, start
 from method import cross_entropy
 from model import (
     IGNORE,
@@ -84,11 +84,11 @@ base = "toy/base"  # the model of (a) and (c)
 data = "out/toy/train.jsonl"  # their questions
 only = ""  # a to h; "" for all
 shape = "toy"  # or 7b, 7b-smoke: absolute numbers
-repeats = 5  # of a measurement within this process, both sides in turn; the median counts
-questions = 16  # a batch
-new_tokens = 32  # an answer of (a)
+repeats = 5  # runs of each side, in turn, in this process; the median counts
+questions = 16  # per batch
+new_tokens = 32  # per answer of (a) and (e)
 threads = 2  # of the CPU
-side = ""  # set by (b), (d), (g) and (h) for their subprocesses
+side = ""  # internal: (b), (d), (g) and (h) set it for their subprocesses
 # --------------------------------------------------------------------------------------------------
 
 VOCABULARY = 152064  # rows of Qwen2.5-VL's embedding
@@ -134,7 +134,7 @@ def ms(seconds):
 
 
 def median_seconds(f):
-    """Of the repeats, after a warm-up."""
+    """The median time of `repeats` calls, after a warm-up."""
     times = []
     for _ in range(repeats + 1):
         began = clock()
@@ -950,6 +950,7 @@ def forward_and_backward(vlm):
 
 
 def main():
+    check_choices(globals(), shape=("toy", *TEXT))
     torch.set_num_threads(threads)
     # in_processes starts this file anew, once a side
     if side:
@@ -957,10 +958,10 @@ def main():
         if only not in sides or side not in ("ours", "hf"):
             raise SystemExit(f"side={side!r}: expected ours or hf, with --only=b, d, g or h")
         sides[only]()
-    elif shape in TEXT:
+    elif shape != "toy":
         seven_b()
         print_table()
-    elif shape == "toy":
+    else:
         if not Path(data).exists():
             raise SystemExit(f"{data}: no such file; run `python toy.py data` first")
         parts = {"a": sampling, "b": training, "c": latent_mode, "d": vision}
@@ -971,8 +972,6 @@ def main():
             if not only or name in only:
                 part()
         print_table()
-    else:
-        raise SystemExit(f"shape={shape!r} is not one of: toy, {', '.join(TEXT)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from answers import check_letter, check_yesno, lettered
 from data import RESERVED
-from launch import rank_and_world
+from launch import names_in, rank_and_world
 from scores import (
     check_answer,
     check_mathvision,
@@ -545,20 +545,22 @@ def benchmarks_of(table):
     return list(dict.fromkeys(names))
 
 
-def benchmarks_named(text):
-    """The benchmarks of a list "gap,VStar": of a published table all that it compares.
+def expanded(names):
+    """The names, a published table's replaced by its benchmarks'; each once."""
+    found = []
+    for name in names:
+        found += benchmarks_of(PUBLISHED[name]) if name in PUBLISHED else [name]
+    return list(dict.fromkeys(found))
 
-    Raises SystemExit if a name is of neither.
-    """
-    names = []
-    for name in text.split(","):
-        names += benchmarks_of(PUBLISHED[name]) if name in PUBLISHED else [name]
+
+def benchmarks_named(text):
+    """The benchmarks that a setting names, "gap,VStar". Raises SystemExit for an unknown name."""
+    names = expanded(names_in(text))
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         known = ", ".join([*PUBLISHED, *BENCHMARKS])
         raise SystemExit(f"benchmarks: {unknown[0]!r} is not one of: {known}")
-    # tables share benchmarks: each is answered once
-    return list(dict.fromkeys(names))
+    return names
 
 
 # --------------------------------------------------------------------------------------------------
@@ -580,17 +582,15 @@ def load_benchmark(name, data_root):
         raw, md5 = read_table(path, ",")
     else:
         raw, md5 = read_json_rows(path)
-    # not refused: mirrors repack files, and the answers stay comparable among themselves
-    warnings = []
-    if file.md5 and md5 != file.md5:
-        warnings.append(f"{path} has MD5 {md5}, the official file {file.md5}")
     if not raw:
         raise SystemExit(f"{path}: no questions")
-    # a table's rows without a picture are left out, as by the harness
-    if BENCHMARKS[name].n not in (0, len(raw)):
-        warnings.append(f"{path} has {len(raw)} questions, {name} has {BENCHMARKS[name].n}")
-    for warning in warnings * (rank_and_world()[0] == 0):
-        print(f"warning: {warning}", file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        # not refused: mirrors repack files, and the answers stay comparable among themselves
+        if file.md5 and md5 != file.md5:
+            warn(f"{path} has MD5 {md5}, the official file {file.md5}")
+        # a table's rows without a picture are left out, as by the harness
+        if BENCHMARKS[name].n not in (0, len(raw)):
+            warn(f"{path} has {len(raw)} questions, {name} has {BENCHMARKS[name].n}")
     rows, ids = [], set()
     for n, official in enumerate(raw):
         row = our_row(name, path, file, n, official)
@@ -601,6 +601,10 @@ def load_benchmark(name, data_root):
         ids.add(row["id"])
         rows.append(row)
     return rows, md5
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def find_file(name, data_root):
@@ -662,7 +666,7 @@ def what_is_wrong(row, ids):
     if row["id"] in ids:
         return f"repeats the id {row['id']!r}"
     if missing:
-        return f"names {missing[:1]}, which is not there"
+        return f"names {missing[0]}, which is not there"
     # the tokenizer would make an image or a latent of it
     if RESERVED.search(row["question"]):
         return "has a reserved token in its question"

@@ -42,15 +42,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from checks import (
-    check_answer,
     check_auxiliary,
     check_described,
     check_example,
+    check_gold,
     check_parser,
     check_reasoned,
     parser_texts,
 )
-from contamination import KINDS, find_copies, images_of_tests, load_tests, write_pairs
+from contamination import FINDINGS, find_copies, images_of_tests, load_tests, write_pairs
 from data import (
     IMAGE_FIELDS,
     LATENT_SPAN,
@@ -70,7 +70,7 @@ from data import (
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
 from images import MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
-from launch import Progress, check_choices, claim, pick_device, start
+from launch import Progress, check_choices, claim, names_in, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import coloured, figure, write_page
 from resume import Reject, Unanswered, clean, run_stage
@@ -86,26 +86,26 @@ from sources import (
     source_of,
     wrapped,
 )
-from teacher import Replies, Served, ask_teacher, edit_image, usable
+from teacher import PaidServer, Replies, ask_teacher, edit_image, until_usable
 
 # --------------------------------------------------------------------------------------------------
 out = "data"  # the folder that everything is written to
 data = ""  # files in `out` that a command reads, with commas between
 workers = 2  # items at a time: CPU cores, or requests that the teacher answers at once
-seed = 12345  # of what is drawn: `limit`, the split, the sheet
-limit = 0  # > 0: only so many items, drawn by the seed
+seed = 12345  # of every random choice: `limit`, the split, the sheet
+limit = 0  # > 0: only this many items, drawn by the seed
 
 # convert
 source = ""  # gap monet viscot lvr zebra chat teacher qa
 files = ""  # the source's JSON or JSONL; a pattern with * may name several
 root = ""  # the folder that its image paths start from, and may not leave; "": that of each file
 label = ""  # name of the output file and row of the composition table; "": the source's own
-draw = "crop"  # a box gives: crop, the enlarged part; outline, the query with the box drawn on it
+draw = "crop"  # a box becomes: crop, its part enlarged; outline, the query with it drawn on
 crop_margin = 0.2  # of the box's sides, added on each side
-crop_side = 448  # pixels: a smaller crop's long side is enlarged to this
+crop_side = 448  # pixels: the long side of a smaller crop is enlarged to this
 max_bytes = 64_000_000  # of an image file
-bomb_pixels = 50_000_000  # an image of more is taken for a decompression bomb
-follow_links = False  # of images: a link may lead out of root
+bomb_pixels = 50_000_000  # an image with more is taken for a decompression bomb
+follow_links = False  # image paths may be links that lead out of root
 min_side = 28  # pixels: one merged vision token
 
 # synthesise
@@ -144,12 +144,12 @@ Question: {question}
 Answer: {answer}"""
 
 # filter
-need_reasoning = True  # there is text between <think> and </think>; `qa` has none before a teacher
-need_parser = True  # an example with latents has a text that says what they mean
+need_reasoning = True  # text between <think> and </think>; `qa` has none until a teacher writes it
+need_parser = True  # after each latent span, a text that says what it means
 parser_words_min = 5  # [ours; the paper filters by length and names no bounds]
 parser_words_max = 200  # [ours]
-parser_repeats = 0.8  # Jaccard overlap of its words with the question's: it only repeats that
-blank = 2.0  # grey levels: an auxiliary image of a smaller standard deviation is blank
+parser_repeats = 0.8  # of this Jaccard overlap with the question's words, it only repeats it
+blank = 2.0  # grey levels: an auxiliary image with a smaller standard deviation is blank
 same_as_query = 8.0  # grey levels: one that differs less on a 64 x 64 grid is the query image again
 base = ""  # a Qwen2.5-VL folder, to reject what its tower sees as flat; "": fit_pca.py does that
 degenerate = 1e-3  # var(v) / mean ||v||^2, as in fit_pca.py
@@ -161,12 +161,12 @@ max_pixels = 1280 * 28 * 28  # of an image that the tower sees
 # audit
 benchmarks = ""  # test sets with commas between: names of benchmarks.py, or JSONL files
 data_root = "data/benchmarks"  # where the benchmarks' official files lie
-near = 52  # of 255 bits: at most so many differ between near-duplicates
+near = 52  # near-duplicates differ in at most this many of 255 bits
 drop = "pixels,question"  # findings whose examples are left out: pixels question template near
 max_pairs = 500  # near pairs on the page, the nearest first
 
 # split, sheet
-own_split = False  # train and val as the sources' items or file names say, instead of a drawn one
+own_split = False  # split as the sources' items or file names say, instead of at random
 val_share = 0.1  # of the examples; a group of shared images stays on one side
 sheet = "data/sheet.html"  # the page
 n_sheet = 40  # examples on it
@@ -183,7 +183,7 @@ MOST_OF_PICTURE = 0.8  # of its area in a crop with a margin: the whole picture 
 
 def data_files():
     """The files that `data` names. Image paths are relative to the file, so all lie in `out`."""
-    paths = [Path(p.strip()) for p in data.split(",") if p.strip()]
+    paths = [Path(name) for name in names_in(data)]
     if not paths:
         raise SystemExit("data='' names no file; give --data=FILE or several with commas between")
     for path in paths:
@@ -213,15 +213,15 @@ def load_data():
     rows, seen = [], set()
     for path in data_files():
         for row in load_examples(path):
-            row["id"] = unlike(row["id"], path, seen)
+            row["id"] = distinct(row["id"], path, seen)
             for field in ("images", "aux_images"):
                 row[field] = [os.path.relpath(p, out) for p in row[field]]
             rows.append(row)
     return pick_rows(rows)
 
 
-def unlike(id, path, seen):
-    """An id as it is, or <file>/<id> where an earlier file has it, too; `seen` learns of it."""
+def distinct(id, path, seen):
+    """The id, or <file>/<id> where an earlier file has it, too; it is added to `seen`."""
     if id in seen:
         id = f"{path.stem}/{id}"
     seen.add(id)
@@ -240,17 +240,16 @@ def picked(n):
     return sorted(random.Random(seed).sample(range(n), limit))
 
 
-def digests_of(item):
-    """Of each picture in `out` that a row names its digest; None for one that is not there."""
-    row = item.get("item", item) if isinstance(item, dict) else item  # filter's, unchecked
-    if not isinstance(row, dict):
+def digests_of(row):
+    """The digest of each picture in `out` that a row names; None for one that is not there."""
+    if not isinstance(row, dict):  # an item that `filter` has still to check
         return []
     lists = [row[field] for field in IMAGE_FIELDS if isinstance(row.get(field), list)]
     paths = [os.path.join(out, name) for names in lists for name in names if isinstance(name, str)]
     return [file_digest(path) if os.path.isfile(path) else None for path in paths]
 
 
-def work_through(name, rows, work, uses, rejects, contents=digests_of, answers=False):
+def work_through(name, rows, work, uses, rejects, contents=digests_of, has_answered=False):
     """work(row) on all rows, kept in <out>/<name>.jsonl; those that raise Reject go to `rejects`.
 
     uses: the names of the settings that `work` depends on; a change of one, or of what
@@ -259,7 +258,9 @@ def work_through(name, rows, work, uses, rejects, contents=digests_of, answers=F
     settings = {setting: globals()[setting] for setting in uses}
     if settings.get("base"):
         settings["base"] = weights_digest(base)
-    return run_stage(name, rows, work, settings, out, workers, give_up, rejects, contents, answers)
+    return run_stage(
+        name, rows, work, settings, out, workers, give_up, rejects, contents, has_answered
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def convert():
     """The items of a source as checked examples: <out>/<label>.jsonl and rejects.<label>.jsonl."""
     check_choices(globals(), source=tuple(SOURCES), draw=("crop", "outline"))
     if Path(label).name != label:
-        raise SystemExit(f"label={label!r} is no name for a file in {out}")
+        raise SystemExit(f"label={label!r} is not a name for a file in {out}")
     paths = [path for path in sorted(glob.glob(files, recursive=True)) if os.path.isfile(path)]
     if os.path.isfile(files):  # a name may hold what a pattern does
         paths = [files]
@@ -604,7 +605,7 @@ def synthesise():
     # a row that has another id, place or category now is asked for nothing again
     replies = Replies(cost_file().with_name("replies.jsonl"))
     draw_one, write_one = partial(draw_image, replies), partial(write_response, replies)
-    ever = {"answers": bool(replies.known)}
+    ever = {"has_answered": bool(replies.known)}
     rows = work_through("drawn", rows, draw_one, DRAWN_USES, "rejects.drawn.jsonl", **ever)
     rejects = "rejects.synthesised.jsonl"
     work_through("synthesised", rows, write_one, WRITTEN_USES, rejects, **ever)
@@ -624,16 +625,16 @@ def cost_file():
     return Path(out) / "work" / "cost.jsonl"
 
 
-def served(url, model, key_name):
-    """A model as the settings say that it is asked."""
-    return Served(url, model, key_in(key_name), tries, first_pause, timeout, cost_file())
+def paid_server(url, model, key_name):
+    """A server that is asked as the settings say."""
+    return PaidServer(url, model, key_in(key_name), tries, first_pause, timeout, cost_file())
 
 
 def draw_image(replies, row):
     """The row with an auxiliary image: its own, or one that is drawn over the first query image."""
     if row["aux_images"]:
         return row
-    image_server = served(image_url, image_model, image_key)
+    image_server = paid_server(image_url, image_model, image_key)
     prompt = filled(image_prompt, row)
 
     def draw_anew():
@@ -643,7 +644,7 @@ def draw_image(replies, row):
             content = edit_image(image_server, prompt, query)
             return content, *decode(content)
 
-        return store(*usable(image_server, call))
+        return store(*until_usable(image_server, call))
 
     def is_there(name):
         return (Path(out) / name).is_file()
@@ -672,7 +673,7 @@ def write_response(replies, row):
     """The row with a response of the teacher, who sees all its images, question and answer."""
     if len(row["aux_images"]) != 1:
         raise Reject("teacher writes for one auxiliary image", len(row["aux_images"]))
-    teacher = served(teacher_url, teacher_model, teacher_key)
+    teacher = paid_server(teacher_url, teacher_model, teacher_key)
     prompt = filled(teacher_prompt, row)
 
     def write_anew():
@@ -687,7 +688,7 @@ def write_response(replies, row):
             check_example(row | {"response": in_our_tags(text)})
             return text
 
-        return usable(teacher, call)
+        return until_usable(teacher, call)
 
     asked = [teacher_model, prompt, max_tokens, temperature, send_side]
     # the answer: a prompt may not hold it, and a response must
@@ -719,7 +720,10 @@ def filter_data():
     def work(row):
         return filter_one(row, tower)
 
-    work_through("filtered", rows, work, FILTER_USES, "rejects.jsonl")
+    def contents(row):
+        return digests_of(row["item"])
+
+    work_through("filtered", rows, work, FILTER_USES, "rejects.jsonl", contents)
 
 
 def read_unchecked():
@@ -735,7 +739,7 @@ def read_unchecked():
                     error = error or f"id {id!r} occurs before"
                 else:
                     here.add(id)
-                    id = unlike(id, path, seen)
+                    id = distinct(id, path, seen)
                     item = item | {"id": id}
             rows.append({"id": id, "item": item, "error": error})
     return rows
@@ -751,9 +755,9 @@ def filter_one(row, tower):
     try:
         row = in_one_form(row, training=True, where="")
     except SystemExit as e:
-        raise Reject("field of another type", None, str(e).lstrip(": ")) from None
+        raise Reject("not in the form of an example", None, str(e).lstrip(": ")) from None
     check_example(row)
-    check_answer(row)
+    check_gold(row)
     if need_parser:
         check_described(row)
     if need_reasoning:
@@ -793,17 +797,17 @@ def audit():
 
     The rows without a finding of `drop`: audited.jsonl.
     """
-    dropped = {kind.strip() for kind in drop.split(",") if kind.strip()}
-    unknown = dropped - set(KINDS)
+    dropped = set(names_in(drop))
+    unknown = dropped - set(FINDINGS)
     if unknown:
-        raise SystemExit(f"drop={drop!r}: {sorted(unknown)} is none of {', '.join(KINDS)}")
+        raise SystemExit(f"drop={drop!r}: {sorted(unknown)[0]!r} is none of {', '.join(FINDINGS)}")
     if not benchmarks:
         raise SystemExit(
             "benchmarks='' names no test set; give --benchmarks=FILE or several with commas between"
         )
     check_outputs(data_files(), "audit.jsonl", "audited.jsonl")
     rows = load_data()
-    tests = load_tests([name.strip() for name in benchmarks.split(",") if name.strip()], data_root)
+    tests = load_tests(names_in(benchmarks), data_root)
     files = files_of(rows)
     ours = prints_of(files, len(files), "our images")
     theirs = prints_of(images_of_tests(tests), None, "benchmark images")
@@ -815,7 +819,7 @@ def audit():
     write_pairs(page, findings, tests, out, max_pairs, shown)
 
     counts = Counter(f["kind"] for f in findings)
-    found = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS)
+    found = ", ".join(f"{counts[kind]} {kind}" for kind in FINDINGS)
     print(
         f"audit: {len(ours):,} images of {len(rows):,} examples against {len(theirs):,} of "
         f"{len(tests):,} test rows: {found}; left out {len(left_out)} examples (drop={drop}); "
@@ -912,9 +916,9 @@ def print_composition(train, val):
 def contact_sheet():
     """A page of n_sheet random examples: query image, auxiliary image, question, response."""
     rows = load_data()
-    picked = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
-    cards = [card(row) for row in Progress(picked, desc="sheet", unit="example")]
-    write_page(sheet, f"{len(picked)} of {len(rows)} examples of {data}", cards)
+    some = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
+    cards = [card(row) for row in Progress(some, desc="sheet", unit="example")]
+    write_page(sheet, f"{len(some)} of {len(rows)} examples of {data}", cards)
     print(f"wrote {sheet}: open it in a browser")
 
 

@@ -44,7 +44,7 @@ def check_example(row):
     if fault:
         raise Reject(fault, number, said)
     if not WHOLE.fullmatch(row["response"].strip()):
-        raise Reject("text before <think> or behind </answer>")
+        raise Reject("text before <think> or after </answer>")
 
 
 def check_types(row):
@@ -65,7 +65,7 @@ def wrong_type(row, field, expected):
     return Reject("field of another type", None, detail)
 
 
-def check_answer(row):
+def check_gold(row):
     """The response's answer is the gold answer."""
     # read as a text: is_correct takes a letter as well as an option in words
     answer, _ = extract_answer(row["response"])
@@ -123,9 +123,9 @@ def check_parser(text, row, words_min, words_max, repeats):
 
 
 def check_length(text, words_min, words_max):
-    """A parser text has at least and at most so many words."""
+    """The number of a parser text's words lies within the bounds."""
     count = len(text.split())
-    if script(text) == "CJK":  # written without spaces; about two signs a word
+    if script(text) == "CJK":  # written without spaces; about two characters a word
         count = len(re.findall(r"\w", text)) // 2
     if count < words_min:
         raise Reject("parser too short", count, text)

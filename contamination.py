@@ -10,7 +10,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import BENCHMARKS, PUBLISHED, benchmarks_of, load_benchmark
+from benchmarks import BENCHMARKS, PUBLISHED, expanded, load_benchmark
 from data import load_examples
 from duplicates import nearest
 from pages import write_page
@@ -24,15 +24,13 @@ INSTRUCTION = re.compile(  # as prompts end
     r"\s*(?:please )?(?:answer (?:with|the question using|yes or no)|put your final answer)\b.*$",
     re.IGNORECASE,
 )
-KINDS = ("pixels", "question", "template", "near")  # of findings
+FINDINGS = ("pixels", "question", "template", "near")
 
 
 def load_tests(names, data_root):
     """{(benchmark, id): row} of test sets: public ones, a paper's table of them, or JSONL files."""
-    tests, wanted = {}, []
-    for name in names:
-        wanted += benchmarks_of(PUBLISHED[name]) if name in PUBLISHED else [name]
-    for name in dict.fromkeys(wanted):
+    tests = {}
+    for name in expanded(names):
         if name in BENCHMARKS:
             rows, _ = load_benchmark(name, data_root)
         elif Path(name).is_file():
@@ -89,13 +87,14 @@ def find_copies(rows, tests, ours, theirs, near):
             shown = set().union(*(rows_of.get(pixels, ()) for pixels in same))
             seen = [key for key in asked if key in shown]
             kind = "template" if not seen and is_template(asked) else "question"
-            # a question is no image of the test's row: None
-            findings.append(finding(kind, row, None, (*(seen or asked)[-1], None), None))
+            benchmark, id = (seen or asked)[-1]
+            # the question matched, not an image: None
+            findings.append(finding(kind, row, None, (benchmark, id, None), None))
         for name in names:
             # an image that could not be read has no fingerprint
-            same = by_pixels.get(ours[name][0]) if name in ours else None
-            if same:  # and near as well, which says nothing more
-                findings.append(finding("pixels", row, name, same, 0))
+            where = by_pixels.get(ours[name][0]) if name in ours else None
+            if where:  # and near as well, which says nothing more
+                findings.append(finding("pixels", row, name, where, 0))
             elif name in by_hash:
                 where, distance = by_hash[name]
                 findings.append(finding("near", row, name, where, distance))

@@ -10,7 +10,7 @@ with image paths relative to the file, and a response of the form
 
 whose k-th `<latent></latent>` belongs to aux_images[k]. What people write beside that (numbers,
 null, one image as a string, a JSON list, `<image>` marks, lettered options) is put into one form
-here and nowhere else; what can not be is refused with file, line and field.
+here and nowhere else; what cannot be is refused with file, line and field.
 """
 
 import hashlib
@@ -713,10 +713,10 @@ def short_hash(content):
 def remembered(path, what, compute):
     """compute(path), or what it gave before for this path, size and times.
 
-    100,000 images so cost a stat each. Memory that can not be kept costs time, nothing else.
+    100,000 images so cost a stat each. Memory that cannot be kept costs time, nothing else.
     """
     # the path as the system knows it: another spelling of it is the same file. Archives and copies
-    # may keep the time of a change; that of the inode they can not set
+    # may keep the time of a change; that of the inode they cannot set
     stat = os.stat(path)
     found = [os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, what]
     # the line of a file begins with what is known of it, and ends with the value
@@ -730,7 +730,7 @@ def remembered(path, what, compute):
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "ab") as f:
                 f.write(line + b", " + json.dumps(known[key]).encode() + b"]\n")
-        except (OSError, RuntimeError):  # a home that is none or can not be written
+        except (OSError, RuntimeError):  # a home that is none or cannot be written
             pass
     return known[key]
 

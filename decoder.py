@@ -336,7 +336,7 @@ class Decoder:
         sizes = [len(t) for t in ts]
         if self.x is None:
             self.x, self.ts = x.clone(), torch.cat(ts).to(x.device)
-            # this step also makes what libraries make at a first call, which can not be captured
+            # this step also makes what libraries make at a first call, which cannot be captured
             return self.forward(self.x, self.ts.split(sizes))
         self.x.copy_(x)
         self.ts.copy_(torch.cat(ts))

@@ -25,12 +25,12 @@ def coarse(image, side):
     return np.asarray(image.resize((side, side), Image.BOX), dtype=float)
 
 
-def largest_difference(image, query, side=64):
-    """Levels of 255, grey or of colour: the largest difference of two on a side x side grid."""
+def largest_difference(image, query):
+    """The largest difference of two pictures on a 64 x 64 grid, in levels (0 to 255) of YCbCr."""
     # first to one size, so that both fall on the grid alike
     query = query.resize(image.size, Image.BICUBIC)
     # as JPEG has them: an edit can leave the grey levels alone, and noise is less than in RGB
-    a, b = (coarse(x.convert("YCbCr"), side) for x in (image, query))
+    a, b = (coarse(x.convert("YCbCr"), 64) for x in (image, query))
     return float(np.abs(a - b).max())
 
 
@@ -53,7 +53,7 @@ def fingerprints(images, total, name, folder, workers, decode):
     """
     path = Path(folder) / "work" / "fingerprints.jsonl"
     claim(path.parent, path.name)
-    known = {line["key"]: line["print"] for line in read_lines(path) if line["print"][1]}
+    known = {line["key"]: line["print"] for line in read_lines(path)}
     found = {}
 
     def one(item):

@@ -4,11 +4,13 @@ Reads a model folder, a data file of pairs of questions that differ in one thing
 `pair`; `python toy.py edits` writes the toy's), and the folder of eval.py's answers to them with
 --save_latents=1. Writes <answers>/edits.json and prints, for each category of pairs:
 
-  followed   of the pairs whose gold answers differ, those whose answers do; of the others, those
-             whose answers are one
-  both right, and the cosine of the two rows' latents (1: they are blind to the edit)
-  own        where the pairs' auxiliary images differ: the share of latents that lie nearer to their
-             own image's features than to the other's (1/2: chance)
+  followed     of the pairs whose gold answers differ, those whose answers do; of the others, those
+               whose answers are one
+  both_right   those whose answers are both right
+  cosine       between the two rows' latents, one by one (1: they are blind to the edit)
+  pooled       between their means, as the field's critics measure it
+  own          where the pairs' auxiliary images differ: the share of latents that lie nearer to
+               their own image's features than to the other's (1/2: chance)
 
     python toy.py edits
     python eval.py --data=out/toy/edits.jsonl --out=out/eval/edits --save_latents=1
@@ -47,6 +49,7 @@ data = "out/toy/edits.jsonl"  # the pairs
 answers = "out/eval/edits"  # eval.py's `out`
 # --------------------------------------------------------------------------------------------------
 
+NUMBERS = ("followed", "both_right", "cosine", "pooled", "own")  # of a pair
 SAME = 0.1  # features that differ by no more of their norm are of one place
 
 
@@ -55,7 +58,8 @@ def pairs_of(rows):
     by_pair = {}
     for row in rows:
         row["pair"] = as_text(row.get("pair"), "pair", row.where)
-        check_fields({"category": "all"} | row, {"category": str}, row.where)
+        row["category"] = row.get("category") or "all"
+        check_fields(row, {"category": str}, row.where)
         by_pair.setdefault(row["pair"], []).append(row)
     for name, members in by_pair.items():
         if len(members) != 2:
@@ -92,20 +96,18 @@ def latents_of(line):
 
 def follows(a, b, said):
     """Did the answer change where it should, and stay where it should not?"""
-    gold = [in_words(row, row["answer"]) for row in (a, b)]
-    lines = [said[row["id"]] for row in (a, b)]
-    if any(line["extracted"] is None for line in lines):  # what could not be read is no answer
+    line_a, line_b = said[a["id"]], said[b["id"]]
+    if line_a["extracted"] is None or line_b["extracted"] is None:  # unread: no answer
         return False
+    gold_a, gold_b = in_words(a, a["answer"]), in_words(b, b["answer"])
     # a right answer is the gold one, however it was put
-    one, two = (
-        right if line["correct"] == 1 else in_words(row, line["extracted"])
-        for row, line, right in zip((a, b), lines, gold)
-    )
+    one = gold_a if line_a["correct"] == 1 else in_words(a, line_a["extracted"])
+    two = gold_b if line_b["correct"] == 1 else in_words(b, line_b["extracted"])
     if a.get("options") or b.get("options"):
         same = same_text(one, two)
     else:
         same = is_correct(one, {"answer": two}) or is_correct(two, {"answer": one})
-    return same == same_text(*gold)
+    return same == same_text(gold_a, gold_b)
 
 
 def in_words(row, answer):
@@ -166,8 +168,7 @@ def compare(a, b, said, features):
 
 def summary(found):
     """The means of the pairs' numbers, of those that have one."""
-    names = ("followed", "both_right", "cosine", "pooled", "own")
-    numbers = {name: [x[name] for x in found if x[name] is not None] for name in names}
+    numbers = {name: [x[name] for x in found if x[name] is not None] for name in NUMBERS}
     means = {name: mean(map(float, x)) if x else None for name, x in numbers.items()}
     return {"pairs": len(found)} | means
 
@@ -183,14 +184,12 @@ def main():
     features = load_features()
     by_category = {}
     for a, b in Progress(pairs, desc="edits", unit="pair"):
-        category = a.get("category") or b.get("category") or "all"
-        by_category.setdefault(category, []).append(compare(a, b, said, features))
+        by_category.setdefault(a["category"], []).append(compare(a, b, said, features))
     summaries = {category: summary(found) for category, found in by_category.items()}
-    print(f"\n{'':12}{'pairs':>8}{'followed':>10}{'both right':>12}{'cosine':>8}{'own':>8}")
+    print(f"\n{'':12}{'pairs':>8}" + "".join(f"{name:>12}" for name in NUMBERS))
     for category, numbers in summaries.items():
-        cells = ["-" if x is None else f"{x:.3f}" for x in list(numbers.values())[1:]]
-        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, (10, 12, 8, 8)))
-        print(f"{category:12}{numbers['pairs']:8}{line}")
+        cells = ["-" if numbers[x] is None else f"{numbers[x]:.3f}" for x in NUMBERS]
+        print(f"{category:12}{numbers['pairs']:8}" + "".join(f"{cell:>12}" for cell in cells))
     write_json(Path(answers) / "edits.json", summaries, indent=1)
     print(f"wrote {Path(answers) / 'edits.json'}")
 

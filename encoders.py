@@ -39,7 +39,7 @@ class FolderEncoder:
     """A frozen encoder from a folder. Not a submodule: no optimizer, shard or export meets it."""
 
     def __init__(self, folder, dtype, device):
-        """Raises SystemExit if the folder is not one of KINDS, or not a whole one."""
+        """Raises SystemExit if the model type is not in KINDS, or if weights are missing."""
         config = Path(folder) / "config.json"
         if not config.is_file():
             raise SystemExit(f"{config}: no such file; expected `own` or a folder of an encoder")

@@ -1,4 +1,4 @@
-"""How is a served model asked? Retries with growing pauses, and what no retry can help."""
+"""How is a served model asked? Retries with growing pauses, and the failures that none can help."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ NO_KEY = "none"  # never empty: the client would send the user's own hub token i
 
 
 def check_url(url):
-    """Raise SystemExit for an address that is none."""
+    """Raise SystemExit for what is not a URL of a server."""
     try:
         parts = urlsplit(url)
         # the client would take anything else for the name of a model on the hub
@@ -27,7 +27,7 @@ def check_url(url):
         is_one = False
     if not is_one:
         raise SystemExit(
-            f"{url!r} is no endpoint: expected http://... or https://..., up to and with /v1"
+            f"{url!r} is not an endpoint: expected http://... or https://..., up to and with /v1"
         )
 
 
@@ -40,7 +40,7 @@ def key_in(name):
     return key or NO_KEY
 
 
-def answered(call, url, tries, first_pause=0.5, key=""):
+def with_retries(call, url, tries, first_pause=0.5, key=""):
     """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
     Raises SystemExit where no try can help (offline, HOPELESS), else the last error, one of
@@ -62,7 +62,7 @@ def answered(call, url, tries, first_pause=0.5, key=""):
                 raise SystemExit(
                     f"{url} answers {status}: {said}; check endpoint, model name and key"
                 ) from None
-            # an answer that can not be read is paid for: one more may be better, and no third
+            # an answer that cannot be read is paid for: one more may be better, and no third
             unreadable += not isinstance(e, HTTPError)
             last = n + 1 == tries or unreadable == 2
             if last or is_refusal(status):
@@ -87,7 +87,7 @@ def is_refusal(status):
 def hidden(text, key):
     """A text that an endpoint sent, without the key that it was asked with.
 
-    One too short for a secret, as "x" for a server of one's own, stays: it may be part of a word.
+    A key too short to be a secret ("x", for one's own server) stays: it may be part of a word.
     """
     return text.replace(key, "***") if len(key) >= SHORTEST_KEY else text
 

@@ -386,7 +386,7 @@ class Answerer:
                     yield row, failure(e)
 
     def prepared(self, rows, failed):
-        """Yield (row, encoded prompt); what can not be encoded joins the failed."""
+        """Yield (row, encoded prompt); what cannot be encoded joins the failed."""
         for row in rows:
             try:
                 prompt = encode(self.vlm, self.tokenizer, self.processor, as_asked(row))
@@ -487,7 +487,7 @@ class ServedAnswerer:
 
     def answers(self, rows, has_answered):
         """As Answerer's, in the order in which the server answers."""
-        asked = ask_all(self.answer, rows, workers, give_up, self.server, has_answered)
+        asked = ask_all(self.answer, rows, workers, give_up, self.server.url, has_answered)
         for row, line, e in asked:
             yield row, line or {"error": str(e)}
 
@@ -913,7 +913,7 @@ def card(row, imaginer):
 
 
 def check_served():
-    """Raise SystemExit for a setting that a server, which writes text only, can not follow."""
+    """Raise SystemExit for a setting that a server, which writes text only, cannot follow."""
     check_url(url)
     for name, plain in LATENT_SETTINGS.items():
         if globals()[name] != plain:

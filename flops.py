@@ -69,7 +69,7 @@ def peak_flops(gpu):
 
 
 def rates(amount, each, seconds, device, dtype):
-    """Of a step: tokens a second and model FLOPs, over all ranks; on a known GPU the MFU."""
+    """Tokens per second and model FLOPs of a step, over all ranks; on a known GPU, its MFU."""
     flops = sum(each[name] * amount[name] for name in each)
     found = {"tokens_per_s": amount["tokens"] / seconds, "flops": flops}
     # the peak is bfloat16's

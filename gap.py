@@ -102,7 +102,7 @@ def solved_by(counts, examples, base, settings):
     """Ids of the examples that the difficulty rule trains as text.
 
     Raises SystemExit for examples that were not sampled, or not as they are now, or from another
-    base, and where an early-stopped count can not tell.
+    base, and where an early-stopped count cannot tell.
     """
     path, tau, rule = settings["difficulty"], settings["tau"], settings["rule"]
     again = "run sample_difficulty.py again, it goes on where it stopped"

@@ -569,7 +569,7 @@ def is_latent(left, K, n_after):
 
 
 def check_intervention(intervention, head):
-    """Raise SystemExit for an intervention that is none, or that this head can not have."""
+    """Raise SystemExit for an intervention that is none, or that this head cannot have."""
     if intervention not in INTERVENTIONS:
         there = ", ".join(INTERVENTIONS)
         raise SystemExit(f"intervention {intervention!r} is not one of {there}")

@@ -1,7 +1,7 @@
 """What are the pixels of a picture?
 
 The same in every stage, and what a person sees: turned by its EXIF tag, transparency on white, 16
-bits and floats scaled to 8, palettes and CMYK as RGB. What can not be used is found before it is
+bits and floats scaled to 8, palettes and CMYK as RGB. What cannot be used is found before it is
 needed.
 """
 
@@ -53,7 +53,7 @@ NO_PICTURE = (  # where a file's name promises what it does not hold: place, fir
 
 
 class BadImage(ValueError):
-    """Why a picture can not be used."""
+    """Why a picture cannot be used."""
 
 
 def other_kind(content):
@@ -88,7 +88,7 @@ def decode_image(source):
     """As open_image, but raises BadImage with the reason."""
     try:
         with Image.open(image_file(source)) as image:
-            # a picture that can not be used is refused before its pixels are read
+            # a picture that cannot be used is refused before its pixels are read
             shown_size(image)
             turn = TURNED.get(orientation(image))
             # now, while the file is open: Pillow reads pixels only when they are wanted
@@ -104,7 +104,7 @@ def decode_image(source):
 
 
 def first_bytes(source):
-    """How a picture's file begins; nothing where it can not be read."""
+    """How a picture's file begins; nothing where it cannot be read."""
     try:
         file = image_file(source)
         if isinstance(file, io.BytesIO):
@@ -234,7 +234,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
 
 
 def image_faults(names):
-    """Of each picture why it can not be used, "" if it can, in their order."""
+    """For each picture, in order: why it cannot be used, "" if it can."""
     # Pillow lets other threads run while it decodes
     faults = in_order(image_fault, names, os.cpu_count())
     shown = {"desc": "pictures", "unit": "image", "leave": False, "delay": 5}
@@ -242,19 +242,18 @@ def image_faults(names):
 
 
 def image_fault(path):
-    """Why a picture can not be used; "" if it can. Its digest, too, is remembered.
+    """Why a picture cannot be used; "" if it can. Its digest, too, is remembered.
 
     Only what can be used is remembered: a disk that was away for a moment is no fault of a picture.
     """
+
+    def decodes(path):
+        decode_image(path)
+        return True
+
     try:
-        remembered(path, "usable", is_usable)
+        remembered(path, "usable", decodes)
         file_digest(path)
     except BadImage as e:
         return str(e)
     return ""
-
-
-def is_usable(path):
-    """True; raises BadImage."""
-    decode_image(path)
-    return True

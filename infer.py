@@ -38,7 +38,7 @@ from generate import (
 )
 from images import open_image
 from imagine import bank_of, imagine
-from launch import check_choices, pick_device, show_files, start
+from launch import check_choices, names_in, pick_device, show_files, start
 from model import (
     HEAD_FILE,
     encode_images,
@@ -129,7 +129,7 @@ def paths_of(text):
     # not Path.is_file(), which raises where the whole list is longer than a name may be
     if os.path.isfile(text):
         return [text]
-    paths = [path.strip() for path in text.split(",") if path.strip()]
+    paths = names_in(text)
     for path in paths:
         if not os.path.isfile(path):
             raise SystemExit(f"{path}: no such image")

@@ -6,10 +6,11 @@ from functools import cache
 from scores import mean
 
 
-def wilson(correct, n, z=1.96):
+def wilson(correct, n):
     """The 95 % Wilson interval of an accuracy, as (low, high)."""
     if n == 0:
         return 0.0, 1.0
+    z = 1.96
     # not p +- 1.96 sd, which leaves 0 and 1 no width
     p, q = correct / n, z * z / n
     # the middle is drawn towards 1/2, the more the fewer questions there are

@@ -12,7 +12,7 @@ from huggingface_hub import InferenceClient
 
 from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
-from endpoint import FAILURES, answered, hidden
+from endpoint import FAILURES, hidden, with_retries
 from launch import Progress
 from served import ask_all, no_answer
 from values import plain
@@ -110,20 +110,19 @@ def replies_to(test, prompts, keys, endpoint):
     # one of the rows that ask the same: the prompt holds no picture
     asking = {keys[id]: id for id in prompts}
     todo = [{"id": id} for key, id in asking.items() if key not in replies]
-    client = InferenceClient(base_url=endpoint.url, api_key=endpoint.key, timeout=TIMEOUT)
 
     def ask(row):
-        return ask_judge(client, prompts[row["id"]], endpoint)
+        return ask_judge(prompts[row["id"]], endpoint)
 
     failed, refused = [], []
-
-    def keep(row, reply):
-        replies[keys[row["id"]]] = reply
-        append(f, {"id": row["id"], "key": keys[row["id"]], "reply": reply})
-
     bar = Progress(total=len(todo), desc=f"judge {test.name}", unit="answer")
     with open_append(path) as f, bar:
-        for row, reply, e in ask_all(ask, todo, endpoint.workers, endpoint.give_up, endpoint):
+
+        def keep(row, reply):
+            replies[keys[row["id"]]] = reply
+            append(f, {"id": row["id"], "key": keys[row["id"]], "reply": reply})
+
+        for row, reply, e in ask_all(ask, todo, endpoint.workers, endpoint.give_up, endpoint.url):
             bar.update()
             if e is None:
                 keep(row, reply)
@@ -145,8 +144,9 @@ def replies_to(test, prompts, keys, endpoint):
     return replies
 
 
-def ask_judge(client, prompt, endpoint):
+def ask_judge(prompt, endpoint):
     """One reply of the judge. Raises NoAnswer when it gives none: no rule takes its place."""
+    client = InferenceClient(base_url=endpoint.url, api_key=endpoint.key, timeout=TIMEOUT)
 
     def call():
         # greedy: who asks again should read the same
@@ -160,9 +160,10 @@ def ask_judge(client, prompt, endpoint):
         return reply.choices[0].message.content or ""
 
     try:
-        return hidden(answered(call, endpoint.url, endpoint.tries, key=endpoint.key), endpoint.key)
+        reply = with_retries(call, endpoint.url, endpoint.tries, key=endpoint.key)
     except FAILURES as e:
         raise no_answer(e, endpoint.key) from None
+    return hidden(reply, endpoint.key)
 
 
 def rated(row, reply):

@@ -260,6 +260,11 @@ def check_ranges(script, defaults):
         raise SystemExit(f"min_pixels={low} is above max_pixels={high}")
 
 
+def names_in(text):
+    """The names in a setting that holds several, with commas between."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def check_choices(settings, **choices):
     """Raise SystemExit for a setting that is not one of its choices."""
     for name, allowed in choices.items():
@@ -272,10 +277,11 @@ def help_text(script):
     """A script's docstring, then each setting with its default and the comment beside it."""
     # the comments are not in the globals: they are read from the file
     source = Path(script["__file__"]).read_text(encoding="utf-8")
-    comments = {}  # by line number
+    comments, headings = {}, {}  # by line number; a heading stands alone, above settings
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
+            kind = headings if token.start[1] == 0 else comments
+            kind[token.start[0]] = token.string.strip("# -")
     known = settings_of(script)
     lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
     lines.append(
@@ -285,8 +291,11 @@ def help_text(script):
         if not isinstance(statement, ast.Assign):
             continue
         comment = comments.get(statement.end_lineno, "")
+        heading = headings.get(statement.lineno - 1)
         for target in ast.walk(statement.targets[0]):
             if isinstance(target, ast.Name) and target.id in known:
+                if heading:
+                    lines += ["", f"  {heading}"]
                 default = repr(known[target.id])
                 if len(default) > 40:
                     default = default[:36] + "..."

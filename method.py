@@ -42,7 +42,7 @@ class Method(nn.Module):
 
     @classmethod
     def check(cls, settings):
-        """Raise SystemExit for settings that this method can not have, before weights are read."""
+        """Raise SystemExit for settings that this method cannot have, before weights are read."""
 
     def inputs(self):
         """{name: key} of what training depends on beside data and base: a resume needs the same."""

@@ -128,7 +128,7 @@ class PCAHead(LatentHead):
         """As above, with a gradient of k numbers per latent instead of d.
 
         P_k is orthonormal: ||P_k c + mu - v||^2 = ||c - P_k^T (v - mu)||^2 + a constant, which is
-        what the subspace can not reach of v.
+        what the subspace cannot reach of v.
         """
         P_k, mu = self.basis, self.mean
         centred = v.float() - mu  # (M, d)

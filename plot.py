@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import check_fields, check_there, read_lines, write_then_rename
-from launch import check_choices, start
+from launch import check_choices, names_in, start
 from report import SYSTEMS, latest, lines_of, longest, mean_interval, value
 
 # --------------------------------------------------------------------------------------------------
 runs = "out/gap"  # folders of train.py or their log.jsonl, with commas between
 out = ""  # a PNG; "": curves.png in the first folder, or <results>.png, <results>-systems.png
 results = ""  # what ablate.py wrote: a figure of it instead of curves
-figure = "examples"  # accuracy against examples; drift systems critics edits sparse subspace valr
-methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # of examples, by the names of their runs
-easy = "1 moves"  # the category that needs no latents and is left out of it
+figure = "examples"  # or drift systems critics edits sparse subspace valr
+methods = "text,output,LH,LH+PCA,LH+DA,GAP"  # the runs in figure examples
+easy = "1 moves"  # the category that needs no latents, left out of accuracies
 # --------------------------------------------------------------------------------------------------
 
 PERFECT = "1 is perfect"
@@ -165,7 +165,7 @@ def read_log(run):
             steps.append(row["step"])
             values.append(x)
     for field, steps in broken.items():
-        print(f"{path}: {field} is no finite number at {len(steps)} steps, the first {steps[0]}")
+        print(f"{path}: {field} is not a finite number at {len(steps)} steps, the first {steps[0]}")
     if not found:
         raise SystemExit(f"{path}: no finite number to draw in {len(kept)} steps")
     return found
@@ -327,7 +327,7 @@ def read_runs(path_of_lines):
 
 def accuracies(lines, file=""):
     """{method: {examples: [accuracy on hard questions, one per seed]}} of ablate.py's lines."""
-    wanted = [name.strip() for name in methods.split(",") if name.strip()]
+    wanted = names_in(methods)
     for number, line in enumerate(lines, 1):
         check_fields(line["settings"], {"examples": int}, f"{file}:{number}")
     # examples=0: all that there were, which is no number
@@ -350,7 +350,7 @@ def draw_accuracies(path_of_lines, path):
     """Accuracy against examples: means with 95 % t-intervals over seeds, each seed a faint dot."""
     plt = pyplot()
     found = accuracies(read_runs(path_of_lines), path_of_lines)
-    check_found(found, path_of_lines, methods.split(","))
+    check_found(found, path_of_lines, names_in(methods))
     check_number(found, "methods")
     fig = plt.figure(figsize=(6.4, 3.6))
     ax = fig.add_axes([0.09, 0.13, 0.9, 0.85])
@@ -460,7 +460,7 @@ def check_found(found, path_of_lines, names):
 
 
 def draw_rows(rows, path_of_lines, path):
-    """Of some RowFigure each seed a dot, the mean a line, and its 95 % t-interval."""
+    """A RowFigure: a dot per seed, a line for the mean, a bar for its 95 % t-interval."""
     plt = pyplot()
     names, numbers, unit = rows
     lines = read_runs(path_of_lines)
@@ -536,7 +536,7 @@ def main():
         raise SystemExit(
             f"--figure={figure} is of a study: give --results=results/toy, or the like"
         )
-    folders = [name.strip() for name in runs.split(",") if name.strip()]
+    folders = names_in(runs)
     if not folders:
         raise SystemExit("plot.py needs --runs=FOLDER,... or --results=results/toy")
     draw_curves(folders, out or log_of(folders[0]).with_name("curves.png"))

@@ -13,6 +13,7 @@ Norms are natural logarithms of L2. The state after the last layer is what the f
 paper's 546x and 8.7x); the state after the final norm is what output-as-input systems feed back.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -50,15 +51,15 @@ from plot import pyplot, save, where_possible
 model = "out/gap"  # a checkpoint folder
 data = "out/toy/test.jsonl"  # questions, and auxiliary images to compare with
 out = ""  # for probe.json and two figures; "": out/probe/gap for out/gap
-pca = ""  # "": the checkpoint's own; a folder of fit_pca.py, to judge by another, or where is none
+pca = ""  # a folder of fit_pca.py, for a checkpoint that has none; "": the checkpoint's own
 limit = 200  # questions; 0: all
 skip_unusable = False  # leave out rows with a broken image instead of refusing them
-batch = 50  # questions a batch of generation; 7B on 80 GB: 16
+batch = 50  # questions per batch of generation; 7B on 80 GB: 16
 max_new_tokens = 128  # latents count; 7B: 2048
 latent_size = 10  # most latents per span of a checkpoint with Monet's tokens [Monet: 10 to 16]
 ema_beta = 0.0  # > 0: EMA norm calibration
 min_pixels = 56 * 56  # of an image, as in training
-max_pixels = 1280 * 28 * 28
+max_pixels = 1280 * 28 * 28  # of an image, as in training
 dtype = "float32"  # 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
 
@@ -208,14 +209,8 @@ def along(chains):
 
 def spans_of(ids, latents, pad):
     """Split an answer's latents (m, d) into its spans by the runs of latent pads in its ids."""
-    runs, before = [], None
-    for t in ids:
-        if t == pad:
-            # two spans never touch: the tokens that end and begin one stand between them
-            if before != pad:
-                runs.append(0)
-            runs[-1] += 1
-        before = t
+    # two spans never touch: the tokens that end and begin one stand between them
+    runs = [len(list(run)) for token, run in itertools.groupby(ids) if token == pad]
     return list(latents.split(runs)) if runs else []
 
 
@@ -248,7 +243,7 @@ def norms_of_answer(vlm, prompt, answer, pad):
 
 
 def said_of_real(vlm, head, prompt, ids, real, pad):
-    """What is written (m, d) at an answer's latents if those before are real (m, d)."""
+    """The latents (m, d) that the head predicts where all earlier ones are the real ones (m, d)."""
     ids, x, pos = inputs_of(vlm, prompt, ids, real, pad)
     out = vlm.model.language_model(inputs_embeds=x, position_ids=pos[:, None], use_cache=False)
     before = (ids == pad).nonzero()[:, 0] - 1

@@ -36,10 +36,6 @@ class Study(NamedTuple):
     easy: str  # the category that needs no latents, reported apart; "" for none
     train_args: str
 
-    def seeds_each(self):
-        """Seeds of most runs."""
-        return statistics.mode(len(by_seed) for by_seed in self.lines.values())
-
     def named(self, what):
         """A run or evaluation with its star filled in."""
         return what.replace("*", self.star)
@@ -144,7 +140,7 @@ def values(study, what, measure="hard"):
 
 
 class Difference(NamedTuple):
-    """Of two runs, paired by seed: the mean of a - b, its 95 % t-interval and p over seeds."""
+    """Two runs, paired by seed: the mean of a - b, its 95 % t-interval, and its p over seeds."""
 
     mean: float
     low: float
@@ -185,7 +181,7 @@ def paired_p(study, a, b):
     seeds = values(study, a).keys() & values(study, b).keys()
 
     def shares_right(what):
-        """Of each question, in which share of the seeds it is answered."""
+        """For each question, the share of the seeds that answer it right."""
         name, kind = run_and_evaluation(what)
         answers = [right(study.lines[name][seed], kind, "hard", study.easy) for seed in seeds]
         return [sum(one) / len(seeds) for one in zip(*answers)]
@@ -212,7 +208,7 @@ def verdicts(differences):
 
 # a difference of accuracies that a study should tell: p < .05, uncorrected, in four of five tries
 TELLS = 0.05
-# means of accuracy between which runs say how far seeds differ: at the floor they can not
+# means of accuracy between which runs say how far seeds differ: at the floor they cannot
 OFF_FLOOR_AND_CEILING = 0.1, 0.9
 
 
@@ -236,13 +232,13 @@ def power(study):
         t = t_quantile(0.95, seeds - 1) + t_quantile(0.6, seeds - 1)
         return sd * math.sqrt(2 / seeds) * t
 
-    here = max(2, study.seeds_each())
+    here = max(2, statistics.mode(map(len, study.lines.values())))  # as most runs have
     enough = next(n for n in itertools.count(2) if told(n) <= TELLS)
     now = f"one of {told(here):.2f}" if told(here) < 1 else "none at all"
     return (
-        f"Seeds of a run between {low} and {high} differ by a standard deviation of {sd:.3f} (over "
-        f"{freedom} degrees of freedom), so that a single test, uncorrected, tells a difference of "
-        f"{TELLS} in four of five tries by {enough} seeds per run, and {now} by {here}."
+        f"The seeds of a run with accuracy between {low} and {high} have a standard deviation of "
+        f"{sd:.3f} ({freedom} degrees of freedom): in four of five tries a single uncorrected test "
+        f"detects a difference of {TELLS} with {enough} seeds per run, and {now} with {here}."
     )
 
 
@@ -351,7 +347,6 @@ def accuracy_table(study, table):
     for text, more, less, *measure in table.claims:
         claims.append((text, study.named(more), study.named(less), *(measure or ["hard"])))
     return [
-        "",
         f"## {table.title}",
         *markdown(head, cells),
         *not_run(absent),
@@ -394,7 +389,6 @@ def diagnosis(study):
         "cosine of an example's latents about mu (in brackets: of the real features).",
         *markdown(DIAGNOSIS_HEAD, [*rows, DIAGNOSIS_OF_PAPER]),
         *sentences(study, DIAGNOSIS_CLAIMS, paper=False),
-        "",
     ]
 
 
@@ -476,7 +470,6 @@ def drift(study):
         for name, d, word in zip(there, gaps, verdicts(gaps))
     ]
     return [
-        "",
         "## Drift along the chain",
         "",
         "R2 of the i-th latent against its real feature, of the questions with most latents: fed "
@@ -525,7 +518,6 @@ def edits(study):
         ]
 
     lines = [
-        "",
         "## Edits of the input",
         "",
         "Pairs of questions that differ in one thing. *Followed*: the share of pairs whose answers "
@@ -664,16 +656,15 @@ def preamble(study, lines):
     easy = len(right(lines[0], "clean", "easy", study.easy))
     questions = f"{hard} hard and {easy} easy" if study.easy else f"{hard}"
     text = (
-        f"{len(lines)} runs: {study.examples or 'all'} examples unless said, "
+        f"{len(lines)} runs: {study.examples or 'all'} examples unless stated, "
         f"`{study.train_args}`, {questions} test questions, greedy. "
-        "Of an accuracy on hard questions every seed's is shown, of other numbers mean ± standard "
-        "deviation over seeds. "
+        "Accuracies on hard questions list every seed; other numbers are mean ± standard deviation "
+        "over seeds. "
         f"{MEANINGS[study.name]} "
         "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
-        "p is over the questions, each its mean over the seeds, not corrected for the number of "
-        "tests. "
-        '"Yes" and "no" are at 5 % by the paired t-test over seeds, with Holm\'s correction for '
-        'the claims of a list; "undecided" is the rest. '
+        "p is over the questions, each averaged over the seeds, uncorrected. "
+        '"Yes" and "no" are decided at 5 % by the paired t-test over seeds, with Holm\'s '
+        'correction over the claims of a list; the rest is "undecided". '
         f"{power(study)} "
     )
     revisions = sorted({line["git"][:7] for line in lines if "git" in line})
@@ -685,7 +676,6 @@ def preamble(study, lines):
         "Written by `ablate.py` from the lines beside it; do not edit.",
         "",
         text,
-        "",
     ]
 
 
@@ -699,52 +689,45 @@ def write_tables(path, study):
 
     sections = [accuracy_table(study, table) for table in TABLES[study.name]]
     if study.name == "gap":
-        body = gap_body(study, sections)
+        sections = gap_sections(study, sections)
     elif study.name == "main":
-        body = main_body(study, sections)
-    else:
-        body = [line for section in sections for line in section]
-    text = [*preamble(study, lines), *body, ""]
-    write_then_rename(path, lambda tmp: tmp.write_text("\n".join(text)))
+        sections = main_sections(study, sections)
+    texts = ["\n".join(section).strip() for section in [preamble(study, lines), *sections]]
+    page = "\n\n".join(filter(None, texts)) + "\n"
+    write_then_rename(path, lambda tmp: tmp.write_text(page))
     return len(lines)
 
 
-def main_body(study, sections):
+def main_sections(study, tables):
     """The table of all systems, the critics' tests, and what else the lines hold."""
-    systems, with_more, without, oracle, difficulty, *beyond = sections
+    systems, with_more, without, oracle, difficulty, *beyond = tables
     return [
-        *systems,
-        *with_more,
-        "",
-        *by_category(study),
-        *without,
-        *edits(study),
-        *drift(study),
-        *oracle,
-        *difficulty,
-        *(line for section in beyond for line in section),
-        "",
-        *scarcity(study),
-        "",
-        *diagnosis(study),
-        *costs(study),
+        systems,
+        with_more,
+        by_category(study),
+        without,
+        edits(study),
+        drift(study),
+        oracle,
+        difficulty,
+        *beyond,
+        scarcity(study),
+        diagnosis(study),
+        costs(study),
     ]
 
 
-def gap_body(study, sections):
+def gap_sections(study, tables):
     """GAP's tables of accuracies, with the sections that no other study has between them."""
-    main, variance, interventions, oracle, *beyond = sections
+    main, variance, interventions, oracle, *beyond = tables
     return [
-        *diagnosis(study),
-        *main,
-        "",
-        *by_category(study),
-        *variance,
-        *interventions,
-        *oracle,
-        "",
-        *costs(study),
-        *(line for section in beyond for line in section),
-        "",
-        *scarcity(study),
+        diagnosis(study),
+        main,
+        by_category(study),
+        variance,
+        interventions,
+        oracle,
+        costs(study),
+        *beyond,
+        scarcity(study),
     ]

@@ -40,21 +40,21 @@ def clean(text):
 class Patience:
     """Ends a run after `give_up` failures of an endpoint in a row, whose threads all report here.
 
-    answers: has it ever answered? If so, a refusal is the item's fault and not the endpoint's.
+    has_answered: ever, this run or before? If so, a refusal is the item's fault and not its.
     """
 
-    def __init__(self, give_up, answers=False):
-        self.give_up, self.answers = give_up, answers
+    def __init__(self, give_up, has_answered=False):
+        self.give_up, self.has_answered = give_up, has_answered
         self.in_a_row, self.lock = 0, threading.Lock()
 
     def answered(self):
         with self.lock:
-            self.answers, self.in_a_row = True, 0
+            self.has_answered, self.in_a_row = True, 0
 
     def failed(self, refused, message):
         """Count a failure. Raises SystemExit with the message where it is one too many."""
         with self.lock:
-            known = refused and self.answers
+            known = refused and self.has_answered
             self.in_a_row = 0 if known else self.in_a_row + 1
             if self.in_a_row >= self.give_up:
                 raise SystemExit(message)
@@ -120,15 +120,15 @@ def in_order(work, items, workers, ahead=0):
 
 
 def run_stage(
-    name, rows, work, settings, folder, workers, give_up, rejects, contents, answers=False
+    name, rows, work, settings, folder, workers, give_up, rejects, contents, has_answered=False
 ):
     """Run work(row) -> row on all rows. Writes <name>.jsonl and the file `rejects` in `folder`.
 
     rows: a list, or what reads them anew each of the two times that they are gone through.
     settings: {name: value} of what makes older results useless when it changes.
     contents(row): what is known of the files that a row names; a change there does the same.
-    give_up: so many rows in a row without an answer end the run (SystemExit); answers: has the
-    endpoint, if one is asked, ever answered?
+    give_up: so many rows in a row without an answer end the run (SystemExit);
+    has_answered: has the endpoint, if one is asked, ever done so?
     Returns the rows that were kept, in the order of `rows`.
     """
     folder = Path(folder)
@@ -145,7 +145,7 @@ def run_stage(
     # what an earlier run has finished is not asked, and not paid, again
     n_done = sum(key in done for key in keys)
     todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
-    unanswered, patience = {}, Patience(give_up, answers)
+    unanswered, patience = {}, Patience(give_up, has_answered)
 
     def outcome(item):
         return outcome_of(work, *item, patience)

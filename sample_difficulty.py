@@ -233,7 +233,7 @@ def sample_served(rows):
         return ask_server(server, processor, row)
 
     unanswered = {}
-    for row, found, e in ask_all(tally, rows, workers, give_up, server):
+    for row, found, e in ask_all(tally, rows, workers, give_up, url):
         if found:
             yield found
         else:

@@ -2,7 +2,7 @@
 
 A check takes a row with its gold and what was said ("extracted", "method", "raw") and tells how
 right that is: True, False, or a number between. A score takes all rows with their grades
-("correct") and returns {name: rows whose mean grade is meant, or a number}.
+("correct") and returns {name: a number, or rows, which stand for their mean grade}.
 """
 
 import math
@@ -247,7 +247,7 @@ def precision_recall_f1(rows):
     """Of the answer "yes"."""
     hits = sum(row["correct"] for row in rows if row["answer"].lower() == "yes")
     said = sum(row["extracted"].lower() == "yes" for row in rows if row["extracted"])
-    gold = sum(row["answer"].lower() == "yes" for row in rows if row["answer"])
+    gold = sum(row["answer"].lower() == "yes" for row in rows)
     precision, recall = hits / max(said, 1), hits / max(gold, 1)
     return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
 
@@ -277,7 +277,8 @@ def score_vsi(rows):
     eight = [accuracy(part) for name, part in tasks.items() if name not in direction]
     if direction:
         eight.append(macro(direction))
-    return {"overall": mean(eight), "object_rel_direction": macro(direction)} | tasks
+        tasks = {"object_rel_direction": macro(direction)} | tasks
+    return {"overall": mean(eight)} | tasks
 
 
 def score_blink(rows):
@@ -292,8 +293,8 @@ def score_cvbench(rows):
     return {"overall": macro(sources), "micro": rows} | sources
 
 
-# rows of MMVP, counted from 0, whose golds the official file has exchanged: 99/100 and 279/280
-MMVP_EXCHANGED = {98: 99, 99: 98, 278: 279, 279: 278}
+# rows of MMVP, counted from 0, whose golds the official file has swapped: 99/100 and 279/280
+MMVP_SWAPPED = {98: 99, 99: 98, 278: 279, 279: 278}
 
 
 def score_mmvp(rows):
@@ -315,7 +316,7 @@ def score_mmvp(rows):
     if len(rows) == 300:  # the places hold in the whole file only
         mended = []
         for i, row in enumerate(rows):
-            gold = rows[MMVP_EXCHANGED.get(i, i)]["answer"]
+            gold = rows[MMVP_SWAPPED.get(i, i)]["answer"]
             mended.append(row | {"correct": check_letter(row | {"answer": gold})})
         found["corrected gold"] = pairs(mended)
     return found

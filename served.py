@@ -11,7 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import FAILURES, answered, hidden, image_part, is_refusal, status_of
+from endpoint import FAILURES, hidden, image_part, is_refusal, status_of, with_retries
 from images import open_image, png_of
 from model import chat_messages, image_grid
 from resume import Patience, each
@@ -75,7 +75,7 @@ def draw(served, messages, n, seed):
         # another seed per request: the same one would draw the same answers again
         call = partial(ask, served, messages, n - len(replies), seed + len(replies))
         try:
-            replies += answered(call, served.url, served.tries, key=served.key)
+            replies += with_retries(call, served.url, served.tries, key=served.key)
         except FAILURES as e:
             raise no_answer(e, served.key) from None
     return replies[:n]
@@ -108,15 +108,14 @@ def ask(served, messages, n, seed):
     return [Reply(text, end, tokens) for text, end in zip(texts, finished)]
 
 
-def ask_all(work, rows, workers, give_up, served, answers=False):
+def ask_all(work, rows, workers, give_up, url, has_answered=False):
     """Yield (row, work(row), None) as they end, or (row, None, the NoAnswer that it raised).
 
     `workers` rows are asked for at once. Raises SystemExit after `give_up` failures in a row, and
-    where no try can help. What a server refuses is no failure of its once it has answered others,
-    now or earlier (`answers`).
+    where no try can help. A refusal counts as a failure only while the server has never answered,
+    in this run or an earlier one (`has_answered`).
     """
-
-    patience = Patience(give_up, answers)
+    patience = Patience(give_up, has_answered)
 
     def outcome(row):
         try:
@@ -125,7 +124,7 @@ def ask_all(work, rows, workers, give_up, served, answers=False):
         except NoAnswer as e:
             patience.failed(
                 e.refused,
-                f"{served.url}: {give_up} questions in a row without an answer, the last "
+                f"{url}: {give_up} questions in a row without an answer, the last "
                 f"{row['id']!r}: {e}; run again to ask for what is missing",
             )
             return row, None, e

@@ -1,8 +1,8 @@
 """What does each public training set look like? Its files, columns, marks and boxes, in our format.
 
-One function a source. It takes an item as the source publishes it and returns a dict of `question`,
-`answer`, `response` (in our tags), `category`, perhaps `options`, and the pictures, which are cells
-that picture_of() understands:
+One function per source. It takes an item as the source publishes it and returns a dict of
+`question`, `answer`, `response` (in our tags), `category`, perhaps `options`, and the pictures,
+which are cells that picture_of() understands:
 
     images    of the question
     aux       of the latent spans, in their order; a Box is a part of the first image
@@ -311,7 +311,7 @@ def with_options(example, options):
         try:
             options = ast.literal_eval(options.strip() or "[]")
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError(f"options that are no list: {options[:80]!r}") from None
+            raise ValueError(f"options that are not a list: {options[:80]!r}") from None
     if isinstance(options, dict):
         options = [options[letter] for letter in sorted(options)]
     options = list(options or ())

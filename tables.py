@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from images import image_bytes
@@ -152,7 +151,7 @@ def read_cell(image):
 
 def read_json_rows(path):
     """(rows, MD5) of a JSON list, a JSON object of rows, or JSON lines."""
-    raw = Path(path).read_bytes()
+    raw = path.read_bytes()
     try:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in raw.splitlines() if line.strip()]

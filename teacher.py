@@ -1,7 +1,7 @@
-"""How does a teacher write an example? And an image model draw its picture, and what did both cost?
+"""How does a teacher write an example, an image model draw its picture, and what did both cost?
 
 They are asked over OpenAI's HTTP protocol: /chat/completions, with images in the message, and
-/images/edits. endpoint.py tries a request that fails again; here, an answer that comes but can not
+/images/edits. endpoint.py tries a request that fails again; here, an answer that comes but cannot
 be used is asked for anew, too. What was answered is kept by what was sent, and never paid again.
 """
 
@@ -16,15 +16,15 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append, key_of, open_append, read_lines
-from endpoint import FAILURES, answered, hidden, image_part, is_refusal, status_of
+from endpoint import FAILURES, hidden, image_part, is_refusal, status_of, with_retries
 from resume import Refused, Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs, and into one of replies
 LOCK = threading.Lock()
 
 
-class Served(NamedTuple):
-    """A model behind an endpoint, and how patiently it is asked."""
+class PaidServer(NamedTuple):
+    """A model behind an endpoint, how patiently it is asked, and where its costs are noted."""
 
     url: str  # up to and with /v1
     model: str
@@ -57,24 +57,24 @@ class Replies:
         return self.known[key]
 
 
-def usable(served, call):
+def until_usable(server, call):
     """call() until it gives something usable.
 
     Raises Reject when only unusable answers come, Unanswered when none does, SystemExit where no
     try can help (a wrong key or address).
     """
-    for n in range(served.tries):
+    for n in range(server.tries):
         try:
             # an unusable answer costs a try, too: an endpoint that only babbles is left in the end
-            left = served.tries - n
-            return answered(call, served.url, left, served.first_pause, served.key)
+            left = server.tries - n
+            return with_retries(call, server.url, left, server.first_pause, server.key)
         except Reject as e:  # the server is well, its answer is not: draw another
             last = e
         except HTTPError as e:
-            raise failed(e, served.key) from None
+            raise failed(e, server.key) from None
         except FAILURES as e:
             # no JSON, or JSON of another protocol
-            detail = hidden(f"{type(e).__name__}: {e}", served.key)
+            detail = hidden(f"{type(e).__name__}: {e}", server.key)
             raise Unanswered("answer of another protocol", None, detail) from None
     raise last
 
@@ -89,44 +89,44 @@ def failed(error, key):
     return Unanswered("no answer from the endpoint", status or None, detail)
 
 
-def edit_image(served, prompt, png):
+def edit_image(server, prompt, png):
     """The encoded image that an image model makes of a PNG by a prompt. One request."""
     start = time.monotonic()
     try:
         # plain HTTP: the client's own image calls speak another protocol than OpenAI's
         response = get_session().post(
-            f"{served.url.rstrip('/')}/images/edits",
-            timeout=served.timeout,
-            headers={"Authorization": f"Bearer {served.key}"},
-            data={"model": served.model, "prompt": prompt, "n": "1"},
+            f"{server.url.rstrip('/')}/images/edits",
+            timeout=server.timeout,
+            headers={"Authorization": f"Bearer {server.key}"},
+            data={"model": server.model, "prompt": prompt, "n": "1"},
             files={"image": ("query.png", png, "image/png")},
         )
     finally:  # a request that fails has cost time, too
-        log_cost(served, start)
+        log_cost(server, start)
     hf_raise_for_status(response)
     drawn = response.json()["data"][0]
     if "b64_json" not in drawn:  # a link, which is not followed
         raise ValueError(f"no b64_json in the answer; there is {', '.join(sorted(drawn))}")
-    # strictly: else signs that do not belong there are dropped, and broken pixels come out
+    # strictly: else stray characters are dropped, and broken pixels come out
     return base64.b64decode(drawn["b64_json"], validate=True)
 
 
-def ask_teacher(served, prompt, pngs, max_tokens, temperature):
+def ask_teacher(server, prompt, pngs, max_tokens, temperature):
     """What a teacher writes who sees images (PNGs), then a prompt. One request; raises Reject."""
     content = [*map(image_part, pngs), {"type": "text", "text": prompt}]
-    client = InferenceClient(base_url=served.url, api_key=served.key, timeout=served.timeout)
+    client = InferenceClient(base_url=server.url, api_key=server.key, timeout=server.timeout)
     # None where the request fails: seconds are known then, tokens are not
     start, usage = time.monotonic(), None
     try:
         reply = client.chat_completion(
             [{"role": "user", "content": content}],
-            model=served.model,
+            model=server.model,
             max_tokens=max_tokens,
             temperature=temperature,
         )
         usage = reply.usage
     finally:
-        log_cost(served, start, usage)
+        log_cost(server, start, usage)
     choice = reply.choices[0]
     # a text without its end has no answer; a new draw may be shorter
     if choice.finish_reason == "length":
@@ -136,14 +136,14 @@ def ask_teacher(served, prompt, pngs, max_tokens, temperature):
     if not isinstance(text, str) or SURROGATE.search(text):
         raise Reject("teacher wrote no text")
     # an endpoint may echo its request, and this text becomes training data
-    return hidden(text, served.key)
+    return hidden(text, server.key)
 
 
-def log_cost(served, start, usage=None):
+def log_cost(server, start, usage=None):
     """A line per request in `costs`: what was paid is known after a kill, too."""
-    line = {"model": served.model, "seconds": round(time.monotonic() - start, 3)}
+    line = {"model": server.model, "seconds": round(time.monotonic() - start, 3)}
     for name in ("prompt_tokens", "completion_tokens"):
         # not every server counts tokens
         line[name] = getattr(usage, name, None) or 0
-    with LOCK, open(served.costs, "ab") as f:
+    with LOCK, open(server.costs, "ab") as f:
         append(f, line)

@@ -40,15 +40,15 @@ seed = 12345  # of the data and of the base
 data_folder = "out/toy"  # written by data
 form = "storyboard"  # one picture of all moves; steps, named: one per move; place: another question
 n_train = 4000  # examples
-longest = 4  # moves; of more than four, a storyboard for each four of them
+longest = 4  # moves; above four, there is a storyboard for each four
 n_val = 200
 n_test = 1000
 n_edits = 100  # pairs of each kind, written by edits
 base_folder = "toy/base"  # written by base
-base_scale = 1.0  # of the number of steps
-base_batch = 30  # lessons a step
+base_scale = 1.0  # multiplies the number of steps
+base_batch = 30  # lessons per step
 base_lr = 1e-3  # at 2e-3 it never learns to relate a place to a cell
-first_phase = 0  # 1 to 4: go on from the base_folder that the phases before it left
+first_phase = 0  # 1 to 4: go on from base_folder, as the earlier phases left it
 threads = 2  # of the CPU, for base
 # --------------------------------------------------------------------------------------------------
 
@@ -364,7 +364,7 @@ PHASES = [
 # fmt: on
 
 
-def lesson(kind, rng):
+def new_lesson(kind, rng):
     """A Lesson of a kind in PHASES."""
     # drawn for every kind alike, needed or not
     board = new_board(rng)
@@ -478,9 +478,9 @@ def make_tokenizer():
     texts = [f"{THINK} You are a helpful assistant. system user"] * 50
     kinds = PHASES[0][1]
     for i in range(4000):
-        text = lesson(kinds[i % 10], rng)
-        answer = "".join(part for part, _ in text.parts)
-        texts.append(f"assistant\n{text.question}{answer}")
+        lesson = new_lesson(kinds[i % 10], rng)
+        answer = "".join(part for part, _ in lesson.parts)
+        texts.append(f"assistant\n{lesson.question}{answer}")
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -591,21 +591,21 @@ class Lessons:
         self.prompts[grids] = before, after, positions(self.vlm, ids, grids)
         return self.prompts[grids]
 
-    def encode(self, text):
+    def encode(self, lesson):
         """A Lesson's ids (T), labels (T) and positions (T, 3), pixels of each image, and grids."""
         pixels, grids = [], ()
-        if text.board:
-            pieces = [PIECES.index(piece) for piece in text.board]
+        if lesson.board:
+            pieces = [PIECES.index(piece) for piece in lesson.board]
             pixels.append(self.cells[pieces, range(9)].flatten(0, 1))  # (36, 1176)
             grids += (BOARD_GRID,)
-        grids += (STORYBOARD_GRID,) * len(text.shown)
+        grids += (STORYBOARD_GRID,) * len(lesson.shown)
         before, after, pos = self.prompt(grids)  # what is written has the positions of words
-        for dots in (*text.shown, *text.written):
+        for dots in (*lesson.shown, *lesson.written):
             pixels.append(self.panels[dots].flatten(0, 1))  # (16, 1176)
-        grids += (STORYBOARD_GRID,) * len(text.written)
-        ids = before + self.tokenizer(text.question)["input_ids"] + after
+        grids += (STORYBOARD_GRID,) * len(lesson.written)
+        ids = before + self.tokenizer(lesson.question)["input_ids"] + after
         labels = [IGNORE] * len(ids)
-        for part, has_loss in [*text.parts, (self.tokenizer.eos_token, 1)]:
+        for part, has_loss in [*lesson.parts, (self.tokenizer.eos_token, 1)]:
             new = self.tokenizer(part)["input_ids"]
             ids = ids + new
             labels += new if has_loss else [IGNORE] * len(new)
@@ -617,8 +617,7 @@ class Lessons:
 
         Right-padded.
         """
-        texts = [lesson(kinds[i % len(kinds)], rng) for i in range(n)]
-        rows = [self.encode(text) for text in texts]
+        rows = [self.encode(new_lesson(kinds[i % len(kinds)], rng)) for i in range(n)]
         all_ids, all_labels, all_pos, all_pixels, all_grids = zip(*rows)
         ids = pad_sequence(all_ids, batch_first=True)
         labels = pad_sequence(all_labels, batch_first=True, padding_value=IGNORE)
@@ -662,7 +661,7 @@ def train_phase(vlm, lessons, phase):
     optimizer = torch.optim.AdamW(
         vlm.parameters(), lr=base_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    bar = Progress(range(steps), unit="step", desc=f"base, phase {phase + 1}", mininterval=1)
+    bar = Progress(range(steps), unit="step", desc=f"base, phase {phase}", mininterval=1)
     for step in bar:
         ids, labels, pos, pixels, grids = lessons.batch(base_batch, kinds, rng)
         vision = vlm.model.visual(pixels, grid_thw=grids).pooler_output  # (N, d)

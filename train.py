@@ -364,7 +364,7 @@ def check_weights(model, step):
 
 
 def check_space(model, first, total):
-    """Raise SystemExit if the disk can not hold what steps `first` to `total` will write."""
+    """Raise SystemExit if the disk cannot hold what steps `first` to `total` will write."""
     size = exported = 0  # bytes of a checkpoint, and of the model in the end
     for p in model.parameters():
         # a trained weight and its two moments are float32

@@ -27,7 +27,7 @@ from torch import nn
 from data import LATENT_SPAN, Rows, file_digest, key_of, weights_digest
 from encoders import FolderEncoder, OwnEncoder
 from images import open_image, usable_rows
-from launch import pick_device
+from launch import names_in, pick_device
 from method import Method, idle
 from model import (
     IGNORE,
@@ -52,7 +52,7 @@ class VaLR(Method):
         K = settings["K"]
         if math.isqrt(K) ** 2 != K:
             raise SystemExit(f"K={K}: latents are upsampled as a square; expected 1, 4, 9, 16, ...")
-        if not encoder_names(settings):
+        if not names_in(settings["encoders"]):
             raise SystemExit("encoders is empty: expected `own` or folders, with commas between")
         if settings["whole_gradient"] and settings["rollout"]:
             found = f"found rollout={settings['rollout']}"
@@ -70,7 +70,7 @@ class VaLR(Method):
         self.head = StateHead(d, settings["K"])
         # a list, which nn.Module does not look into: encoders are neither trained nor kept
         self.encoders = []
-        for name in encoder_names(settings):
+        for name in names_in(settings["encoders"]):
             if name == "own":
                 self.encoders.append(OwnEncoder(vlm, processor))
             else:
@@ -84,7 +84,7 @@ class VaLR(Method):
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def inputs(self):
-        names = encoder_names(self.settings)  # in their order, which is that of the psi
+        names = names_in(self.settings["encoders"])  # in their order, which is that of the psi
         digests = [name if name == "own" else weights_digest(name) for name in names]
         return {
             "encoders": key_of(digests),
@@ -122,7 +122,7 @@ class VaLR(Method):
         once = list(dict.fromkeys(paths))
         images = [open_image(path) for path in once]
         return super().collate(examples) | {
-            "seen": [encoder.pixels(images) for encoder in self.encoders] if images else [],
+            "encoder_pixels": [x.pixels(images) for x in self.encoders] if images else [],
             "picture_of": [once.index(path) for path in paths],  # of each span
         }
 
@@ -168,7 +168,7 @@ class VaLR(Method):
         passes = self.settings["rollout"]
         with torch.no_grad():
             if passes == 0:
-                fed = self.read_in_parts(batch, whole=False)[0][before]
+                fed = self.read_in_parts(batch, to_end=False)[0][before]
             else:
                 fed = None  # at first the embedding of the pad itself
                 for _ in range(passes - 1 if through else passes):
@@ -177,23 +177,23 @@ class VaLR(Method):
             fed = self.states(batch, fed)[before]
         return fed
 
-    def read_in_parts(self, batch, whole=True):
+    def read_in_parts(self, batch, to_end=True):
         """As `states_and_block`, but each position is read once, fed what generation would feed.
 
         Part n of a row goes from its n-th latent, part 0 from its start, to before the next. The
         n-th parts of all rows are read together, after the keys and values of those before; then,
-        if the `whole` is asked for, what follows the last latent of each. Gradients go through all
-        that is fed. What is not read, as padding is not, has states of 0.
+        with `to_end`, what follows the last latent of each. Gradients go through all that is fed.
+        What is not read (padding, for one) has states of 0.
         """
         is_latent = batch["ids"] == self.latent_id
         most = self.most_latents(is_latent)
         part = is_latent.cumsum(1)  # (B, T)
         # the last part of each row, the only one where there is no latent
-        part = part.masked_fill(part == part[:, -1:], most if whole else -1)
+        part = part.masked_fill(part == part[:, -1:], most if to_end else -1)
         labelled = batch["labels"] != IGNORE
         padding = labelled.flip(1).cumsum(1).flip(1) == 0  # after the last label
         part = part.masked_fill(padding, -1)
-        order = reading_order(part, most + 1 if whole else max(1, most))
+        order = reading_order(part, most + 1 if to_end else max(1, most))
 
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
         rows = torch.arange(len(x), device=x.device)
@@ -233,7 +233,7 @@ class VaLR(Method):
 
     @contextmanager
     def after_block(self, kept):
-        """What block align_layer gives is appended to `kept`."""
+        """Within this context the output of block align_layer is appended to `kept`."""
         # by a hook: it runs outside the block, where FSDP and activation checkpointing are done
         block = self.vlm.model.language_model.layers[self.settings["align_layer"] - 1]
         hook = block.register_forward_hook(lambda module, args, state: kept.append(state))
@@ -248,15 +248,15 @@ class VaLR(Method):
         The mean over encoders, each with a psi of its own.
         """
         losses = []
-        for encoder, psi, pixels in zip(self.encoders, self.psi, batch["seen"]):
-            features = encoder.features(pixels)  # [(h, w, z)], a picture
-            targets = [features[i] for i in batch["picture_of"]]  # a span
+        for encoder, psi, pixels in zip(self.encoders, self.psi, batch["encoder_pixels"]):
+            features = encoder.features(pixels)  # [(h, w, z)], one per picture
+            targets = [features[i] for i in batch["picture_of"]]  # one per span
             n_patches = [target.shape[0] * target.shape[1] for target in targets]
             # all patches of all spans together: grids may differ from span to span
             up = torch.cat([upsample(x, target.shape[:2]) for x, target in zip(f, targets)])
-            said = psi(up.to(f.dtype)).float()
-            seen = torch.cat([target.flatten(0, 1) for target in targets]).float()
-            cosine = F.cosine_similarity(said, seen, dim=-1)  # (all patches)
+            predicted = psi(up.to(f.dtype)).float()
+            wanted = torch.cat([target.flatten(0, 1) for target in targets]).float()
+            cosine = F.cosine_similarity(predicted, wanted, dim=-1)  # (all patches)
             losses.append(torch.stack([-c.mean() for c in cosine.split(n_patches)]))
         return torch.stack(losses).mean(0)
 
@@ -279,10 +279,11 @@ class VaLR(Method):
 
 
 class Past:
-    """Keys and values of the parts before one part and its own, asked as transformers' caches are.
+    """A cache for one part: its own keys and values, and those of the parts before it.
 
-    Activation checkpointing reads a part twice. A cache that grows in place then holds it twice,
-    which gives wrong gradients; in this one the second reading finds the first.
+    It has the methods that the decoder calls of transformers' caches. Activation checkpointing
+    reads a part twice: a cache that grows in place would then hold it twice, and give wrong
+    gradients; in this one the second reading finds the first.
     """
 
     def __init__(self, before=()):
@@ -290,7 +291,7 @@ class Past:
         self.own = {}  # {layer: (keys, values)}, each (B, H, L, D)
 
     def following(self):
-        """That of the next part."""
+        """The cache of the next part."""
         return Past((*self.before, self))
 
     def update(self, keys, values, layer):
@@ -307,13 +308,16 @@ class Past:
 
 
 def reading_order(part, n_parts):
-    """Of each part its places (B, L) in the rows of `part` (B, T), and which are its own (B, L)."""
+    """For each part n, where `part` (B, T) is n: positions (B, L), and which are real (B, L).
+
+    A row with fewer than L is filled up with positions of other parts, which are not real.
+    """
     order = []
     for n in range(n_parts):
         here = part == n
         # one position at least: every rank calls the decoder equally often
         L = max(1, int(here.sum(1).max()))
-        at = (~here).int().argsort(dim=1, stable=True)[:, :L]  # its own, and then any
+        at = (~here).int().argsort(dim=1, stable=True)[:, :L]  # its own first
         order.append((at, here.gather(1, at)))
     return order
 
@@ -326,10 +330,6 @@ def in_places(states, order, T):
     # what is no part's own goes to a place after the row's end, which is left out
     at = at.masked_fill(~real, T)[..., None].expand(-1, -1, d)
     return states.new_zeros(B, T + 1, d).scatter(1, at, states)[:, :T]
-
-
-def encoder_names(settings):
-    return [name.strip() for name in settings["encoders"].split(",") if name.strip()]
 
 
 def add_query_span(row):

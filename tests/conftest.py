@@ -166,7 +166,7 @@ def run(script, *args, ranks=1, ok=True, env=None, torchrun=False):
         args = ("--curves=0", *args)
     argv = [str(ROOT / script), *map(str, args)]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    # another variable may be read by an import; a GPU can not be used in a fork of who looked at it
+    # another variable may be read by an import; a GPU cannot be used in a fork of who looked at it
     forked = (env or {}).keys() <= {"HF_HUB_OFFLINE", "PYTHONPATH"} and not torchrun
     if forked and (ranks == 1 or not torch.cuda.is_available()):
         code, text = run_warm(argv, environ, ranks)
@@ -269,16 +269,23 @@ def record(calls):
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory, base, world):
-    """Targets and a difficulty file in which every third example is solved."""
-    folder = tmp_path_factory.mktemp("inputs")
+def pca(tmp_path_factory, base, world):
+    """The folder of fit_pca.py: targets and PCA."""
+    out = tmp_path_factory.mktemp("fit") / "pca"
     run(
         "fit_pca.py",
         f"--base={base}",
         f"--data={world}/train.jsonl",
         f"--val_data={world}/val.jsonl",
-        f"--out={folder}/pca",
+        f"--out={out}",
     )
+    return out
+
+
+@pytest.fixture(scope="session")
+def gap_args(tmp_path_factory, base, world, pca):
+    """Settings of train.py, with a difficulty file in which every third example is solved."""
+    folder = tmp_path_factory.mktemp("inputs")
     counts = []
     for i, row in enumerate(load_examples(world / "train.jsonl")):
         correct = int(i % 3 == 0)
@@ -290,7 +297,7 @@ def inputs(tmp_path_factory, base, world):
         f"--base={base}",
         f"--data={world}/train.jsonl",
         f"--val_data={world}/val.jsonl",
-        f"--pca={folder}/pca",
+        f"--pca={pca}",
         f"--difficulty={folder}/difficulty.jsonl",
         "--global_batch=4",
         "--lr=1e-3",
@@ -361,29 +368,22 @@ TOY = ROOT / "toy" / "base"  # at temperature 2 it solves some questions, someti
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory, base, world):
+def stages(base, world, pca):
     """fit_pca.py and a short training run: {base, world, pca, gap}."""
-    folder = tmp_path_factory.mktemp("stages")
-    run(
-        "fit_pca.py",
-        f"--base={base}",
-        f"--data={world}/train.jsonl",
-        f"--val_data={world}/val.jsonl",
-        f"--out={folder}/pca",
-    )
+    gap = pca.with_name("gap")  # beside it, as by default
     run(
         "train.py",
         f"--base={base}",
         f"--data={world}/train.jsonl",
         "--val_data=",
-        f"--pca={folder}/pca",
+        f"--pca={pca}",
         "--difficulty=",
-        f"--out={folder}/gap",
+        f"--out={gap}",
         "--max_steps=25",
         "--global_batch=16",
         "--lr=3e-3",
     )
-    return {"base": base, "world": world, "pca": folder / "pca", "gap": folder / "gap"}
+    return {"base": base, "world": world, "pca": pca, "gap": gap}
 
 
 def sampling(base, world, out, **change):

@@ -76,7 +76,7 @@ def test_a_run_that_opened_no_span_has_nothing_to_shuffle(tmp_path, monkeypatch,
     for n in range(n_files):
         (latents / f"{n}.safetensors").touch()
     monkeypatch.setattr(ablate, "evaluated", lambda folder, kind, model: folder / kind)
-    monkeypatch.setattr(ablate, "answers", lambda folder, rows: folder.name)
+    monkeypatch.setattr(ablate, "read_answers", lambda folder, rows: folder.name)
     monkeypatch.setattr(ablate, "probed", lambda folder, model: {})
     settings = {"run": None, "evals": ["clean", "shuffle", "noise"]}
     found = ablate.one_run(tmp_path, settings, 1, "", [])["evals"]

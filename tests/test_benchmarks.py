@@ -131,7 +131,7 @@ def test_a_table_names_its_benchmarks(text, names):
     assert benchmarks_named(text) == list(dict.fromkeys(names.split()))
 
 
-@pytest.mark.parametrize("text", ["GAP", "POPE,", "Avg-P", "gap,VStarBench"])
+@pytest.mark.parametrize("text", ["GAP", "Avg-P", "gap,VStarBench"])
 def test_an_unknown_benchmark_is_named(text):
     unknown = text.split(",")[-1]
     with pytest.raises(SystemExit, match=f"benchmarks: {unknown!r} is not one of: gap, valr, amvl"):

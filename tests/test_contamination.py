@@ -125,7 +125,7 @@ def test_audit_reads_official_files(stage, tmp_path):
 
 
 def test_audit_reads_an_image_once(stage, tmp_path, monkeypatch):
-    """A second audit decodes nothing again but for the page, and refuses what it can not do."""
+    """A second audit decodes nothing again but for the page, and refuses what it cannot do."""
     bench, _, rows = plant(tmp_path, bars, 2)
     data = write_data(tmp_path, rows)
     stage("audit", "audited", data=data, benchmarks=bench)

@@ -83,10 +83,9 @@ def test_an_answer_is_the_same_however_it_was_put(gold, options, extracted, corr
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, base, world, inputs):
+def trained(tmp_path_factory, base, world, pca):
     out = tmp_path_factory.mktemp("edits") / "m"
-    pca = next(arg for arg in inputs if arg.startswith("--pca="))
-    args = [*method_args("gap", base, world, out), pca, "--difficulty=", "--max_steps=1"]
+    args = [*method_args("gap", base, world, out), f"--pca={pca}", "--difficulty=", "--max_steps=1"]
     run("train.py", *args)
     return out
 
@@ -119,8 +118,14 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
     record = {"settings": {"md5": md5, "save_latents": True}, "weights": weights_digest(trained)}
     write_json(tmp_path / "e" / "metrics.json", record)
     args = [f"--model={trained}", f"--data={tmp_path}/edits.jsonl", f"--answers={tmp_path}/e"]
-    run("edits.py", *args)
+    printed = run("edits.py", *args)
     found = read_json(tmp_path / "e" / "edits.json")
+    (head,) = [line.split() for line in printed.splitlines() if "both_right" in line]
+    for kind in toy.EDITS:  # each number below its name
+        (cells,) = [x.split() for x in printed.splitlines() if x.startswith(f"{kind} ")]
+        for name, cell in zip(head, cells[1:], strict=True):
+            number = found[kind][name]
+            assert cell == "-" if number is None else float(cell) == pytest.approx(number, abs=6e-4)
     third = pytest.approx(2 / 3)
     a, b = rows[:2]
     unread = {row["id"]: {"extracted": None} for row in (a, b)}

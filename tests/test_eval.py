@@ -228,7 +228,7 @@ def test_the_rank_that_answers_last_scores(tmp_path, base, world):
 
 
 def test_a_failed_question_does_not_stop_the_others(tmp_path, base, bench_root):
-    """An image that can not be read: its question fails, and the next run tries it again."""
+    """An image that cannot be read: its question fails, and the next run tries it again."""
     root, _ = bench_root
     broken = tmp_path / "root"
     broken.mkdir()
@@ -264,7 +264,7 @@ def answers_of(answering):
 
 
 def test_a_failure_is_one_questions_alone(answering, monkeypatch, capsys):
-    """One fails whoever is beside it, another has an answer that can not be saved, and all fail
+    """One fails whoever is beside it, another has an answer that cannot be saved, and all fail
     where three begin at once, as if memory were too small: the others have their usual answers."""
     usual = {id: line["raw"] for id, line in answers_of(answering).items()}
     assert len(set(usual.values())) > 6 and not capsys.readouterr().out

@@ -17,9 +17,9 @@ from images import open_image
 from model import IGNORE, encode_images, load_pca, load_processor, load_vlm
 
 
-def gap_of(base, inputs, **change):
+def gap_of(base, gap_args, **change):
     """A GAP of the random base, with the settings of train.py that it reads."""
-    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in gap_args)
     settings = {name: given[name] for name in ("base", "data", "pca", "difficulty")}
     settings |= {"method": "gap", "tau": 0.0, "rule": "paper", "keep_parser": True}
     settings |= {"write_parser": True, "easy_latents": 0.0, "latents_first": 0}
@@ -33,9 +33,9 @@ def n_pads(method, row):
 
 
 @pytest.mark.parametrize("keep, write", [(True, True), (False, True), (True, False)])
-def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
+def test_who_keeps_the_parser_text(base, world, gap_args, keep, write):
     """keep_parser=0 drops it from stripped rows, write_parser=0 from all; spans stay put."""
-    method = gap_of(base, inputs, keep_parser=keep, write_parser=write)
+    method = gap_of(base, gap_args, keep_parser=keep, write_parser=write)
     ids = [row["id"] for row in load_examples(world / "train.jsonl")]
     solved = set(ids[::3])
 
@@ -51,11 +51,11 @@ def test_who_keeps_the_parser_text(base, world, inputs, keep, write):
         assert "<latent>" in row["response"] and ("<parser>" in row["response"]) == write
 
 
-def test_a_share_of_the_solved_keeps_its_latents(base, world, inputs):
+def test_a_share_of_the_solved_keeps_its_latents(base, world, gap_args):
     """The same ones whatever the order; a larger share holds a smaller one."""
     kept = {}
     for share in (0.0, 0.5, 0.9, 1.0):
-        method = gap_of(base, inputs, easy_latents=share)
+        method = gap_of(base, gap_args, easy_latents=share)
         examples = load_examples(world / "train.jsonl")
         rows, _ = method.rows(examples[::-1] if share == 0.9 else examples, training=True)
         kept[share] = {row["id"] for row in rows if n_pads(method, row)}
@@ -65,10 +65,10 @@ def test_a_share_of_the_solved_keeps_its_latents(base, world, inputs):
 
 
 @pytest.mark.parametrize("write", [True, False])
-def test_all_have_latents_in_the_first_steps(base, world, inputs, write):
-    plain = gap_of(base, inputs, difficulty="", write_parser=write)
-    method = gap_of(base, inputs, latents_first=3, write_parser=write)
-    text = gap_of(base, inputs, write_parser=write)
+def test_all_have_latents_in_the_first_steps(base, world, gap_args, write):
+    plain = gap_of(base, gap_args, difficulty="", write_parser=write)
+    method = gap_of(base, gap_args, latents_first=3, write_parser=write)
+    text = gap_of(base, gap_args, write_parser=write)
     all_rows = [
         m.rows(load_examples(world / "train.jsonl"), True)[0] for m in (plain, method, text)
     ]
@@ -80,9 +80,9 @@ def test_all_have_latents_in_the_first_steps(base, world, inputs, write):
             assert method.encode(row | later)["ids"].equal(text.encode(stripped)["ids"])
 
 
-def test_markers_leave_no_place_for_a_latent(base, world, inputs):
+def test_markers_leave_no_place_for_a_latent(base, world, gap_args):
     """Their rows are those of the dummy without its pads; the losses are the text's alone."""
-    markers, dummy = (gap_of(base, inputs, method=m, difficulty="") for m in ("markers", "dummy"))
+    markers, dummy = (gap_of(base, gap_args, method=m, difficulty="") for m in ("markers", "dummy"))
     rows, _ = markers.rows(load_examples(world / "train.jsonl")[2:5], training=True)
     for row in rows:
         with_pads = dummy.encode(row)["ids"]
@@ -94,9 +94,9 @@ def test_markers_leave_no_place_for_a_latent(base, world, inputs):
     torch.testing.assert_close(sums["ce"], markers.cross_entropy(markers.states(batch), batch))
 
 
-def test_a_dummy_learns_from_the_text_alone(base, world, inputs):
+def test_a_dummy_learns_from_the_text_alone(base, world, gap_args):
     """Its gradient is the text loss's, summed over the places where it is fed."""
-    method = gap_of(base, inputs, method="dummy", difficulty="")
+    method = gap_of(base, gap_args, method="dummy", difficulty="")
     rows, _ = method.rows(load_examples(world / "train.jsonl")[2:5], training=True)
     batch = method.collate([method.encode(row) for row in rows])
     pictures = [open_image(path) for row in rows for path in row["images"]]
@@ -208,9 +208,9 @@ def test_counts_follow_copies_of_the_pictures(tmp_path, world):
 
 
 @pytest.fixture
-def fitted(inputs, tmp_path):
+def fitted(gap_args, tmp_path):
     """A copy of the folder that fit_pca.py left."""
-    given = dict(arg.removeprefix("--").split("=", 1) for arg in inputs)
+    given = dict(arg.removeprefix("--").split("=", 1) for arg in gap_args)
     shutil.copytree(given["pca"], tmp_path / "pca")
     return tmp_path / "pca"
 
@@ -327,18 +327,18 @@ def test_a_pca_that_is_none_is_named(fitted, change, words):
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum", "relative"])
-def test_the_latent_loss_is_weighed_by_lambda_and_its_scale(base, inputs, kind):
+def test_the_latent_loss_is_weighed_by_lambda_and_its_scale(base, gap_args, kind):
     """Against the eigenvalues in the PCA's file."""
-    gap = gap_of(base, inputs, latent_loss=kind, lambda_latent=0.25)
+    gap = gap_of(base, gap_args, latent_loss=kind, lambda_latent=0.25)
     variance = float(load_file(gap.pca_file)["eigenvalues"].sum())
     d = gap.vlm.config.text_config.hidden_size
     scale = {"mean": 1 / d, "sum": 1.0, "relative": 1 / variance}[kind]
     assert gap.weights(3, 10)["latent"] == pytest.approx(0.25 * scale, rel=1e-5)
 
 
-def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, inputs):
+def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, gap_args):
     """Against two plain forwards, with embeddings put together by hand."""
-    gap = gap_of(base, inputs, difficulty="", scheduled_sampling=True)
+    gap = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
     torch.nn.init.normal_(gap.head.down.weight, std=0.3)
     rows, _ = gap.rows(load_examples(world / "train.jsonl")[2:5], training=True)
     batch = gap.collate([gap.encode(row) for row in rows])
@@ -366,10 +366,10 @@ def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, inp
     torch.testing.assert_close(sums["latent"], squared, rtol=1e-3, atol=1e-2)
 
 
-def test_a_resume_needs_the_same_solved_questions(base, world, inputs):
+def test_a_resume_needs_the_same_solved_questions(base, world, gap_args):
     keys = set()
     for tau in (0.0, 0.5):
-        gap = gap_of(base, inputs, tau=tau)
+        gap = gap_of(base, gap_args, tau=tau)
         gap.rows(load_examples(world / "train.jsonl"), training=True)
         keys.add(gap.inputs()["difficulty"])
     assert len(keys) == 2

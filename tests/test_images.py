@@ -154,7 +154,7 @@ def test_all_unusable_pictures_are_listed_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(images, "decode_image", counted)
     assert list(usable_rows(rows, leave_out=True)) == [rows[0], rows[-1]]
     assert "left out 6 rows" in capsys.readouterr().out
-    assert len(again) == 6  # what can be used is remembered; what can not may have been mended
+    assert len(again) == 6  # what can be used is remembered; what cannot may have been mended
 
 
 ALPHA = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)

@@ -12,7 +12,7 @@ from official_files import args_of, plant
 
 import judge
 from data import read_lines
-from endpoint import answered, hidden
+from endpoint import hidden, with_retries
 from served import NoAnswer
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
@@ -46,7 +46,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 
 def test_judge(tmp_path, base, bench_root):
-    """Only what the rule can not decide is judged; both scores stand side by side; no reply is
+    """Only what the rule cannot decide is judged; both scores stand side by side; no reply is
     asked for twice."""
     root, _ = bench_root
     out = tmp_path / "out"
@@ -90,7 +90,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     """The first answer's never comes; another's the judge refuses, which is no judgement."""
     asked = []
 
-    def ask(client, prompt, endpoint):
+    def ask(prompt, endpoint):
         asked.append(prompt)
         if prompt in ("p0", "p3"):
             raise NoAnswer("HTTPError", refused=prompt == "p3")
@@ -110,7 +110,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
 
 @pytest.mark.parametrize("refused", ["p1 p2", "p2"])
 def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refused):
-    def refuse(client, prompt, endpoint):
+    def refuse(prompt, endpoint):
         raise NoAnswer("HTTPError: 422", refused=prompt in refused)
 
     monkeypatch.setattr(judge, "ask_judge", refuse)
@@ -124,7 +124,7 @@ def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refu
 @pytest.mark.parametrize(
     "reply, rating",
     [("It is.\nRating: 5", 5), ("**Rating:** 4", 4), ("Rating: **3**", 3), ("rating: 2", 2)]
-    + [("Rating: 1 or Rating: 2", 0), ("Rating: 7", 0), ("I can not say", 0)],
+    + [("Rating: 1 or Rating: 2", 0), ("Rating: 7", 0), ("I cannot say", 0)],
 )
 def test_a_rating_is_read_as_people_write_it(reply, rating):
     assert judge.rated({}, reply)["rating"] == rating
@@ -147,13 +147,13 @@ def test_a_key_that_is_echoed_is_not_shown():
         raise Refused
 
     with pytest.raises(SystemExit) as e:
-        answered(call, "http://localhost", 3, key="sk-12345")
+        with_retries(call, "http://localhost", 3, key="sk-12345")
     assert "401" in str(e.value) and "sk-12345" not in str(e.value)
 
 
 def test_a_prompt_that_rows_share_is_paid_for_once(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(judge, "ask_judge", lambda client, prompt, *_: asked.append(prompt) or "B")
+    monkeypatch.setattr(judge, "ask_judge", lambda prompt, *_: asked.append(prompt) or "B")
     test = SimpleNamespace(name="MMStar", out=tmp_path)
     prompts = {f"{n}": f"p{n % 2}" for n in range(10)}
     where = judge.Endpoint("http://localhost:1/v1", "m", "none", 2, 1, 20)

@@ -244,7 +244,7 @@ def test_ends_in_a_sentence_or_a_traceback(tmp_path, monkeypatch):
 
 
 def test_out_below_a_file(tmp_path):
-    """A folder that can not be made, for root neither: exit code 1 and one line."""
+    """A folder that cannot be made, for root neither: exit code 1 and one line."""
     (tmp_path / "file").write_text("")
     done = finished(ROOT / "toy.py", "data", f"--data_folder={tmp_path}/file/toy")
     assert done.returncode == 1

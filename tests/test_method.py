@@ -96,12 +96,12 @@ class Countdown(Method):
         write_then_rename(Path(folder) / "psi.safetensors", lambda tmp: save_file(psi, tmp))
 
 
-def test_a_made_up_method_trains(tmp_path, base, inputs, world):
+def test_a_made_up_method_trains(tmp_path, base, gap_args, world):
     """Its losses by its own counts over the global batch; 2 ranks, one process and one row a
     micro-batch agree; its weights are trained and saved."""
     ways = {"one": (1, 100000), "rows": (1, 1), "ranks": (2, 170)}
     for name, (ranks, budget) in ways.items():
-        args = [*inputs, "--method=countdown", "--max_steps=2", f"--token_budget={budget}"]
+        args = [*gap_args, "--method=countdown", "--max_steps=2", f"--token_budget={budget}"]
         run("tests/test_method.py", *args, f"--out={tmp_path}/{name}", ranks=ranks)
     one = logged(tmp_path / "one")[1:]
     assert [row["step"] for row in one] == [1, 2]

@@ -128,7 +128,7 @@ def test_steps_taken_again_replace_those_before(tmp_path):
 def test_numbers_that_are_not_finite_are_named(tmp_path, capsys):
     rows = rows_of(3, ce=lambda i: math.nan, r2=lambda i: i / 2)
     assert plot.read_log(write_log(tmp_path / "a", rows)) == {"r2": ([1, 2, 3], [0, 0.5, 1])}
-    assert "ce is no finite number at 3 steps, the first 1" in capsys.readouterr().out
+    assert "ce is not a finite number at 3 steps, the first 1" in capsys.readouterr().out
     for row in rows:
         del row["r2"]
     with pytest.raises(SystemExit, match="no finite number to draw"):

@@ -191,8 +191,8 @@ def test_power_is_that_of_the_t_test(study):
     sd = float(re.search(r"deviation of (\d.\d+)", said)[1])
     accuracies = [list(report.values(study, name).values()) for name in study.lines]
     assert sd == pytest.approx(math.sqrt(sum(map(stats.tvar, accuracies)) / 2), abs=6e-4)
-    assert "(over 14 degrees of freedom)" in said
-    n = int(re.search(r"by (\d+) seeds per run", said)[1])
+    assert "(14 degrees of freedom)" in said
+    n = int(re.search(r"with (\d+) seeds per run", said)[1])
     told = 0
     for _ in range(400):  # a single test
         gaps = [rng.gauss(0.05, sd * math.sqrt(2)) for _ in range(n)]

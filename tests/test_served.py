@@ -121,7 +121,7 @@ def test_what_has_no_answer_is_asked_for_by_the_next_run(server):
         more = {"tries": 1, "give_up": 3}
         other = args_of(folder, folder / f"e{status}", url, **more)
         assert said in run("sample_difficulty.py", *other, env=ONLINE, ok=False)
-        assert len(Server.faults) > 10_000 - 3 - 2 * 4  # no try that can not help
+        assert len(Server.faults) > 10_000 - 3 - 2 * 4  # no try that cannot help
 
 
 def test_a_test_set_is_answered_by_the_server(server):
@@ -169,10 +169,10 @@ def test_a_fault_of_ours_is_no_missing_answer():
             raise NoAnswer("HTTPError: 500")
         return row["ours"]
 
-    ((row, found, e),) = ask_all(work, [{"id": "unanswered"}], 1, 9, server)
+    ((row, found, e),) = ask_all(work, [{"id": "unanswered"}], 1, 9, server.url)
     assert (row["id"], found, str(e)) == ("unanswered", None, "HTTPError: 500")
     with pytest.raises(KeyError):
-        list(ask_all(work, [{"id": "ours"}], 1, 9, server))
+        list(ask_all(work, [{"id": "ours"}], 1, 9, server.url))
 
 
 def test_what_is_refused_does_not_hold_the_others_up(server):
@@ -191,7 +191,7 @@ def test_what_is_refused_does_not_hold_the_others_up(server):
 def test_an_address_is_one():
     check_url("http://localhost:8000/v1")
     for url in ("localhost:8000/v1", "Qwen/Qwen2.5-VL-7B-Instruct", ""):
-        with pytest.raises(SystemExit, match="is no endpoint: expected http"):
+        with pytest.raises(SystemExit, match="is not an endpoint: expected http"):
             check_url(url)
 
 

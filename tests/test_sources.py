@@ -450,7 +450,7 @@ def test_hostile_text(stage, tmp_path):
     assert outcome(types + line, "types.jsonl") == (1, wrong)
     with pytest.raises(SystemExit, match="matches no file"):
         stage("convert", source="teacher", files=str(tmp_path / "none*"))
-    with pytest.raises(SystemExit, match="no name for a file"):
+    with pytest.raises(SystemExit, match="not a name for a file"):
         stage("convert", label="../elsewhere")
     with pytest.raises(SystemExit, match="source=''"):
         stage("convert", source="")

@@ -208,7 +208,7 @@ def test_synthesise_with_an_endpoint_that_misbehaves(stage, tmp_path, monkeypatc
     assert server.most <= 3
 
     # one request for each fault and one that succeeded; three for the hopeless, one where a
-    # repetition can not help
+    # repetition cannot help
     tried = {q: server.count("chat").count(q) for q in names}
     wanted = {q: 2 if q.startswith("chat ") else 1 for q in names}
     assert tried == wanted | {"always down": 3, "always untagged": 3}
@@ -348,7 +348,7 @@ def test_options_are_part_of_the_question_that_is_sent(stage, tmp_path):
     "url", ["localhost:8000", "http://localhost:8000v1", "https:///v1", "ftp://a/v1"]
 )
 def test_an_address_that_is_none_is_said_at_once(stage, url):
-    with pytest.raises(SystemExit, match="is no endpoint"):
+    with pytest.raises(SystemExit, match="is not an endpoint"):
         stage("synthesise", teacher_url=url)
 
 

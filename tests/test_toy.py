@@ -1,4 +1,4 @@
-"""What the method takes for granted of the toy: what its base can do and can not; data by seed."""
+"""What the method takes for granted of the toy: what its base can do and cannot; data by seed."""
 
 import re
 

@@ -34,7 +34,7 @@ def state(folder, step):
 
 
 @pytest.mark.parametrize("method", ["gap", "lh", "output", "text"])
-def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
+def test_split_of_the_batch_does_not_matter(tmp_path, gap_args, method):
     """Batch 4 in one process, 2 ranks with batch 2, one row a micro-batch: the same gradients and
     next weights."""
     ways = {"one": (1, 100000), "accumulate": (1, 1)} | (
@@ -43,7 +43,7 @@ def test_split_of_the_batch_does_not_matter(tmp_path, inputs, method):
     for name, (ranks, budget) in ways.items():
         run(
             "train.py",
-            *inputs,
+            *gap_args,
             f"--method={method}",
             f"--out={tmp_path}/{name}",
             f"--token_budget={budget}",
@@ -118,9 +118,9 @@ def lives(folder):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resume_equals_an_uninterrupted_run(tmp_path, inputs, ranks):
+def test_resume_equals_an_uninterrupted_run(tmp_path, gap_args, ranks):
     """Killed at a checkpoint and started again: bit-equal on as many ranks, equal from 2 to 1."""
-    args = [*inputs, "--max_steps=12", "--save_every=3"]
+    args = [*gap_args, "--max_steps=12", "--save_every=3"]
     run("train.py", *args, f"--out={tmp_path}/whole")
     out = tmp_path / "killed"
     start_and_kill([*args, f"--out={out}"], out, 3, ranks)
@@ -136,9 +136,9 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, inputs, ranks):
     assert sorted(p.name for p in (out / "ckpt").glob("step-*")) == left
 
 
-def test_more_ranks_than_rows(tmp_path, inputs):
+def test_more_ranks_than_rows(tmp_path, gap_args):
     """A rank without a row runs one with weight 0, and changes nothing."""
-    args = [*inputs, "--val_data=", "--max_steps=2", "--global_batch=1"]
+    args = [*gap_args, "--val_data=", "--max_steps=2", "--global_batch=1"]
     for name, ranks in (("one", 1), ("two", 2)):
         run("train.py", *args, f"--out={tmp_path}/{name}", ranks=ranks)
     for a, b in zip(logged(tmp_path / "one")[1:], logged(tmp_path / "two")[1:]):
@@ -147,9 +147,9 @@ def test_more_ranks_than_rows(tmp_path, inputs):
         )
 
 
-def test_a_clip_of_zero_clips_nothing(tmp_path, inputs):
+def test_a_clip_of_zero_clips_nothing(tmp_path, gap_args):
     for clip in ("0", "1e9"):
-        args = [*inputs, "--val_data=", "--max_steps=2", f"--grad_clip={clip}"]
+        args = [*gap_args, "--val_data=", "--max_steps=2", f"--grad_clip={clip}"]
         run("train.py", *args, f"--out={tmp_path}/{clip}")
     none, large = (logged(tmp_path / clip)[1:] for clip in ("0", "1e9"))
     assert [row["loss"] for row in none] == [row["loss"] for row in large]
@@ -179,19 +179,19 @@ def test_ranks_that_read_other_files_do_not_train(monkeypatch):
         launch.check_same_everywhere("the inputs", "b")
 
 
-def test_resume_refuses_other_settings(tmp_path, inputs):
-    run("train.py", *inputs, f"--out={tmp_path}/a", "--max_steps=1")
-    text = run("train.py", *inputs, f"--out={tmp_path}/a", "--max_steps=2", "--lr=5e-4", ok=False)
+def test_resume_refuses_other_settings(tmp_path, gap_args):
+    run("train.py", *gap_args, f"--out={tmp_path}/a", "--max_steps=1")
+    text = run("train.py", *gap_args, f"--out={tmp_path}/a", "--max_steps=2", "--lr=5e-4", ok=False)
     assert "settings.json" in text and "'lr': (0.001, 0.0005)" in text
 
 
-def test_folder_loads_with_plain_transformers(tmp_path, inputs):
+def test_folder_loads_with_plain_transformers(tmp_path, gap_args):
     """What train.py writes is a stock folder: same weights, no key missing, tower untouched."""
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     run(
         "train.py",
-        *inputs,
+        *gap_args,
         f"--out={tmp_path}/gap",
         "--max_steps=2",
         "--dtype=bfloat16",
@@ -209,17 +209,17 @@ def test_folder_loads_with_plain_transformers(tmp_path, inputs):
     for k, v in vlm.state_dict().items():
         close(trained["vlm." + k].bfloat16(), v, rtol=0.0, atol=0.0)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        inputs[0].split("=")[1]
+        gap_args[0].split("=")[1]
     ).model.visual.state_dict()
     for k, v in vlm.model.visual.state_dict().items():
         close(v, before[k].bfloat16(), rtol=0.0, atol=0.0)
 
 
-def test_options_run(tmp_path, inputs):
+def test_options_run(tmp_path, gap_args):
     """Scheduled sampling, the summed loss, dropped parser text."""
     run(
         "train.py",
-        *inputs,
+        *gap_args,
         f"--out={tmp_path}/a",
         "--max_steps=2",
         "--scheduled_sampling=1",
@@ -261,9 +261,9 @@ def test_schedule():
     assert max(lrs) == pytest.approx(1.0) and lrs[515] == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_damaged_checkpoint_is_noticed(tmp_path, inputs):
+def test_a_damaged_checkpoint_is_noticed(tmp_path, gap_args):
     """A flipped bit in the newest: the one before is used, and the end is the same."""
-    args = [*inputs, "--val_data=", "--max_steps=6", "--save_every=2", f"--out={tmp_path}/a"]
+    args = [*gap_args, "--val_data=", "--max_steps=6", "--save_every=2", f"--out={tmp_path}/a"]
     run("train.py", *args)
     whole = load_file(tmp_path / "a" / "model.safetensors")
     checkpoints = tmp_path / "a" / "ckpt"
@@ -279,18 +279,18 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, inputs):
     assert all(torch.equal(again[k], v) for k, v in whole.items())
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path, inputs):
+def test_a_loss_that_is_not_finite_stops(tmp_path, gap_args):
     """With step and cause; nothing broken is exported or logged, the checkpoints are finite."""
-    args = [*inputs, "--val_data=", "--max_steps=9", "--save_every=1", "--warmup_ratio=0"]
+    args = [*gap_args, "--val_data=", "--max_steps=9", "--save_every=1", "--warmup_ratio=0"]
     text = run("train.py", *args, "--lr=1e30", f"--out={tmp_path}/a", ok=False)
     assert "not finite" in text and "step " in text
     assert not (tmp_path / "a" / "model.safetensors").exists()
     assert all(math.isfinite(row["loss"]) for row in logged(tmp_path / "a")[1:])
 
 
-def test_a_run_goes_on_where_its_files_went(tmp_path, inputs, world):
+def test_a_run_goes_on_where_its_files_went(tmp_path, gap_args, world):
     """Moved, copied and touched it is the same run; fed another picture it is not."""
-    args = dict(arg.split("=", 1) for arg in inputs) | {"--val_data": "", "--max_steps": "4"}
+    args = dict(arg.split("=", 1) for arg in gap_args) | {"--val_data": "", "--max_steps": "4"}
     copy = tmp_path / "copy"
     shutil.copytree(world, copy / "world")
     shutil.copytree(args["--base"], copy / "base")
@@ -458,11 +458,11 @@ def calls(text):
     return [json.loads(line.removeprefix("wandb:")) for line in lines]
 
 
-def test_wandb_gets_the_log_from_one_rank(tmp_path, inputs):
+def test_wandb_gets_the_log_from_one_rank(tmp_path, gap_args):
     """Each line once; what resumes is the same run, and what starts over is another."""
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     env = {"PYTHONPATH": str(tmp_path)}
-    args = [*inputs, "--wandb_project=latents", "--max_steps=3", f"--out={tmp_path}/gap"]
+    args = [*gap_args, "--wandb_project=latents", "--max_steps=3", f"--out={tmp_path}/gap"]
     (what, run_), *logs, end = calls(run("train.py", *args, env=env, ranks=2))
     assert what == "init" and end == ["finish", 0]
     assert run_["project"] == "latents" and run_["name"] == "gap" and run_["config"]["K"] == 4
@@ -475,18 +475,18 @@ def test_wandb_gets_the_log_from_one_rank(tmp_path, inputs):
     assert calls(run("train.py", *args, env=env))[0][1]["id"] != run_["id"]
 
 
-def test_wandb_that_is_not_installed(tmp_path, inputs):
+def test_wandb_that_is_not_installed(tmp_path, gap_args):
     """Training goes on, with a sentence."""
     (tmp_path / "wandb.py").write_text("raise ImportError")
-    args = [*inputs, "--max_steps=1", f"--out={tmp_path}/gap", "--wandb_project=latents"]
+    args = [*gap_args, "--max_steps=1", f"--out={tmp_path}/gap", "--wandb_project=latents"]
     text = run("train.py", *args, env={"PYTHONPATH": str(tmp_path)})
     assert text.count("wandb is not installed") == 1 and len(logged(tmp_path / "gap")) == 2
 
 
-def test_wandb_offline(tmp_path, inputs):
+def test_wandb_offline(tmp_path, gap_args):
     """The real one, where it is installed: a run that `wandb sync` can send, with our fields."""
     pytest.importorskip("wandb")
-    args = [*inputs, "--max_steps=2", f"--out={tmp_path}/gap", "--wandb_project=latents"]
+    args = [*gap_args, "--max_steps=2", f"--out={tmp_path}/gap", "--wandb_project=latents"]
     env = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     run("train.py", *args, env=env)
     (file,) = (tmp_path / "gap" / "wandb").glob("offline-run-*/*.wandb")

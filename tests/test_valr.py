@@ -190,7 +190,7 @@ def test_losses_are_those_of_naive_loops(base, steps, alone):
     rows[1]["aux_images"][0] = str(steps / "big.png")  # a grid of 4 x 3
     rows[2]["aux_images"][0] = str(steps / "big.png")  # the same picture twice
     batch = batch_of(model, rows)
-    assert len(batch["seen"][0]["image_grid_thw"]) == 8 and len(batch["picture_of"]) == 9
+    assert len(batch["encoder_pixels"][0]["image_grid_thw"]) == 8 and len(batch["picture_of"]) == 9
     sums = model(batch)
 
     before = batch["ids"][:, 1:] == model.latent_id
