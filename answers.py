@@ -857,6 +857,8 @@ def option_named(text, options):
     alone = re.fullmatch(r"\W*[A-Za-z]\W*", text)
     if letter in options and (alone or len(same) != 1):
         return letter
+    if not same and not text.strip().isdecimal():  # "7cm" for "7 cm"; a bare number may be a place
+        same = [letter for letter, option in options.items() if same_value(option, text)]
     return same[0] if len(same) == 1 else None
 
 

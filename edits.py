@@ -174,7 +174,7 @@ def summary(found):
 
 
 def main():
-    show_files(reads=[model, data, answers], writes=[answers])
+    show_files(reads=[model, data, answers], writes=[Path(answers) / "edits.json"])
     check_there(Path(model) / "config.json")
     pairs = pairs_of(load_examples(data, training=False))
     said = read_answers()

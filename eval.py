@@ -199,7 +199,9 @@ def load_test_set(name):
     if low > high:  # of which one may be the benchmark's own
         raise SystemExit(f"{name or data}: min_pixels={low} is above max_pixels={high}; give both")
     # contents, not paths; and of a data file only the question itself, in row_key
-    made_by = {k: v for k, v in settings.items() if k not in ("model", "donor", "data", "md5")}
+    # nor what only keeps more of an answer
+    others = ("model", "donor", "data", "md5", "save_latents")
+    made_by = {k: v for k, v in settings.items() if k not in others}
     made_by["weights"] = weights_digest(model)
     if donor:
         made_by["donor"] = weights_digest(donor)
@@ -235,6 +237,8 @@ def row_key(key, row):
     asked = [key, row["id"], question_text(row), pictures]
     if row.get("system"):
         asked.append(row["system"])
+    if intervention.startswith("oracle"):  # which feeds what these show
+        asked.append([file_digest(path) for path in row["aux_images"]])
     return key_of(asked)
 
 

@@ -308,7 +308,14 @@ def help_text(script):
 
 
 def show_files(reads, writes):
-    """Say first what a stage reads and writes: a default path is not always the one meant."""
+    """Say first what a stage reads and writes: a default path is not always the one meant.
+
+    Raises SystemExit where it would write over what it reads.
+    """
+    read = {os.path.realpath(path) for path in reads if path}
+    for path in writes:
+        if path and os.path.realpath(path) in read:
+            raise SystemExit(f"{path} is read, and would be written over: give another")
     if rank_and_world()[0] > 0:
         return
     for verb, paths in (("reads", reads), ("writes", writes)):

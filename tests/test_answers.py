@@ -684,6 +684,9 @@ def test_extraction(text, answer):
         ("5", "B", ["4", "5"], True),
         ("A", "B", ["4", "5"], False),
         ("E", "B", ["4", "5"], False),
+        ("B", "7cm", ["5 cm", "7 cm"], True),
+        ("B", r"\frac{1}{2}", ["1/3", "1/2"], True),
+        ("A", "7cm", ["5 cm", "7 cm"], False),
         (None, "x", [], False),
         ("", "B", ["4", "5"], False),
         # an answer in other words, signs and forms

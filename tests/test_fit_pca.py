@@ -284,3 +284,13 @@ def test_the_pca_is_of_usable_training_vectors_alone(tmp_path, base, world):
     v = torch.cat(v)
     assert int(meta["n"]) == len(v)
     torch.testing.assert_close(pca["mean"].double(), v.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_refit_of_the_same_is_kept(tmp_path):
+    """Another number of threads rounds another way: what was trained on a PCA can still go on."""
+    path, meta = tmp_path / "pca.safetensors", {"targets": "a", "k": "2"}
+    assert not fit_pca.is_of(path, meta)
+    save_file({"mean": torch.zeros(3)}, path, meta)
+    assert fit_pca.is_of(path, meta) and not fit_pca.is_of(path, meta | {"targets": "b"})
+    path.write_bytes(path.read_bytes()[:20])
+    assert not fit_pca.is_of(path, meta)

@@ -41,6 +41,14 @@ def run_here(monkeypatch, path, *args):
     return runpy.run_path(str(path), run_name="__main__")
 
 
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    launch.show_files(reads=[tmp_path / "model", ""], writes=["", tmp_path / "out"])
+    with pytest.raises(SystemExit, match="link is read, and would be written over"):
+        launch.show_files(reads=[tmp_path / "model"], writes=[tmp_path / "link"])
+
+
 @pytest.mark.parametrize(
     "script,arg,words",
     [
