@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PIXELS, ROOT, has_lines, kill_when, run
+from conftest import PIXELS, ROOT, TOY, has_lines, kill_when, run
 from official_files import args_of, b64, picture, plant
 from safetensors.torch import load_file
 from scipy.stats import binomtest
@@ -410,6 +410,21 @@ def test_a_file_of_ones_own_is_asked_and_read_as_it_says(world, monkeypatch):
     test = SimpleNamespace(rows=[row | {"kind": "chart"}], benchmark=JSONL)
     (graded,) = evaluate.grade(test, {row["id"]: {"raw": f"<answer> {row['answer']} </answer>"}})
     assert graded["correct"]
+
+
+def test_an_oracles_answer_belongs_to_what_it_was_fed(world, monkeypatch):
+    """And one whose latents are kept is the same answer."""
+    row, other = load_examples(world / "test.jsonl", training=False)[:2]
+    redrawn = row | {"aux_images": other["aux_images"]}
+    assert evaluate.row_key("k", redrawn) == evaluate.row_key("k", row)
+    monkeypatch.setattr(evaluate, "intervention", "oracle")
+    assert evaluate.row_key("k", redrawn) != evaluate.row_key("k", row)
+
+    monkeypatch.setattr(evaluate, "data", str(world / "test.jsonl"))
+    monkeypatch.setattr(evaluate, "model", str(TOY))
+    plain = evaluate.load_test_set("").key
+    monkeypatch.setattr(evaluate, "save_latents", True)
+    assert evaluate.load_test_set("").key == plain
 
 
 def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch):
