@@ -7,6 +7,7 @@ form, units that may be left out, and the number that a LaTeX expression is.
 import math
 import re
 import string
+import unicodedata
 from functools import lru_cache
 
 # --------------------------------------------------------------------------------------------------
@@ -18,6 +19,8 @@ UNICODE |= str.maketrans("−–∶“”‘’【】\u3000\xa0", "--:\"\"''[]  
 UNICODE |= str.maketrans({"。": ". ", "、": ", ", "²": "^2", "³": "^3"})
 # letters in circles and brackets, which in answers.py are the signs of options and nothing else
 UNICODE |= {ord(first) + i: ord("A") + i for first in "Ⓐⓐ⒜" for i in range(26)}
+# what is not seen: zero-width spaces and joiners, byte order marks, soft hyphens
+UNICODE |= dict.fromkeys([0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD])
 
 WRAPPED = r"\\(?:text|math)(?:rm|bf|it|sf|tt)? ?\{([^{}]*)\}"  # \text{B}, \mathbf{B}
 MARKUP = r"`{3,}\w*|<[a-z]\w+>|</\w+>|<\|\w+\|>"  # fences, tags, a chat template's tokens
@@ -49,9 +52,14 @@ LAYOUT = [
 ]
 
 
+def as_seen(text):
+    """A text with one code for each character: é is one, whether as one or as e and an accent."""
+    return unicodedata.normalize("NFC", text).translate(UNICODE)
+
+
 def plain(text):
     r"""A text without its layout: "**Answer:** $\text{Ｂ}$" is "Answer: B"."""
-    text = text.translate(UNICODE)
+    text = as_seen(text)
     for pattern, seen in LAYOUT:
         text = pattern.sub(seen, text)
     return text.strip()
@@ -77,7 +85,7 @@ def normalise(text):
     "The  Blue one." is "blue one", "1,000.0" is "1000".
     """
     # $ is a price or the edge of a formula; neither changes a value
-    whole = " ".join(text.translate(UNICODE).lower().replace("$", " ").split())
+    whole = " ".join(as_seen(text).lower().replace("$", " ").split())
     before = string.punctuation.replace("-", "").replace(".", "")  # -3 and .5 are numbers
     bare = whole.rstrip(string.punctuation + " ").lstrip(before + " ")
     text = bare or whole  # "<" and ">" are answers

@@ -658,6 +658,9 @@ def test_extraction(text, answer):
     [
         ("Red  Circle, blue ring.", "red circle, blue ring", [], True),
         (r"\dfrac{1}{2}", r"\frac{1}{2}", [], True),
+        ("caf\u00e9", "cafe\u0301", [], True),
+        ("the caf\u00e9", "B", ["bar", "cafe\u0301"], True),
+        ("red", "\ufeffred\u200b", [], True),
         ("0.5", r"\frac{1}{2}", [], True),
         ("1/3", r"\frac{1}{2}", [], False),
         ("2√3", r"2\sqrt{3}", [], True),
