@@ -88,6 +88,7 @@ class Tally:
 
     def __init__(self, row):
         self.row = row
+        self.asked = question_key(row)  # before its pictures are opened: they may be replaced
         self.answers = {}  # by number of the sample: they end in any order
         self.correct = 0
 
@@ -105,7 +106,7 @@ class Tally:
             "id": self.row["id"],
             "key": key,
             "base": weights_digest(base),
-            "row": question_key(self.row),
+            "row": self.asked,
             # N, not how many were drawn: where sampling stopped, the accuracy is a lower bound
             "n": n_samples,
             "correct": self.correct,
@@ -186,10 +187,11 @@ def sample(rows):
     processor = load_processor(base, min_pixels, max_pixels)
 
     def prepared(row):
+        tally = Tally(row)
         prompt = encode(vlm, tokenizer, processor, row | {"instruction": instruction})
         # one seed per sample: its draws depend on no batch, no rank and no kill
         seeds = [seed_of(seed, row["id"], s) for s in range(n_samples)]
-        return row, read_ahead(processor, prompt) | {"seeds": seeds}
+        return tally, read_ahead(processor, prompt) | {"seeds": seeds}
 
     # images are read while questions before them are answered
     questions = enumerate(in_order(prepared, rows, 1, batch))
@@ -197,7 +199,7 @@ def sample(rows):
 
     def more(n):
         part = list(islice(questions, n))
-        tallies.update((q, Tally(row)) for q, (row, _) in part)
+        tallies.update((q, tally) for q, (tally, _) in part)
         return see(vlm, processor, [prompt for _, (_, prompt) in part])
 
     def add(q, s, ids):
@@ -282,9 +284,16 @@ def merge(rows):
     """Merge the ranks' files into `out`, in the order of the data, and remove them.
 
     Lines of questions that the data no longer has are kept, after these. Returns those of `rows`.
+    Raises SystemExit for rows that have changed since they were sampled.
     """
     # of all ranks, this launch's and earlier ones'
     found = counted(rows, run_key())
+    changed = [row["id"] for row in rows if row["id"] not in found]
+    if changed:
+        raise SystemExit(
+            f"{data}: {len(changed)} questions, {changed[0]!r} for one, changed while they were "
+            "sampled; run again to sample these"
+        )
     merged = [found[row["id"]] for row in rows]
     asked = {line["id"] for line in merged}
     # work that is done: another data file may ask for it again

@@ -130,6 +130,20 @@ def test_counts_of_other_questions_are_kept(sampled, monkeypatch, capsys):
     assert [line["correct"] for line in sample_difficulty.merge(rows)] == [0, 3, 0, 8]
 
 
+def test_a_picture_that_is_replaced_meanwhile(sampled, monkeypatch, tmp_path):
+    """What was drawn belongs to what was there before it was opened."""
+    rows, write = sampled
+    row = dict(rows[0])
+    monkeypatch.setattr(sample_difficulty, "run_key", lambda: "k")
+    row["images"] = [shutil.copy(row["images"][0], tmp_path / "a.png")]
+    tally = sample_difficulty.Tally(row)
+    shutil.copy(rows[1]["images"][0], tmp_path / "a.png")
+    assert tally.line("k")["row"] == question_key(rows[0]) != question_key(row)
+    write("d.jsonl.rank000", (rows[0], {"row": question_key(row)}), (rows[1], {}))
+    with pytest.raises(SystemExit, match="1 questions, .* changed while they were sampled"):
+        sample_difficulty.merge(rows[:2])
+
+
 def test_a_rule_is_told_only_what_decides_it(monkeypatch, capsys):
     """Stopped at one right answer of eight: guessing among four options may have given it."""
     line = {"correct": 1, "n": 8, "n_options": 4, "lower_bound": True}
@@ -224,7 +238,7 @@ def test_samples_are_drawn_as_the_settings_say(monkeypatch, base, world):
 
 
 def test_what_was_cut_off_solves_nothing_by_a_weak_rule():
-    row = {"id": "a", "answer": "A", "options": ["red", "blue"]}
+    row = {"id": "a", "images": [], "answer": "A", "options": ["red", "blue"]}
     for finished, correct in ((True, 1), (False, 0)):
         tally = sample_difficulty.Tally(row)
         tally.add(0, "Looking closely, A seems", finished)
