@@ -756,8 +756,8 @@ def headlines():
         whole = not record["missing"] and not record.get("limit")
         if record.get("weights") == digest and same_way and whole:
             found |= {f"{name}/{metric}": m for metric, m in record["scores"].items()}
-            if record.get("questions") not in (None, benchmark.n or None):
-                n = record["questions"]
+            n = record.get("questions", benchmark.n)
+            if benchmark.n not in (0, n):
                 print(f"{name}: of {n} questions, where the benchmark has {benchmark.n}")
     ours = {metric: 100 * m["accuracy"] for metric, m in found.items()}
     for name, parts in (AVERAGES | POOLED).items():

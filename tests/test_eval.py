@@ -427,11 +427,11 @@ def test_an_oracles_answer_belongs_to_what_it_was_fed(world, monkeypatch):
     assert evaluate.load_test_set("").key == plain
 
 
-def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch):
+def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch, capsys):
     """And of one model, whatever its folder is called."""
     monkeypatch.setattr(evaluate, "out", str(tmp_path))
     monkeypatch.setattr(evaluate, "weights_digest", lambda folder: "w")
-    whole = {"missing": 0, "limit": 0, "weights": "w"}
+    whole = {"missing": 0, "limit": 0, "weights": "w", "questions": 20}
     whole["scores"] = {"overall": {"accuracy": 0.5, "n": 20}}
     for name, change, settings in (
         ("MMStar", {}, {"model": "moved"}),
@@ -448,6 +448,12 @@ def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch)
         record = {"settings": settings} | whole | change
         (tmp_path / name / "metrics.json").write_text(json.dumps(record))
     assert evaluate.headlines() == {"MMStar/overall": 50.0}
+    assert "MMStar: of 20 questions, where the benchmark has 1500" in capsys.readouterr().out
+    # POPE's number is not known for sure: there is nothing to say
+    record = {"settings": evaluate.settings_for(BENCHMARKS["POPE"])} | whole
+    (tmp_path / "POPE" / "metrics.json").write_text(json.dumps(record))
+    assert set(evaluate.headlines()) == {"MMStar/overall", "POPE/overall"}
+    assert "POPE" not in capsys.readouterr().out
 
 
 def test_the_default_folder_follows_the_models_name(monkeypatch):
