@@ -188,19 +188,20 @@ def option_pattern(letter, options):
     if len(option) < 2 and not option.isdigit():
         return ""
     parts = re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_", option)
-    said = [] if option == "no" else [r"\s?".join(map(re.escape, parts))]
+    said = [NO if option == "no" else r"\s?".join(map(re.escape, parts))]
     said += [word for word, digit in COUNT_WORDS.items() if digit == option and word != "one"]
     said = [pattern.replace("°", r"(?:°|degrees?\b)") for pattern in said]
     # "yes" stands for the one option that opens with it, as in "Yes, it is"
     if parts[0] in ("yes", "no"):
         alike = [x for x in options.values() if re.match(rf"{parts[0]}\b", option_words(x))]
-        said += [NO if parts[0] == "no" else "yes"] if len(alike) == 1 or option == "no" else []
+        said += [NO if parts[0] == "no" else "yes"] if len(alike) == 1 else []
     if option == "one":  # "the last one" counts nothing
         said = ["(?:(?<=is )|(?<=only )|(?<=exactly ))one(?! of)"]
     before, _ = NUMBER_EDGES if parts[0][-1].isdigit() else WORD_EDGES
     _, after = NUMBER_EDGES if parts[-1][-1].isdigit() else WORD_EDGES
     if any(part.isdigit() for part in parts):
-        before, after = before + NO_BOUND, after + UNIT_EDGE
+        after += UNIT_EDGE
+        before += "" if parts[0][-1].isdigit() else NO_BOUND  # which NUMBER_EDGES have
     return f"(?i:{before}(?:{'|'.join(said)}){after})"
 
 
@@ -377,9 +378,10 @@ def find_letter(text, options, finished=True):
             return letter, name
     signs = marked(text, options)
     said = without_denied(QUESTION.sub(" ", signs))
-    *_, at_last = TAKEN_BACK.split(said)
-    if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
-        said = at_last
+    *taken_back, at_last = TAKEN_BACK.split(said)
+    if taken_back:
+        if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
+            said = at_last
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
     told = without_lists(told)

@@ -616,13 +616,18 @@ def hash_file(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def is_made(path, key):
-    """Is a safetensors file there, whole, and made under this key?"""
+def metadata_of(path):
+    """What a safetensors file says of itself; {} of one that is not there, or not whole."""
     try:
         with safe_open(path, "pt") as f:
-            return (f.metadata() or {}).get("key") == key
+            return f.metadata() or {}
     except (OSError, SafetensorError):  # missing or cut off
-        return False
+        return {}
+
+
+def is_made(path, key):
+    """Is a safetensors file there, whole, and made under this key?"""
+    return metadata_of(path).get("key") == key
 
 
 def file_md5(path):

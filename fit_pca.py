@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import (
@@ -38,6 +38,7 @@ from data import (
     is_made,
     key_of,
     load_examples,
+    metadata_of,
     read_json,
     tensors_digest,
     write_json,
@@ -356,21 +357,12 @@ def finish(shards, total, outer, n, made_by):
     meta = {name: str(x) for name, x in meta.items()}  # safetensors keeps strings only
     path = folder / "pca.safetensors"
     # a fit to the same is the same but for rounding, and what was trained on it can go on
-    if not is_of(path, meta):
+    if metadata_of(path) != meta:
         write_then_rename(path, lambda tmp: save_file(tensors, tmp, meta))
     examples = sample_targets(shards, set(rejected))
     save_bank(folder / "bank.safetensors", examples, K, meta)
     print(f"wrote {folder}/pca.safetensors (k = {k}), bank.safetensors ({len(examples)} examples)")
     print(f"and {index_path}")
-
-
-def is_of(path, meta):
-    """Is a safetensors file there, whole, and of this metadata?"""
-    try:
-        with safe_open(path, "pt") as f:
-            return f.metadata() == meta
-    except (OSError, SafetensorError):  # missing or cut off
-        return False
 
 
 def sample_targets(shards, rejected):

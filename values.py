@@ -112,7 +112,7 @@ def symbol(unit):
 
 
 @cached
-def in_one_form(text):
+def form_of(text):
     """A value or an equation in one form: "X = 3 1/2 degrees" is "x=(3+1/2)°"."""
     text = re.sub(r" ?degrees?\b", "°", plain(text).lower())
     text = METRIC.sub(symbol, text)
@@ -126,7 +126,7 @@ def value_of(text):
     """A value in one form: "x = 1 : 2" is "1:2", and so is "3 : 6 = 1 : 2"."""
     # two equations have no one value
     listed = text.count("=") > 1 and re.search(r"[,;](?!\d{3})|\b(?:or|and)\b", text)
-    form = in_one_form(text)
+    form = form_of(text)
     return form if listed else re.split("[=≈]", form)[-1]
 
 
@@ -146,7 +146,7 @@ def same_value(a, b):
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)
-    forms = in_one_form(a), in_one_form(b)
+    forms = form_of(a), form_of(b)
     # "AB = CD" is not "EF = CD", nor "x + y = 5" "x - y = 5"; but "AB = 5" and "x = 5" are both 5
     if all("=" in form for form in forms):
         named = not any(re.search(r"[-+*/^×÷√]|\d[a-z]", form.split("=")[0]) for form in forms)
