@@ -854,12 +854,15 @@ def after_is(text):
 def option_named(text, options):
     """The letter of the option that a gold answer names by its letter or its text; None if none."""
     letter = letter_of(text)
-    same = [letter for letter, option in options.items() if same_text(option, text)]
-    # "C. elegans" is the text of one and names no C; a letter alone is a letter
-    alone = re.fullmatch(r"\W*[A-Za-z]\W*", text)
-    if letter in options and (alone or len(same) != 1):
+    if letter in options and re.fullmatch(r"\W*[A-Za-z]\W*", text):
         return letter
-    if not same and not text.strip().isdecimal():  # "7cm" for "7 cm"; a bare number may be a place
+    same = [letter for letter, option in options.items() if same_text(option, text)]
+    # "C. elegans" is the text of one and names no C
+    if letter in options and len(same) != 1:
+        return letter
+    # a bare number may be the place of an option
+    is_place = text.strip().isdecimal() and int(text) <= len(options)
+    if not same and not is_place:  # "7cm" for "7 cm"
         same = [letter for letter, option in options.items() if same_value(option, text)]
     return same[0] if len(same) == 1 else None
 

@@ -12,7 +12,7 @@ from PIL import ImageStat
 from answers import extract_answer, is_correct
 from data import (
     TAGS,
-    is_place,
+    names_no_option,
     reserved_in,
     response_fault,
     strip_latents,
@@ -35,8 +35,8 @@ def check_example(row):
             raise Reject(f"{field} is empty")
     if len(row.get("options", [])) > 26:
         raise Reject("more options than letters", len(row["options"]))
-    if is_place(row):
-        raise Reject("answer is the place of an option", None, row["answer"])
+    if names_no_option(row):
+        raise Reject("answer is none of the options", None, row["answer"])
     field, token = reserved_in(row)
     if token:  # in a text it would become a special token: an image or a latent where none is
         raise Reject("reserved token in the text", None, f"{token} in {field}")

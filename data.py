@@ -257,25 +257,24 @@ def in_one_form(raw, training, where):
         row["options"] = without_letters([as_text(x, "options", where) for x in options])
         if len(options) > 26:
             raise SystemExit(f"{where}: {len(options)} options; there are 26 letters")
-    if is_place(row):
+    if names_no_option(row):
         raise SystemExit(
-            f"{where}: answer {row['answer']!r} is none of the {len(row['options'])} options; if "
-            "it is the place of one, write its letter"
+            f"{where}: answer {row['answer']!r} is none of the {len(row['options'])} options, or "
+            "not one alone; write the letter of the right one, or its text"
         )
     # the prompt needs each mark to have its image
     row["question"] = place_marks(row["question"], len(row["images"]), where)
     return row
 
 
-def is_place(row):
-    """Is the gold answer the place of an option, and neither its letter nor its text?
+def names_no_option(row):
+    """Are there options, of which the gold answer is neither one's letter nor one's text?
 
-    ScienceQA's and AI2D's count from 0: nothing that a model says would ever be right.
+    As ScienceQA's and AI2D's, the place of one, counted from 0, or "A, C", which names two: nothing
+    that a model says would ever be right.
     """
-    options, answer = row.get("options"), row["answer"].strip()
-    if not options or not answer.isdecimal() or int(answer) > len(options):
-        return False
-    return option_named(answer, lettered(options)) is None
+    options = row.get("options")
+    return bool(options) and option_named(row["answer"], lettered(options)) is None
 
 
 def finite(value):
@@ -655,6 +654,16 @@ def digest_tensors(path):
     return digest.hexdigest()[:16]
 
 
+# what transformers reads of a model folder beside its weights; other files are a user's notes
+# fmt: off
+FOLDER_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)
+# fmt: on
+
+
 def weights_digest(folder):
     """A hash of what a model folder computes: its weights, configuration, tokenizer and template.
 
@@ -662,8 +671,8 @@ def weights_digest(folder):
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     digests = [(file.name, tensors_digest(file)) for file in files]
-    for pattern in ("*.json", "*.jinja"):
-        digests += [(file.name, file_digest(file)) for file in sorted(Path(folder).glob(pattern))]
+    there = (Path(folder) / name for name in FOLDER_FILES)
+    digests += [(file.name, file_digest(file)) for file in there if file.is_file()]
     return key_of(digests)
 
 

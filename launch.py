@@ -528,5 +528,16 @@ def claim(folder, file=""):
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
-        if tmp.is_file() and writer.isdigit() and not Path(f"/proc/{writer}").exists():
+        if tmp.is_file() and writer.isdigit() and not is_running(int(writer)):
             tmp.unlink()
+
+
+def is_running(process):
+    """Is there a process of this number?"""
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (ProcessLookupError, OverflowError):  # no process has so large a number
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

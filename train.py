@@ -158,6 +158,7 @@ FREE = (
     "cpu_offload",
     "activation_checkpointing",
     "loader_threads",
+    "skip_unusable",  # the rows that it leaves count
     "curves",
     "wandb_project",
 )

@@ -7,6 +7,7 @@ import shutil
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
+from answers import extract_answer, is_correct
 from data import (
     OURS,
     TAG_ORDER,
@@ -125,7 +127,7 @@ REFUSED = [
     (json.dumps(ROW | {"answer": {}}), "'answer'"),
     (json.dumps(ROW | {"id": None}), "'id'"),
     (json.dumps(ROW | {"options": "red"}), "'options'"),
-    (json.dumps(ROW | {"options": ["<|image_pad|>", "b"]}), "'options'"),
+    (json.dumps(ROW | {"options": ["<|image_pad|>", "b"], "answer": "A"}), "'options'"),
     (json.dumps(ROW | {"options": [f"option {i}" for i in range(27)]}), "27 options"),
     (json.dumps(ROW | {"options": ["cat", "dog"], "answer": 1}), "answer '1' is none of the 2"),
     (json.dumps(ROW | {"images": ["x" * 300 + ".png"]}), "no such image"),
@@ -348,7 +350,7 @@ def test_files_that_are_no_data_are_refused_with_their_place(tmp_path, text, wor
 )
 def test_letters_of_options_are_no_part_of_them(tmp_path, options, bare):
     (tmp_path / "a.png").touch()
-    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"options": options, "answer": "?"}))
+    (tmp_path / "data.jsonl").write_text(json.dumps(ROW | {"options": options, "answer": "A"}))
     assert load_examples(tmp_path / "data.jsonl")[0]["options"] == bare
 
 
@@ -648,11 +650,14 @@ def test_all_files_are_as_readable_as_others(tmp_path):
     assert len(modes) == 1
 
 
-def test_another_chat_template_is_another_base(base, tmp_path):
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "merges.txt"])
+def test_what_is_read_of_a_folder_makes_a_base(base, tmp_path, name):
     shutil.copytree(base, tmp_path / "base")
     before = weights_digest(tmp_path / "base")
-    template = tmp_path / "base" / "chat_template.jinja"
-    template.write_text(template.read_text() + " ")
+    (tmp_path / "base" / "my-notes.json").write_text("{}")
+    assert weights_digest(tmp_path / "base") == before
+    with open(tmp_path / "base" / name, "a") as f:
+        f.write(" ")
     assert weights_digest(tmp_path / "base") != before
 
 
@@ -661,13 +666,24 @@ def test_what_is_taught_at_first_counts(world):
     assert example_key(row | {"at_first": "a"}) != example_key(row | {"at_first": "b"})
 
 
-def test_an_options_place_is_no_answer():
-    """Counted from 0 or from 1; a number beyond is no place, and perhaps a free answer."""
-    row = {"id": "1", "question": "?", "images": [], "options": ["w", "x", "y", "z"]}
-    for place in "0134":
-        with pytest.raises(SystemExit, match="is none of the 4 options"):
-            in_one_form(row | {"answer": place}, False, "f:1")
-    assert in_one_form(row | {"answer": "5"}, False, "f:1")["answer"] == "5"
+@pytest.mark.parametrize(
+    "answers, options, right",
+    [
+        (["0", "1", "4", "5", "E", "v", "A, C", "none", ""], "wxyz", False),
+        (["A", "(b)", "D. z", "y", " Y. "], "wxyz", True),
+        (["7", "3cm", "C"], ["2 cm", "3 cm", "7 cm"], True),
+        (["x", "2"], ["x", "x", "2 cm"], False),
+        (["anything"], [], True),
+    ],
+)
+def test_a_gold_answer_names_an_option(answers, options, right):
+    """Else no output would ever be right, not even the gold answer's own letter."""
+    row = {"id": "1", "question": "?", "images": [], "options": list(options)}
+    for answer in answers:
+        with nullcontext() if right else pytest.raises(SystemExit, match="is none of the"):
+            assert in_one_form(row | {"answer": answer}, False, "f:1")["answer"] == answer
+        said = [extract_answer(letter, list(options))[0] for letter in "ABCD"]
+        assert right == (not options or any(is_correct(x, row | {"answer": answer}) for x in said))
 
 
 def test_there_are_26_letters():

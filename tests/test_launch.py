@@ -438,9 +438,11 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
     deep = tmp_path / "targets" / "deep"
     deep.mkdir(parents=True)
     kept = [".tmp", ".a.tmp", ".notes.2024x.tmp", f"a.{ended.pid}.tmp", f".a.{ended.pid}.txt"]
+    kept += [f".a.json.{os.getpid()}.tmp", ".a.json.1.tmp"]  # of processes that run
     for name in kept:
         (deep / name).touch()
-    (deep / f".a.json.{ended.pid}.tmp").touch()
+    for number in (ended.pid, 10**20):
+        (deep / f".a.json.{number}.tmp").touch()
     (deep / f".folder.{ended.pid}.tmp").mkdir()
 
     claim(tmp_path)
