@@ -337,7 +337,9 @@ def accuracy_table(study, table):
         # the reference against itself, or runs without a common seed: no difference, and no test
         d = difference(study, what, reference) if what != reference else None
         p = p_shown(paired_p(study, what, reference)) if d else ""
-        cells.append([what, len(found), *numbers, shown(d), p, last])
+        # the untrained base has one line, which stands under every seed
+        n_runs = len({study.lines[name][seed]["seed"] for seed in found})
+        cells.append([what, n_runs, *numbers, shown(d), p, last])
     easy = study.easy or "easy"
     logged = [heading for heading, _ in table.logged]
     head = ["run", "seeds", "hard", easy, *logged, f"hard, minus {reference}", "p", table.column]
@@ -608,7 +610,8 @@ def scarcity(study):
     return [
         "## Scarce data",
         "",
-        "Hard questions by the number of training examples, at the same number of steps.",
+        "Hard questions by the number of training examples, at the same number of steps. What pays "
+        "is decided by the t-test with Holm's correction over the sizes of a line alone.",
         *markdown(["run", *(f"{n:,}" if n else "all" for n in sizes)], rows),
         *not_run([name for name in named if name not in study.lines]),
         *conclusions,
