@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
+from resume import Refused, Unanswered
+
 # what a client raises for a failed request, and what reading an answer of another protocol raises
 FAILURES = (HTTPError, ValueError, TypeError, LookupError, AttributeError)
 HOPELESS = (401, 402, 404)  # no such key, nothing paid, no such page
@@ -43,8 +45,8 @@ def key_in(name):
 def with_retries(call, url, tries, first_pause=0.5, key=""):
     """call(), which asks an endpoint, with growing pauses between tries or as Retry-After says.
 
-    Raises SystemExit where no try can help (offline, HOPELESS), else the last error, one of
-    FAILURES. `key` appears in no message, even where the endpoint echoes it.
+    Raises SystemExit where no try can help (offline, HOPELESS), else Unanswered. `key` appears in
+    no message, even where the endpoint echoes it.
     """
     unreadable = 0
     for n in range(tries):
@@ -66,7 +68,7 @@ def with_retries(call, url, tries, first_pause=0.5, key=""):
             unreadable += not isinstance(e, HTTPError)
             last = n + 1 == tries or unreadable == 2
             if last or is_refusal(status):
-                raise
+                raise unanswered(e, key) from None
             told = "" if response is None else response.headers.get("retry-after", "")
             # Retry-After may also be a date; the growing pause does as well
             pause = float(told) if told.isdigit() else first_pause * 2**n
@@ -77,6 +79,18 @@ def status_of(e):
     """The HTTP status of a failure; 0 where no connection came about, or the answer was none."""
     response = getattr(e, "response", None)
     return 0 if response is None else response.status_code
+
+
+def unanswered(e, key):
+    """The Unanswered that a failure, one of FAILURES, is for the item that was asked about."""
+    status = status_of(e)
+    said = " ".join(hidden(f"{type(e).__name__}: {e}", key).split())[:300]
+    # for what it is, such as an image that a filter dislikes, or by a limit that can be mended
+    if is_refusal(status):
+        return Refused("refused by the endpoint", status, said)
+    if not isinstance(e, HTTPError):  # no JSON, or JSON of another protocol
+        return Unanswered("answer of another protocol", None, said)
+    return Unanswered("no answer from the endpoint", status or None, said)
 
 
 def is_refusal(status):

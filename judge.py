@@ -12,9 +12,10 @@ from huggingface_hub import InferenceClient
 
 from answers import extract_final, find_kind, find_letter
 from data import append, key_of, open_append, read_lines
-from endpoint import FAILURES, hidden, with_retries
+from endpoint import hidden, with_retries
 from launch import Progress
-from served import ask_all, no_answer
+from resume import Refused
+from served import ask_all
 from values import plain
 
 # whose own harness has a judge, and what ours is asked for in its place
@@ -126,7 +127,7 @@ def replies_to(test, prompts, keys, endpoint):
             bar.update()
             if e is None:
                 keep(row, reply)
-            elif e.refused:
+            elif isinstance(e, Refused):
                 refused.append((row, e))
             else:
                 failed.append(e)
@@ -145,7 +146,7 @@ def replies_to(test, prompts, keys, endpoint):
 
 
 def ask_judge(prompt, endpoint):
-    """One reply of the judge. Raises NoAnswer when it gives none: no rule takes its place."""
+    """One reply of the judge. Raises Unanswered when it gives none: no rule takes its place."""
     client = InferenceClient(base_url=endpoint.url, api_key=endpoint.key, timeout=TIMEOUT)
 
     def call():
@@ -159,10 +160,7 @@ def ask_judge(prompt, endpoint):
         # a judge that refuses may send none; an empty reply chooses nothing
         return reply.choices[0].message.content or ""
 
-    try:
-        reply = with_retries(call, endpoint.url, endpoint.tries, key=endpoint.key)
-    except FAILURES as e:
-        raise no_answer(e, endpoint.key) from None
+    reply = with_retries(call, endpoint.url, endpoint.tries, key=endpoint.key)
     return hidden(reply, endpoint.key)
 
 

@@ -22,6 +22,9 @@ class Reject(Exception):
         super().__init__(reason, number, detail)
         self.reason, self.number, self.detail = reason, number, detail
 
+    def __str__(self):
+        return self.detail or self.reason
+
 
 class Unanswered(Reject):
     """An endpoint failed: the item is left out of this run, and tried again by the next."""
@@ -51,10 +54,10 @@ class Patience:
         with self.lock:
             self.has_answered, self.in_a_row = True, 0
 
-    def failed(self, refused, message):
-        """Count a failure. Raises SystemExit with the message where it is one too many."""
+    def failed(self, e, message):
+        """Count an Unanswered. Raises SystemExit with the message where it is one too many."""
         with self.lock:
-            known = refused and self.has_answered
+            known = isinstance(e, Refused) and self.has_answered
             self.in_a_row = 0 if known else self.in_a_row + 1
             if self.in_a_row >= self.give_up:
                 raise SystemExit(message)
@@ -179,7 +182,7 @@ def outcome_of(work, key, row, patience):
     except Unanswered as e:
         said = f"{patience.give_up} items in a row had no answer ({e.reason}: {clean(e.detail)})"
         advice = "what is finished is kept: mend the endpoint and run the same command again"
-        patience.failed(isinstance(e, Refused), f"{said}; {advice}")
+        patience.failed(e, f"{said}; {advice}")
         # the mark is for run_stage; such a line is never written
         return {"key": key, "reject": reject_of(row, e), "again": True}
     except Reject as e:

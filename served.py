@@ -11,20 +11,12 @@ from typing import NamedTuple
 from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import FAILURES, hidden, image_part, is_refusal, status_of, with_retries
+from endpoint import hidden, image_part, with_retries
 from images import open_image, png_of
 from model import chat_messages, image_grid
-from resume import Patience, each
+from resume import Patience, Unanswered, each
 
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
-
-
-class NoAnswer(Exception):
-    """Why no try of a request gave an answer. `refused`: the server will never give one."""
-
-    def __init__(self, said, refused=False):
-        super().__init__(said)
-        self.refused = refused
 
 
 class Reply(NamedTuple):
@@ -68,23 +60,14 @@ def seen_size(source, processor):
 def draw(served, messages, n, seed):
     """n Replies to a chat, in as few requests as the server allows: some ignore `n`.
 
-    Raises NoAnswer where no try gives one, SystemExit where none can.
+    Raises Unanswered where no try gives one, SystemExit where none can.
     """
     replies = []
     while len(replies) < n:
         # another seed per request: the same one would draw the same answers again
         call = partial(ask, served, messages, n - len(replies), seed + len(replies))
-        try:
-            replies += with_retries(call, served.url, served.tries, key=served.key)
-        except FAILURES as e:
-            raise no_answer(e, served.key) from None
+        replies += with_retries(call, served.url, served.tries, key=served.key)
     return replies[:n]
-
-
-def no_answer(e, key):
-    """The NoAnswer that a failure, one of FAILURES, comes to."""
-    said = hidden(f"{type(e).__name__}: {e}", key)
-    return NoAnswer(" ".join(said.split())[:300], is_refusal(status_of(e)))
 
 
 def ask(served, messages, n, seed):
@@ -109,7 +92,7 @@ def ask(served, messages, n, seed):
 
 
 def ask_all(work, rows, workers, give_up, url, has_answered=False):
-    """Yield (row, work(row), None) as they end, or (row, None, the NoAnswer that it raised).
+    """Yield (row, work(row), None) as they end, or (row, None, the Unanswered that it raised).
 
     `workers` rows are asked for at once. Raises SystemExit after `give_up` failures in a row, and
     where no try can help. A refusal counts as a failure only while the server has never answered,
@@ -121,9 +104,9 @@ def ask_all(work, rows, workers, give_up, url, has_answered=False):
         try:
             found = work(row)
         # returned and not raised: one question must not end the others
-        except NoAnswer as e:
+        except Unanswered as e:
             patience.failed(
-                e.refused,
+                e,
                 f"{url}: {give_up} questions in a row without an answer, the last "
                 f"{row['id']!r}: {e}; run again to ask for what is missing",
             )

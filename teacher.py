@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append, key_of, open_append, read_lines
-from endpoint import FAILURES, hidden, image_part, is_refusal, status_of, with_retries
-from resume import Refused, Reject, Unanswered
+from endpoint import hidden, image_part, with_retries
+from resume import Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs, and into one of replies
 LOCK = threading.Lock()
@@ -68,25 +67,11 @@ def until_usable(server, call):
             # an unusable answer costs a try, too: an endpoint that only babbles is left in the end
             left = server.tries - n
             return with_retries(call, server.url, left, server.first_pause, server.key)
+        except Unanswered:
+            raise
         except Reject as e:  # the server is well, its answer is not: draw another
             last = e
-        except HTTPError as e:
-            raise failed(e, server.key) from None
-        except FAILURES as e:
-            # no JSON, or JSON of another protocol
-            detail = hidden(f"{type(e).__name__}: {e}", server.key)
-            raise Unanswered("answer of another protocol", None, detail) from None
     raise last
-
-
-def failed(error, key):
-    """The Unanswered of a request that failed."""
-    status = status_of(error)
-    # for what it is, such as an image that a filter dislikes, or by a limit that can be mended
-    if is_refusal(status):
-        return Refused("refused by the endpoint", status, hidden(str(error), key))
-    detail = hidden(f"{type(error).__name__}: {error}", key)
-    return Unanswered("no answer from the endpoint", status or None, detail)
 
 
 def edit_image(server, prompt, png):

@@ -13,7 +13,7 @@ from official_files import args_of, plant
 import judge
 from data import read_lines
 from endpoint import hidden, with_retries
-from served import NoAnswer
+from resume import Refused, Unanswered
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -93,7 +93,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     def ask(prompt, endpoint):
         asked.append(prompt)
         if prompt in ("p0", "p3"):
-            raise NoAnswer("HTTPError", refused=prompt == "p3")
+            raise (Refused if prompt == "p3" else Unanswered)("HTTPError")
         return "B"
 
     monkeypatch.setattr(judge, "ask_judge", ask)
@@ -111,7 +111,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
 @pytest.mark.parametrize("refused", ["p1 p2", "p2"])
 def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refused):
     def refuse(prompt, endpoint):
-        raise NoAnswer("HTTPError: 422", refused=prompt in refused)
+        raise (Refused if prompt in refused else Unanswered)("HTTPError: 422")
 
     monkeypatch.setattr(judge, "ask_judge", refuse)
     test, prompts = SimpleNamespace(name="MMStar", out=tmp_path), {"1": "p1", "2": "p2"}
@@ -136,7 +136,7 @@ def test_a_key_that_is_echoed_is_not_shown():
     assert hidden("none of them", "none") == "none of them"  # what stands for no key
     assert hidden("in a box", "x") == "in a box"  # a dummy for a server of one's own
 
-    class Refused(HTTPError):
+    class NoSuchKey(HTTPError):
         def __init__(self):
             self.response = SimpleNamespace(status_code=401, headers={})
 
@@ -144,7 +144,7 @@ def test_a_key_that_is_echoed_is_not_shown():
             return "no such key: sk-12345"
 
     def call():
-        raise Refused
+        raise NoSuchKey
 
     with pytest.raises(SystemExit) as e:
         with_retries(call, "http://localhost", 3, key="sk-12345")

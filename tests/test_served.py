@@ -15,7 +15,8 @@ from data import load_examples, read_lines, write_lines
 from endpoint import check_url
 from gap import needs_latents
 from model import image_grid, load_processor
-from served import NoAnswer, Served, ask_all, served_messages
+from resume import Unanswered
+from served import Served, ask_all, served_messages
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -166,7 +167,7 @@ def test_a_fault_of_ours_is_no_missing_answer():
 
     def work(row):
         if row["id"] == "unanswered":
-            raise NoAnswer("HTTPError: 500")
+            raise Unanswered("HTTPError: 500")
         return row["ours"]
 
     ((row, found, e),) = ask_all(work, [{"id": "unanswered"}], 1, 9, server.url)
