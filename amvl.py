@@ -24,7 +24,6 @@ from data import LATENT_SPAN, seed_of
 from method import Method, tensors_of
 from model import (
     IGNORE,
-    LATENT_PAD,
     SlotHead,
     add_latent_tokens,
     encode,
@@ -54,8 +53,7 @@ class AMVL(Method):
 
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)
-        add_latent_tokens(vlm, tokenizer)
-        self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+        self.latent_id = add_latent_tokens(vlm, tokenizer)
         d = vlm.config.text_config.hidden_size
         # the prior, and the way from z into a slot: all that a test needs
         self.head = SlotHead(d, settings["K"], settings["slot_dim"])

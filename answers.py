@@ -1,8 +1,8 @@
 """What did it say, and is that right?
 
 One rule reads every model's answer, tagged or not, and it never guesses: a text that names no
-answer has none. `extract_answer` reads; `is_correct` and the check_ functions compare with the
-gold answer. To see how a new model's answers are read:
+answer has none. `extract_answer` reads; `is_correct` compares with the gold answer. To see how a
+new model's answers are read:
 
     python answers.py FILE.jsonl    # rows of {"raw", "gold"} with "options" or "kind"
 """
@@ -617,12 +617,6 @@ def find_number(text, finished=True):
     return found[-1].replace(",", "") if found else None
 
 
-def lines_of(text):
-    """The lines of a text that hold anything, without outer spaces."""
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line]
-
-
 # --------------------------------------------------------------------------------------------------
 # the whole rule
 
@@ -689,8 +683,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     source = without_remarks(said) if inside is None else inside
     after_box = said[last_box(said)[1] :] if tag == "boxed" else ""
     if options:
-        # a JSONL row has a list, a benchmark's row has its letters
-        options = lettered(options) if isinstance(options, list) else options
+        options = by_letter(options)
         letter, rule = find_letter(source, options, finished or bool(tag))
         if after_box:
             later, how = find_letter(after_box, options, finished)
@@ -714,10 +707,10 @@ def extract_answer(text, options=None, kind="text", finished=True):
     if not finished:
         return None, "truncated"
     # nothing is declared: the last line is what a reader would take
-    lines = lines_of(without_remarks(said))
-    if not lines:
+    said = without_remarks(said).strip()
+    if not said:
         return None, "empty"
-    return lines[-1], "last line"
+    return said.splitlines()[-1].strip(), "last line"
 
 
 def extract_final(text):
@@ -731,6 +724,11 @@ def extract_final(text):
 def lettered(options):
     """{letter: text} of a list of option texts; None if there are none."""
     return dict(zip(string.ascii_uppercase, without_letters(options))) or None
+
+
+def by_letter(options):
+    """{letter: text} of a row's options: a JSONL row has a list, a benchmark's row its letters."""
+    return lettered(options) if isinstance(options, list) else options
 
 
 def without_letters(options):
@@ -773,7 +771,7 @@ def is_correct(answer, row):
     if same_text(answer, gold):
         return True
     if options:
-        options = lettered(options) if isinstance(options, list) else options
+        options = by_letter(options)
         letter, _ = find_letter(answer, options)
         return letter is not None and letter == option_named(gold, options)
     if is_choice(answer, gold):
@@ -865,15 +863,6 @@ def option_named(text, options):
     if not same and not is_place:  # "7cm" for "7 cm"
         same = [letter for letter, option in options.items() if same_value(option, text)]
     return same[0] if len(same) == 1 else None
-
-
-def check_letter(row):
-    """Is the extracted letter the one that the gold answer starts with?"""
-    return row["extracted"] is not None and row["extracted"] == letter_of(row["answer"])
-
-
-def check_yesno(row):
-    return row["extracted"] == row["answer"].strip().lower()
 
 
 # --------------------------------------------------------------------------------------------------

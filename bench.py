@@ -56,6 +56,7 @@ import toy
 import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
+from decoder import left_padded
 from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, pick, stream, to_text
 from images import open_image, png_of
@@ -309,17 +310,11 @@ def is_right(tokenizer, row, ids):
 def hf_batch(vlm, tokenizer, processor, rows):
     """Left-padded inputs for HF generate."""
     examples = [encode(vlm, tokenizer, processor, row) for row in rows]
-    T = max(len(e["ids"]) for e in examples)
-    ids = torch.full((len(rows), T), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    # generation goes on at the right end of every row, so the padding stands at the left
-    for i, e in enumerate(examples):
-        ids[i, T - len(e["ids"]) :] = e["ids"]
-        mask[i, T - len(e["ids"]) :] = 1
+    ids, _, mask = left_padded(examples, tokenizer.pad_token_id)
     images = [open_image(path) for row in rows for path in row["images"]]
     batch = {
         "input_ids": ids,
-        "attention_mask": mask,
+        "attention_mask": mask.long(),
         "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
         **processor(images=images, return_tensors="pt"),
     }

@@ -14,15 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import check_letter, check_yesno, lettered
+from answers import lettered
 from data import RESERVED
 from launch import names_in, rank_and_world
 from scores import (
     check_answer,
+    check_letter,
     check_mathvision,
     check_mathvista,
     check_nothing,
     check_vsi,
+    check_yesno,
     score_blink,
     score_categories,
     score_cvbench,

@@ -769,7 +769,7 @@ def filter_one(row, tower):
     aux = [decode_rgb(read_inside(out, path)) for path in row["aux_images"]]
     for image in aux:
         check_auxiliary(image, queries, blank, same_as_query)
-    if tower and aux and K > 1:  # one latent per image has no spread to judge by
+    if tower and aux:
         with torch.inference_mode():
             flattest = float(spread(grid_features(*tower, aux, K, mode)).min())
         if flattest < degenerate:

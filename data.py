@@ -697,14 +697,9 @@ def memory_file():
 MEMORY_LOCK = threading.Lock()
 
 
+@cache
 def memory():
     """{hash of (path, size, times, what): value} of what runs have found of files."""
-    with MEMORY_LOCK:  # many threads ask at once, and each would read it
-        return read_memory()
-
-
-@cache
-def read_memory():
     known = {}
     try:
         with open(memory_file(), "rb") as file:
@@ -736,7 +731,9 @@ def remembered(path, what, compute):
     # the line of a file begins with what is known of it, and ends with the value
     line = json.dumps(found).removesuffix("]").encode()
     # another process may have written meanwhile: at worst a file is read twice
-    known, key = memory(), short_hash(line)
+    with MEMORY_LOCK:  # many threads ask at once, and each would read it
+        known = memory()
+    key = short_hash(line)
     if key not in known:
         known[key] = compute(path)
         try:

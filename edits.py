@@ -39,7 +39,7 @@ from data import (
 from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
-from model import load_head, load_vlm, meta_of_targets, real_features
+from model import load_vlm, meta_of_targets, real_features
 from scores import mean
 from values import same_text
 
@@ -137,8 +137,8 @@ def load_features():
     """real_features of the model; None where no latent was trained to be one."""
     if not meta_of_targets(model):
         return None
-    vlm, tokenizer = load_vlm(model, device=pick_device())
-    return real_features(model, vlm, load_head(model, vlm, tokenizer, 1).K)
+    vlm, _ = load_vlm(model, device=pick_device())
+    return real_features(model, vlm)
 
 
 def compare(a, b, said, features):

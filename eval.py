@@ -358,7 +358,7 @@ class Answerer:
         self.donors = donors  # latents files, in the order of their names
         self.real = None  # the features that an oracle feeds
         if intervention.startswith("oracle"):
-            self.real = real_features(model, vlm, head.K)
+            self.real = real_features(model, vlm)
 
     def answers(self, rows, has_answered=False):
         """Yield (row, what its line of the predictions says); one that failed has an error.
@@ -856,7 +856,7 @@ class Imaginer:
         self.folder = test.out / "latents"
         self.head = head
         self.memory = memory  # a bank of imagine.py; None: no picture goes with these latents
-        self.features = real_features(model, vlm, head.K) if memory else None
+        self.features = real_features(model, vlm) if memory else None
 
     def figures(self, row):
         """An answer's spans as HTML: what each imagined, beside the real auxiliary images."""

@@ -35,7 +35,6 @@ from launch import check_choices, check_each
 from method import Method, idle, tensors_of
 from model import (
     HEADS,
-    LATENT_PAD,
     add_latent_tokens,
     encode,
     load_pca,
@@ -70,7 +69,9 @@ def needs_latents(row, tau, rule):
     return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
 
 
-COUNTED = ("id", "base", "row", "n", "correct", "n_options", "lower_bound")  # what training needs
+# what training needs of a line of difficulty.jsonl
+COUNTED = {"id": str, "base": str, "row": str, "n": int, "correct": int, "n_options": int}
+COUNTED |= {"lower_bound": bool}
 
 
 def read_counts(path):
@@ -90,9 +91,7 @@ def read_count_lines(path):
     if not Path(path).exists():
         return
     # they are resumed and trusted, so each is checked as if a stranger had sent it
-    fields = {"id": str, "key": str, "base": str, "row": str, "n": int, "correct": int}
-    fields |= {"n_options": int, "lower_bound": bool}
-    for n, line in enumerate(each_line(path, **fields), 1):
+    for n, line in enumerate(each_line(path, key=str, **COUNTED), 1):
         if not 0 <= line["correct"] <= line["n"] or line["n"] < 1:
             raise SystemExit(f"{path}:{n}: {line['correct']} of {line['n']} answers correct")
         yield line
@@ -248,9 +247,7 @@ class GAP(Method):
 
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)
-        add_latent_tokens(vlm, tokenizer)
-        # where latents stand in the ids
-        self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+        self.latent_id = add_latent_tokens(vlm, tokenizer)
         self.pca_file = Path(settings["pca"]) / "pca.safetensors"
         pca, self.meta = load_pca(self.pca_file)
         self.targets = Targets(settings["pca"])

@@ -15,7 +15,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-from data import Rows, file_digest, read_memory, remembered
+from data import Rows, file_digest, memory, remembered
 from launch import Progress, faults_among, rank_and_world
 from resume import in_order
 
@@ -215,7 +215,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
     )
     fault_of = faults_among(names, image_faults)
     if rank_and_world()[1] > 1:
-        read_memory.cache_clear()  # what the other ranks have found is in its file
+        memory.cache_clear()  # what the other ranks have found is in its file
     if not fault_of:
         return rows
     # all of them in one message: one at a time would take a day to mend

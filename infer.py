@@ -181,7 +181,7 @@ def latents_to_feed(vlm, head):
     """
     if intervention.startswith("oracle"):
         pictures = [open_image(path) for path in paths_of(aux)]
-        return [real_features(model, vlm, head.K)(pictures)]
+        return [real_features(model, vlm)(pictures)]
     if intervention == "shuffle":
         return [load_latents_file(donor, head)]
     return None

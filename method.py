@@ -30,7 +30,7 @@ class Method(nn.Module):
     call the decoder equally often and reach all trained weights: FSDP waits for each of them.
     """
 
-    latent_id = -1  # the token at whose places latents are fed; -1 is none
+    latent_id = None  # the token at whose places latents are fed
     reads = ()  # settings with the files and folders that it reads, beside base and data
 
     def __init__(self, vlm, tokenizer, processor, settings):

@@ -496,8 +496,7 @@ def check_whole(folder, vlm, found):
 
 def check_prompt(folder, vlm, tokenizer):
     """Raise SystemExit unless the chat template has a place for an image, the model's own."""
-    content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    messages = [{"role": "user", "content": content}]
+    messages = chat_messages({"question": "?", "images": ["?"]})
     with said_of(folder, "no usable chat template"):  # a program: it may raise anything
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     places = tokenizer(text)["input_ids"].count(vlm.config.image_token_id)
@@ -552,7 +551,8 @@ def say_other_limits(folder, min_pixels, max_pixels):
 def add_latent_tokens(vlm, tokenizer):
     """Add the three latent tokens; their rows start at the mean of the existing ones [ours].
 
-    Uses the spare embedding rows that Qwen2.5-VL has, or adds some.
+    Uses the spare embedding rows that Qwen2.5-VL has, or adds some. Returns the id of the pad, at
+    whose places latents stand.
     """
     vocabulary = tokenizer.get_vocab()
     new = [t for t in (LATENT_START, LATENT_PAD, LATENT_END) if t not in vocabulary]
@@ -568,6 +568,7 @@ def add_latent_tokens(vlm, tokenizer):
     for table in {embeddings, vlm.get_output_embeddings().weight}:  # one, where they are tied
         mean = table[:used].float().mean(0)
         table[used : len(tokenizer)] = mean.to(table.dtype)
+    return tokenizer.convert_tokens_to_ids(LATENT_PAD)
 
 
 def latent_ids(tokenizer):
@@ -680,7 +681,7 @@ def positions(vlm, ids, grids):
     return pos[:, 0]
 
 
-def embed(vlm, ids, vision=None, latents=None, latent_id=-1):
+def embed(vlm, ids, vision=None, latents=None, latent_id=None):
     """Input embeddings (B, T, d) of ids (B, T).
 
     `vision` (N, d) stands at image pads, `latents` (M, d) at latent pads, both in reading order.
@@ -743,7 +744,7 @@ def grid_features(vlm, processor, images, K, mode):
     return torch.stack(features)
 
 
-def real_features(folder, vlm, K):
+def real_features(folder, vlm):
     """A function of PIL images that gives their features (n, K, d), on the CPU.
 
     They are made as the targets of the folder's head were: fit_pca.py's mode and pixel limits,
@@ -753,6 +754,7 @@ def real_features(folder, vlm, K):
     if not meta:
         return None
     processor = load_processor(folder, int(meta["min_pixels"]), int(meta["max_pixels"]))
+    K = int(meta["K"])
 
     @torch.inference_mode()
     def features(images):

@@ -228,8 +228,7 @@ def inputs_of(vlm, prompt, answer_ids, latents, pad):
     latents (m, d) stand."""
     whole = followed_by(prompt, answer_ids)
     fed = latents.to(vlm.device) if len(latents) else None
-    latent_id = -1 if pad is None else pad  # -1 is no token's id
-    x = embed(vlm, whole["ids"][None].to(vlm.device), prompt["vision"], fed, latent_id)
+    x = embed(vlm, whole["ids"][None].to(vlm.device), prompt["vision"], fed, pad)
     return whole["ids"], x, whole["pos"].to(vlm.device)
 
 
@@ -271,7 +270,7 @@ def measure(rows, vlm, head, tokenizer, processor):
     moments = torch.zeros(n_states, len(KINDS), 3, dtype=torch.float64)
     written, pairs, chains = [], [], []
     _, pad, _ = latent_ids(tokenizer)
-    features = real_features(model, vlm, head.K) if head else None
+    features = real_features(model, vlm)
     bar = Progress(total=len(rows), unit="question", desc="probe")
     for i in range(0, len(rows), batch):
         part = rows[i : i + batch]

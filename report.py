@@ -17,7 +17,7 @@ import statistics
 from typing import NamedTuple
 
 from claims import PREDICTING, TABLES
-from data import check_fields, expect_object, read_lines, write_then_rename
+from data import check_fields, expect_object, read_lines, write_text
 from intervals import difference_p, holm, t_quantile, t_test
 
 # --------------------------------------------------------------------------------------------------
@@ -642,9 +642,6 @@ TITLES = {
 }
 R2 = "R2 is that of the latents on validation data, teacher-forced."
 MEANINGS = {
-    "main": R2,
-    "fresh": R2,
-    "gap": R2,
     "valr": "The cosine of latents and their pictures is that of validation data; the rollout's "
     "error is ||fed - h|| / ||h||.",
     "amvl": "KL terms are nats per question, of validation data; right are answers all of whose "
@@ -663,7 +660,7 @@ def preamble(study, lines):
         f"`{study.train_args}`, {questions} test questions, greedy. "
         "Accuracies on hard questions list every seed; other numbers are mean ± standard deviation "
         "over seeds. "
-        f"{MEANINGS[study.name]} "
+        f"{MEANINGS.get(study.name, R2)} "
         "A difference is paired by seed; its 95 % t-interval is over seeds, on this test set. "
         "p is over the questions, each averaged over the seeds, uncorrected. "
         '"Yes" and "no" are decided at 5 % by the paired t-test over seeds, with Holm\'s '
@@ -697,7 +694,7 @@ def write_tables(path, study):
         sections = main_sections(study, sections)
     texts = ["\n".join(section).strip() for section in [preamble(study, lines), *sections]]
     page = "\n\n".join(filter(None, texts)) + "\n"
-    write_then_rename(path, lambda tmp: tmp.write_text(page))
+    write_text(path, page)
     return len(lines)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from answers import (
     after_is,
-    check_letter,
     extract_answer,
     find_kind,
     is_choice,
@@ -25,7 +24,16 @@ from answers import (
 from values import bare_value, levenshtein, math_equal
 
 # --------------------------------------------------------------------------------------------------
-# checks of one answer (letters and yes or no: answers.py)
+# checks of one answer
+
+
+def check_letter(row):
+    """Is the extracted letter the one that the gold answer starts with?"""
+    return row["extracted"] is not None and row["extracted"] == letter_of(row["answer"])
+
+
+def check_yesno(row):
+    return row["extracted"] == row["answer"].strip().lower()
 
 
 def check_answer(row):

@@ -336,8 +336,7 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     means = run_batch(model, batches, counts, device, model.weights(step, total))
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()  # a collective: on every rank
+    norm = norm.full_tensor()  # a collective: on every rank
     check_step(step, means | {"grad_norm": float(norm)})
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, total, group["peak"])

@@ -31,7 +31,6 @@ from launch import names_in, pick_device
 from method import Method, idle
 from model import (
     IGNORE,
-    LATENT_PAD,
     StateHead,
     add_latent_tokens,
     embed,
@@ -60,8 +59,7 @@ class VaLR(Method):
 
     def __init__(self, vlm, tokenizer, processor, settings):
         super().__init__(vlm, tokenizer, processor, settings)
-        add_latent_tokens(vlm, tokenizer)
-        self.latent_id = tokenizer.convert_tokens_to_ids(LATENT_PAD)
+        self.latent_id = add_latent_tokens(vlm, tokenizer)
         d, n_blocks = vlm.config.text_config.hidden_size, len(vlm.model.language_model.layers)
         if not 1 <= settings["align_layer"] <= n_blocks:
             found = settings["align_layer"]
@@ -336,13 +334,7 @@ def add_query_span(row):
     """Give a row of one image and no span one before its first step, with the image as target."""
     if len(row["images"]) == 1 and not row["aux_images"]:
         row["aux_images"] = row["images"]
-        row["response"] = with_first_span(row["response"])
-
-
-def with_first_span(response):
-    """A response with a latent span before its first step."""
-    before, think, steps = response.rpartition("<think>")
-    return f"{before}{think} {LATENT_SPAN}{steps}" if think else f"{LATENT_SPAN} {response}"
+        row["response"] = row["response"].replace("<think>", f"<think> {LATENT_SPAN}", 1)
 
 
 def projector(d, z):

@@ -28,13 +28,13 @@ from data import (
     example_key,
     in_one_form,
     load_examples,
+    memory,
     memory_file,
     open_append,
     question_key,
     question_text,
     read_json,
     read_lines,
-    read_memory,
     read_safetensors,
     remembered,
     tensors_digest,
@@ -509,7 +509,7 @@ def test_a_file_is_read_once(tmp_path):
     assert len(calls) == 1
     with open(memory_file(), "ab") as f:
         f.write(b'["half a li\n\xff\n7\n[]\n[["a"], 1]\n')
-    read_memory.cache_clear()  # as the next run finds it
+    memory.cache_clear()  # as the next run finds it
     assert remembered(path, "size", size) == 3 and len(calls) == 1
     path.write_bytes(b"1234")
     assert remembered(path, "size", size) == 4
@@ -523,17 +523,18 @@ def test_a_file_is_read_once(tmp_path):
     assert remembered(path, "size", size) == 4 and len(calls) == 4
 
 
-def test_threads_read_the_memory_once(monkeypatch):
+def test_threads_read_the_memory_once(tmp_path, monkeypatch):
     calls = []
+    (tmp_path / "a").touch()
 
     def read():
         calls.append(1)
         time.sleep(0.05)
         return {}
 
-    monkeypatch.setattr(data, "read_memory", cache(read))
+    monkeypatch.setattr(data, "memory", cache(read))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: data.memory(), range(8)))
+        list(pool.map(lambda i: remembered(tmp_path / "a", "size", os.path.getsize), range(8)))
     assert len(calls) == 1
 
 

@@ -25,7 +25,6 @@ from images import open_image
 from model import (
     HEAD_FILE,
     encode_images,
-    load_head,
     load_processor,
     load_vlm,
     real_features,
@@ -165,8 +164,7 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
 def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
     """Made of pictures as small or large as fit_pca.py saw them, as the head's file says."""
     pictures = [open_image(load_examples(world / "train.jsonl")[0]["aux_images"][0])]
-    vlm, tokenizer = load_vlm(trained)
-    K = load_head(trained, vlm, tokenizer, 1).K
+    vlm, _ = load_vlm(trained)
     side = pictures[0].width
     for least, most in ((56 * 56, 10**6), ((2 * side) ** 2, 10**6), (28 * 28, (side // 2) ** 2)):
         folder = tmp_path / f"{least}-{most}"
@@ -177,8 +175,8 @@ def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
         (v,), (grid,) = encode_images(vlm, load_processor(trained, least, most), pictures)
         plane = v.detach().T.view(1, -1, *(grid[1:] // 2))
         want = F.adaptive_avg_pool2d(plane, 2)[0].flatten(1).T
-        torch.testing.assert_close(real_features(folder, vlm, K)(pictures)[0], want)
-    assert real_features(TOY, vlm, K) is None
+        torch.testing.assert_close(real_features(folder, vlm)(pictures)[0], want)
+    assert real_features(TOY, vlm) is None
 
 
 def test_pooled_latents_have_no_order(monkeypatch):

@@ -191,7 +191,7 @@ def test_pope_is_f1_over_rows_spread_to_their_splits():
         splits = rng.choice(("random", "random,popular", "popular,adversarial"))
         gold, said = rng.choice(("Yes", "No")), rng.choice(("yes", "no", None))
         row = {"category": splits, "answer": gold, "extracted": said}
-        rows.append(row | {"correct": answers.check_yesno(row)})
+        rows.append(row | {"correct": scores.check_yesno(row)})
         for split in splits.split(","):
             spread.append((gold == "Yes", said == "yes", split))
     found = scores.score_pope(rows)
@@ -249,7 +249,7 @@ def test_mmvp_counts_pairs():
     for i in range(1, 301):
         gold = "(a)" if i % 2 else "(b)"
         row = {"id": str(i), "answer": gold, "extracted": rng.choice("AB")}
-        rows.append(row | {"correct": answers.check_letter(row)})
+        rows.append(row | {"correct": scores.check_letter(row)})
     found = scores.score_mmvp(random.Random(2).sample(rows, 300))
     right = {int(row["id"]): row["correct"] for row in rows}
     said = {int(row["id"]): row["extracted"] for row in rows}

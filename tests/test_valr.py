@@ -31,7 +31,7 @@ from generate import INTERVENTIONS, check_intervention, generate, make_prompts
 from images import open_image
 from launch import settings_of
 from model import IGNORE, encode_images, load_head, load_processor, load_vlm
-from valr import VaLR, upsample, with_first_span
+from valr import VaLR, upsample
 
 close = torch.testing.assert_close
 
@@ -331,7 +331,7 @@ def test_an_image_in_the_question_can_be_the_target(base, world, alone):
     """query_span: a row of one image and no span of its own; the others keep what they have."""
     rows = examples(world, 4)
     rows[0] |= {"aux_images": [], "response": strip_latents(rows[0]["response"])}
-    rows[1] |= {"aux_images": [], "response": "no thoughts. <answer> a </answer>"}
+    rows[1] |= {"aux_images": [], "response": "<think> </think> <answer> a </answer>"}
     two = rows[3]
     assert len(two["images"]) == 2
     two |= {"aux_images": [], "response": strip_latents(two["response"])}
@@ -340,9 +340,8 @@ def test_an_image_in_the_question_can_be_the_target(base, world, alone):
     spanned, _ = method(base, query_span=True).rows(rows, True)
     assert [row["response"].count("<latent>") for row in spanned] == [1, 1, 1, 0]
     assert spanned[0]["response"].startswith("<think> <latent></latent> Follow")
-    assert spanned[1]["response"].startswith("<latent></latent> no thoughts")
     assert spanned[0]["aux_images"] == spanned[0]["images"]
-    assert strip_latents(with_first_span("<think> a </think>")) == "<think> a </think>"
+    assert strip_latents(spanned[0]["response"]) == plain[0]["response"]
 
 
 def test_upsampling_keeps_places():
