@@ -70,9 +70,9 @@ from data import (
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
 from images import MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
-from launch import Progress, check_choices, claim, names_in, pick_device, start
+from launch import Progress, check_apart, check_choices, claim, names_in, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
-from pages import coloured, figure, write_page
+from pages import card, figure, write_page
 from resume import Reject, Unanswered, clean, run_stage
 from sources import (
     COMPOSITION,
@@ -109,12 +109,12 @@ follow_links = False  # image paths may be links that lead out of root
 min_side = 28  # pixels: one merged vision token
 
 # synthesise
-teacher_url = os.environ.get("TEACHER_URL", "http://localhost:8000/v1")  # + /chat/completions
-teacher_model = os.environ.get("TEACHER_MODEL", "Qwen2.5-VL-72B-Instruct")  # its name there
-teacher_key = os.environ.get("TEACHER_KEY_NAME", "TEACHER_KEY")  # the *name* of the key's variable
-image_url = os.environ.get("IMAGE_URL", "http://localhost:8001/v1")  # + /images/edits
-image_model = os.environ.get("IMAGE_MODEL", "Qwen-Image-Edit")  # its name there
-image_key = os.environ.get("IMAGE_KEY_NAME", "IMAGE_KEY")  # the *name* of the key's variable
+teacher_url = "http://localhost:8000/v1"  # + /chat/completions
+teacher_model = "Qwen2.5-VL-72B-Instruct"  # its name there
+teacher_key = "TEACHER_KEY"  # the *name* of the key's variable
+image_url = "http://localhost:8001/v1"  # + /images/edits
+image_model = "Qwen-Image-Edit"  # its name there
+image_key = "IMAGE_KEY"  # the *name* of the key's variable
 tries = 6  # of a request; pauses double from first_pause to 60 s, or are the server's Retry-After
 first_pause = 1.0  # seconds
 give_up = 20  # items in a row without an answer: the endpoint is down
@@ -200,12 +200,7 @@ def data_files():
 
 def check_outputs(paths, *names):
     """Raise SystemExit if a command would write over one of the files that it reads."""
-    written = {(Path(out) / name).resolve() for name in names}
-    for path in paths:
-        if Path(path).resolve() in written:
-            raise SystemExit(
-                f"{path} would be written over by what is made of it: give the file another name"
-            )
+    check_apart(paths, [Path(out) / name for name in names])
 
 
 def load_data():
@@ -917,7 +912,7 @@ def contact_sheet():
     """A page of n_sheet random examples: query image, auxiliary image, question, response."""
     rows = load_data()
     some = random.Random(seed).sample(rows, min(n_sheet, len(rows)))
-    cards = [card(row) for row in Progress(some, desc="sheet", unit="example")]
+    cards = [card_of(row) for row in Progress(some, desc="sheet", unit="example")]
     write_page(sheet, f"{len(some)} of {len(rows)} examples of {data}", cards)
     print(f"wrote {sheet}: open it in a browser")
 
@@ -930,19 +925,14 @@ def shown(content, caption):
         return f"<p>{html.escape(f'{caption}: {e.reason} {e.detail}')}</p>"
 
 
-def card(row):
+def card_of(row):
     """An example as HTML."""
     pictures = []
     for field, kind in (("images", "query"), ("aux_images", "auxiliary")):
         for i, path in enumerate(row[field]):
             pictures.append(shown((Path(out) / path).read_bytes(), f"{kind} {i}"))
-    category = html.escape(str(row.get("category", "")))
-    return (
-        f"<p><b>{html.escape(row['id'])}</b> {category}</p>"
-        f"{''.join(pictures)}"
-        f"<pre>{html.escape(question_text(row))}</pre><pre>{coloured(row['response'])}</pre>"
-        f"<p>gold answer: {html.escape(row['answer'])}</p>"
-    )
+    gold = f"gold answer: {row['answer']}"
+    return card(row["id"], row.get("category"), pictures, question_text(row), row["response"], gold)
 
 
 COMMANDS = {

@@ -82,9 +82,11 @@ def retained(title, full, at_95, at_99):
 
 SUBSPACE = retained("What the subspace leaves out", "LH", "LH+PCA", "LH+PCA 99%")
 SUBSPACE_DA = retained("The same with difficulty-aware data", "LH+DA", "GAP", "GAP 99%")
+# of each study, in their order; what has no claims is a function of report.py, by its name
 TABLES = {"main": [
     ALL_SYSTEMS,
     with_examples(ALL_SYSTEMS, 2500),
+    "by_category",
     Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
         "text":    "the same data without spans",
         "markers": "trained so: a span opens and ends at once",
@@ -109,6 +111,7 @@ TABLES = {"main": [
         *((f"{name}: its own latents beat noise", name, f"{name}/noise")
           for name in (*PREDICTING, "VaLR", "AMVL")),
     ]),
+    "edits", "drift",
     Table("The real auxiliary features in place of the latents", column="", reference="LH+PCA",
           rows={what: "" for name in PREDICTING
                 for what in (name, f"{name}/oracle")},
@@ -172,6 +175,7 @@ TABLES = {"main": [
         ("a first phase with latents everywhere mends what difficulty-aware data costs GAP",
             "first 200 n=2500", "GAP n=2500"),
     ]),
+    "scarcity", "diagnosis", "costs",
 ], "fresh": [
     Table("What the main study left open", column="latents on which questions",
           reference="LH+PCA", rows={
@@ -193,6 +197,7 @@ TABLES = {"main": [
         ("latents everywhere at first mend what it costs GAP", "first 200", "GAP"),
     ]),
 ], "gap": [
+    "diagnosis",
     Table("Main table", column="7B: Avg-P, Avg-R", reference="GAP", of_paper=True, rows={
         "base":       "57.66, 52.62",
         "text":       "59.40, 47.24",
@@ -215,6 +220,7 @@ TABLES = {"main": [
         ("difficulty-aware data helps the full head, all questions", "LH+DA", "LH", "all"),
         ("difficulty-aware data helps the PCA head, all questions", "GAP", "LH+PCA", "all"),
     ]),
+    "by_category",
     Table("Retained variance (here without difficulty-aware data)",
           column="7B: Avg-3", reference="LH+PCA", of_paper=True, rows={
         "LH":            "67.40",
@@ -262,6 +268,7 @@ TABLES = {"main": [
         ("GAP reads real features as well as LH+PCA", "GAP/oracle",    "LH+PCA/oracle"),
     ]),
     # pooled to more latents than it has cells, a picture only repeats them: hence resize K=16
+    "costs",
     Table("Latent budget (the toy's picture has four cells: 36 is too many; "
           "here without difficulty-aware data)",
           column="7B: Avg-3 at 0, 4, 16, 36, 64, 144", reference="LH+PCA", rows={
@@ -335,6 +342,7 @@ TABLES = {"main": [
         ("a model trained with the parser text needs it at inference",
                                      "GAP*",               "GAP*/parser skipped"),
     ]),
+    "scarcity",
 ], "valr": [
     Table("VaLR and its stage-1 model", column="7B: VSI-Bench, BLINK, V*",
           reference="VaLR", logged=ALIGNED, rows={

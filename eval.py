@@ -16,7 +16,6 @@ they answer; scoring is a separate pass over the files (`--score_only=1`).
 """
 
 import bisect
-import html
 import time
 from itertools import count, zip_longest
 from pathlib import Path
@@ -97,7 +96,7 @@ from model import (
     real_features,
     say_other_limits,
 )
-from pages import coloured, figure, write_page
+from pages import card, figure, write_page
 from scores import mean
 from served import Served, ask_all, draw, served_messages
 from tables import Cell, images_of
@@ -321,31 +320,6 @@ class Waiting:
         return part, longest
 
 
-class Shares:
-    """The seconds of each answer, where several share the time evenly; those of one answer alone
-    are seen with --batch=1."""
-
-    def __init__(self, device):
-        self.device = device
-        self.now, self.each = clock(device), 0.0  # seconds of one that was there all the time
-        self.since = {}  # {number: `each` when it began}
-
-    def tick(self):
-        """The time since the last tick is of those that are there."""
-        before, self.now = self.now, clock(self.device)
-        self.each += (self.now - before) / max(1, len(self.since))
-
-    def skip(self):
-        """The time since the last tick is nobody's: it went to the disk."""
-        self.now = clock(self.device)
-
-    def begin(self, number):
-        self.since[number] = self.each
-
-    def end(self, number):
-        return self.each - self.since.pop(number)
-
-
 class Answerer:
     """The model here: turns questions into prompts, and prompts into answers."""
 
@@ -368,7 +342,7 @@ class Answerer:
         failed = []
         questions = Waiting(self.prepared(rows, failed))
         while True:
-            under_way = {}  # {number: (row, prompt, padded tokens)}
+            under_way = {}  # {number: (row, prompt, padded tokens, when it began)}
             try:
                 for answered in self.answer_together(questions, under_way):
                     yield answered
@@ -383,7 +357,7 @@ class Answerer:
                 print(f"{failure(e)['error']}: the {n} questions under way are asked one by one")
             # whose failure is it? Too many for the memory also end here, and what they held of it
             # is free only after that block
-            for row, prompt, _ in under_way.values():
+            for row, prompt, *_ in under_way.values():
                 try:
                     yield from list(self.answer_together(Waiting([(row, prompt)]), {}))
                 except (Exception, SystemExit) as e:
@@ -404,18 +378,15 @@ class Answerer:
 
         `under_way` is filled as questions begin and emptied as they end.
         """
-        numbers, shares = count(), Shares(self.vlm.device)
+        numbers, device = count(), self.vlm.device
 
         def more(n):
-            shares.tick()
-            held = sum(tokens for *_, tokens in under_way.values())
+            held = sum(tokens for _, _, tokens, _ in under_way.values())
             part, padded = questions.fitting(n, held)
-            shares.skip()  # pictures were opened
             if not part:
                 return []
             for (row, prompt), number in zip(part, numbers):
-                under_way[number] = row, prompt, padded
-                shares.begin(number)
+                under_way[number] = row, prompt, padded, clock(device)
             rows = [row for row, _ in part]
             seen = see(self.vlm, self.processor, [prompt for _, prompt in part])
             # draws are of the question, not of those beside it or the rank that it falls to
@@ -438,8 +409,8 @@ class Answerer:
             after=after_latents,
         )
         for number, (answer,) in answered:  # one sample per question
-            shares.tick()
-            row, *_ = under_way[number]
+            row, *_, began = under_way[number]
+            seconds = clock(device) - began  # among others; its own where batch=1
             if save_latents:  # before the line that says it is done
                 path = self.test.out / "latents" / latents_name(row["id"])
                 save_latents_file(path, answer["latents"], self.head, row_key(self.test.key, row))
@@ -448,11 +419,10 @@ class Answerer:
                 "truncated": not answer["finished"],
                 "tokens": len(answer["ids"]),
                 "latents": len(answer["latents"]),
-                "seconds": shares.end(number),
+                "seconds": seconds,
             }
             del under_way[number]
             yield row, line
-            shares.skip()
 
     def is_whole(self, id, line):
         """Are the latents of an answer where they are to be kept?"""
@@ -890,14 +860,14 @@ def answer_sheet(test, graded, imaginer):
     path = Path(sheet)
     if benchmarks:  # a page each
         path = path.with_stem(f"{path.stem}-{test.name}")
-    cards = [card(row, imaginer) for row in Progress(shown, desc="sheet", unit="answer")]
+    cards = [card_of(row, imaginer) for row in Progress(shown, desc="sheet", unit="answer")]
     right = sum(row["correct"] for row in graded)
     title = f"{model} on {test.name}: {right:g} of {len(graded)} right, {len(shown)} shown"
     write_page(path, title, cards)
     print(f"wrote {path}: open it in a browser")
 
 
-def card(row, imaginer):
+def card_of(row, imaginer):
     """An answer as HTML."""
     images = []
     if "error" not in row:  # which may have been one of its pictures
@@ -905,12 +875,8 @@ def card(row, imaginer):
     verdict = "right" if row["correct"] == 1 else "wrong"
     read = f"read as {row['extracted']!r} ({row['method']}), gold answer {row['answer']!r}"
     title = f"{row['id']}: {verdict}"
-    return (
-        f"<p><b>{html.escape(title)}</b> {html.escape(str(row.get('category', '')))}</p>"
-        f"{''.join(images)}{imaginer.figures(row)}"
-        f"<pre>{html.escape(question_text(row))}</pre><pre>{coloured(row['raw'])}</pre>"
-        f"<p>{html.escape(read)}</p>"
-    )
+    figures = [*images, imaginer.figures(row)]
+    return card(title, row.get("category"), figures, question_text(row), row["raw"], read)
 
 
 # --------------------------------------------------------------------------------------------------

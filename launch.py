@@ -312,16 +312,21 @@ def show_files(reads, writes):
 
     Raises SystemExit where it would write over what it reads.
     """
-    read = {os.path.realpath(path) for path in reads if path}
-    for path in writes:
-        if path and os.path.realpath(path) in read:
-            raise SystemExit(f"{path} is read, and would be written over: give another")
+    check_apart(reads, writes)
     if rank_and_world()[0] > 0:
         return
     for verb, paths in (("reads", reads), ("writes", writes)):
         named = [str(path) for path in paths if path]
         if named:
             print(f"{verb:6} {', '.join(named)}", flush=True)
+
+
+def check_apart(reads, writes):
+    """Raise SystemExit for what is read and would be written over."""
+    read = {os.path.realpath(path) for path in reads if path}
+    for path in writes:
+        if path and os.path.realpath(path) in read:
+            raise SystemExit(f"{path} is read, and would be written over: give another")
 
 
 class Progress(tqdm):

@@ -63,6 +63,16 @@ def coloured(response):
     return "".join(pieces) + "</span>" * len(opened)
 
 
+def card(title, category, figures, question, response, note):
+    """A question and what was said to it, as HTML: texts, and figures that are HTML already."""
+    return (
+        f"<p><b>{html.escape(title)}</b> {html.escape(str(category or ''))}</p>"
+        f"{''.join(figures)}"
+        f"<pre>{html.escape(question)}</pre><pre>{coloured(response)}</pre>"
+        f"<p>{html.escape(note)}</p>"
+    )
+
+
 def write_page(path, title, cards):
     """Write a page of cards (HTML, one below the other) under a title (text)."""
     # a name of a run or a file may hold any sign

@@ -633,6 +633,7 @@ def where_it_pays(gaps):
 # --------------------------------------------------------------------------------------------------
 # the report
 
+SECTIONS = {f.__name__: f for f in (by_category, edits, drift, scarcity, diagnosis, costs)}
 TITLES = {
     "main": "All systems",
     "fresh": "What fresh seeds say",
@@ -687,47 +688,11 @@ def write_tables(path, study):
             distinct[line["key"], line["seed"]] = line
     lines = list(distinct.values())
 
-    sections = [accuracy_table(study, table) for table in TABLES[study.name]]
-    if study.name == "gap":
-        sections = gap_sections(study, sections)
-    elif study.name == "main":
-        sections = main_sections(study, sections)
-    texts = ["\n".join(section).strip() for section in [preamble(study, lines), *sections]]
+    sections = [preamble(study, lines)]
+    for table in TABLES[study.name]:
+        named = isinstance(table, str)
+        sections.append(SECTIONS[table](study) if named else accuracy_table(study, table))
+    texts = ["\n".join(section).strip() for section in sections]
     page = "\n\n".join(filter(None, texts)) + "\n"
     write_text(path, page)
     return len(lines)
-
-
-def main_sections(study, tables):
-    """The table of all systems, the critics' tests, and what else the lines hold."""
-    systems, with_more, without, oracle, difficulty, *beyond = tables
-    return [
-        systems,
-        with_more,
-        by_category(study),
-        without,
-        edits(study),
-        drift(study),
-        oracle,
-        difficulty,
-        *beyond,
-        scarcity(study),
-        diagnosis(study),
-        costs(study),
-    ]
-
-
-def gap_sections(study, tables):
-    """GAP's tables of accuracies, with the sections that no other study has between them."""
-    main, variance, interventions, oracle, *beyond = tables
-    return [
-        diagnosis(study),
-        main,
-        by_category(study),
-        variance,
-        interventions,
-        oracle,
-        costs(study),
-        *beyond,
-        scarcity(study),
-    ]

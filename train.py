@@ -336,7 +336,8 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     means = run_batch(model, batches, counts, device, model.weights(step, total))
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    norm = norm.full_tensor()  # a collective: on every rank
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # a collective: on every rank
     check_step(step, means | {"grad_norm": float(norm)})
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, total, group["peak"])
@@ -586,16 +587,13 @@ def report_lengths(model, rows):
     mine = range(rank, len(rows), world)
     bar = Progress(mine, desc="lengths", unit="example", leave=False, delay=5, disable=rank > 0)
     # as in the first step, where rows may be longer than later (latents_first)
-    lengths = [len(model.encode(rows[i] | {"step": 0})["ids"]) for i in bar]
-    longest = max(((n, -i) for n, i in zip(lengths, mine)), default=(0, 0))  # the first of equals
+    parts = gathered([len(model.encode(rows[i] | {"step": 0})["ids"]) for i in bar])
+    lengths = [parts[i % world][i // world] for i in range(len(rows))]
+    length = max(lengths)
+    row = rows[lengths.index(length)]
     context = model.vlm.config.text_config.max_position_embeddings
-    limits = {"token_budget": token_budget, "the model's context": context}
-    over = {what: sum(n > limit for n in lengths) for what, limit in limits.items()}
-    everyone = gathered((longest, over))
-    length, i = max(longest for longest, _ in everyone)
-    row = rows[-i]
-    for what, limit in limits.items():
-        n = sum(over[what] for _, over in everyone)
+    for what, limit in {"token_budget": token_budget, "the model's context": context}.items():
+        n = sum(length > limit for length in lengths)
         if n and rank == 0:
             print(
                 f"{n} rows are longer than {what}={limit}; the longest, {row['id']!r} at "
@@ -691,7 +689,6 @@ def main():
         initial=first,
         unit="step",
         desc=Path(out).name,
-        disable=rank > 0,
         mininterval=1,
     )
     for step in range(first, total):

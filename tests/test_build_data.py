@@ -389,14 +389,14 @@ def test_no_command_writes_over_what_it_reads(stage, tmp_path):
     before = open(train).read()
     for command, name in (("split", "train"), ("filter", "filtered"), ("audit", "audited")):
         path = write_data(tmp_path, [example(0)], name) if name != "train" else train
-        with pytest.raises(SystemExit, match=f"{name}.jsonl would be written over"):
+        with pytest.raises(SystemExit, match=f"{name}.jsonl is read, and would be written over"):
             stage(command, data=path, benchmarks=path)
     path = write_data(tmp_path, [example(0)], "synthesised")
-    with pytest.raises(SystemExit, match="synthesised.jsonl would be written over"):
+    with pytest.raises(SystemExit, match="synthesised.jsonl is read, and would be written over"):
         stage("synthesise", data=path)
     for name in ("qa", "rejects.qa"):  # a source in the folder itself
         path = write_data(tmp_path, [example(0)], name)
-        with pytest.raises(SystemExit, match=f"{name}.jsonl would be written over"):
+        with pytest.raises(SystemExit, match=f"{name}.jsonl is read, and would be written over"):
             stage("convert", source="qa", files=str(path))
     assert open(train).read() == before
     rows = write_data(tmp_path, [example(i) for i in range(9)])

@@ -343,25 +343,6 @@ def test_questions_wait_for_room(monkeypatch):
     assert waiting.fitting(3, 0) == ([], 0)
 
 
-def test_seconds_add_up(monkeypatch):
-    """Each has its share of the time that some are there; of what went to the disk nobody has."""
-    now = iter([0.0, 1.0, 5.0, 6.0, 10.0, 17.0, 20.0])
-    monkeypatch.setattr(evaluate, "clock", lambda device: next(now))
-    shares = evaluate.Shares(None)
-    shares.tick()  # at 1: nobody is there
-    shares.begin("a")
-    shares.begin("b")
-    shares.tick()  # at 5
-    assert shares.end("a") == 2.0
-    shares.tick()  # at 6
-    shares.begin("c")
-    shares.tick()  # at 10
-    assert shares.end("b") == 2.0 + 1.0 + 2.0
-    shares.skip()  # at 17
-    shares.tick()  # at 20
-    assert shares.end("c") == 2.0 + 3.0
-
-
 # --- statistics
 
 
