@@ -560,6 +560,8 @@ def find_kind(text, kind, finished=True):
 
     Of a text that was cut off only what is declared, or what it opens with.
     """
+    if kind not in ("number", "list", "yesno"):
+        raise ValueError(f"{kind!r} is no kind of answer")
     if kind == "number":
         return find_number(text, finished)
     declared = declared_text(text)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import lettered
+from answers import letter_of, lettered
 from data import RESERVED
 from launch import names_in, rank_and_world
 from scores import (
@@ -597,7 +597,7 @@ def load_benchmark(name, data_root):
     for n, official in enumerate(raw):
         row = our_row(name, path, file, n, official)
         # refused, not left out: a score of fewer questions would pass for the benchmark's
-        wrong = what_is_wrong(row, ids)
+        wrong = what_is_wrong(row, ids, BENCHMARKS[name].check)
         if wrong:
             raise SystemExit(f"{path}: row {n} {wrong} ({file.source})")
         ids.add(row["id"])
@@ -644,8 +644,8 @@ def our_row(name, path, file, n, r):
         there = ", ".join(map(str, r))
         raise SystemExit(f"{path}: row {n} lacks {', '.join(lacks)}; it has {there}")
     try:
-        # what the function says goes over the file's own columns, and these over the defaults
-        row = {"options": None, "kind": "text"} | r | file.row(r, path.parent)
+        # what is asked for is the function's to say, whatever the file's own columns are called
+        row = r | {"options": None, "kind": "text"} | file.row(r, path.parent)
     except (LookupError, ValueError, SyntaxError, TypeError, AttributeError) as e:
         raise SystemExit(
             f"{path}: row {n} is not as {name} has it ({type(e).__name__}: {e})"
@@ -660,8 +660,11 @@ def our_row(name, path, file, n, r):
     return row
 
 
-def what_is_wrong(row, ids):
+def what_is_wrong(row, ids, check):
     """A reason to refuse a row beside those with `ids`, or ""."""
+    # nothing that a model says would be right
+    if check is check_letter and letter_of(row["answer"]) is None:
+        return f"has the answer {row['answer']!r}, where the letter of an option is expected"
     # images in a table lie in the file itself
     paths = [x for x in row["images"] if isinstance(x, str)]
     missing = [path for path in paths if not Path(path).is_file()]

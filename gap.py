@@ -253,9 +253,12 @@ class GAP(Method):
         self.targets = Targets(settings["pca"])
         check_same_space(vlm, settings["base"], self.targets, self.pca_file, pca, self.meta)
         self.targets.check_files()
-        # the seam to `generate`: what follows a state is head(h_bar)
-        self.head = HEADS[settings["method"]](pca, self.targets.K)
+        self.head = self.new_head(pca)
         self.solved = set()
+
+    def new_head(self, pca):
+        """The seam to `generate`: what follows a state is head(h_bar)."""
+        return HEADS[self.settings["method"]](pca, self.targets.K)
 
     def inputs(self):
         keys = {"pca": tensors_digest(self.pca_file), "targets": key_of(self.targets.index)}

@@ -23,6 +23,7 @@ REFILL_AT = 0.5  # questions begin once at most this share of those busy after t
 REFILL_CAPTURED_AT = 0.9  # the same on a GPU, where they take places that are free
 NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
+OF_OTHERS = ("shuffle", "oracle", "oracle_pca")  # what these feed is not the model's own
 
 # --------------------------------------------------------------------------------------------------
 # prompts
@@ -153,7 +154,9 @@ def intervene(kind, head, v_hat, noise=None, fed=None):
     if kind == "oracle_pca":
         c = (fed - head.mean) @ head.basis  # what the subspace keeps of the real features
         return head.reconstruct(c)
-    return v_hat
+    if kind == "clean":
+        return v_hat
+    raise ValueError(f"the intervention {kind!r} feeds no latents")
 
 
 def ema_norm(vision, beta):
@@ -264,7 +267,7 @@ class Latents:
             d, k = self.head.basis.shape
             draws = [torch.randn(k or d, generator=question.generators[s]) for question, s in rows]
             noise = torch.stack(draws).to(h.device)
-        if self.intervention in ("shuffle", "oracle", "oracle_pca"):
+        if self.intervention in OF_OTHERS:
             given = torch.stack([question.stand_in(s) for question, s in rows]).to(h.device)
         if self.head.before_answer:
             planned = [question.planned[s, len(question.latents[s])] for question, s in rows]

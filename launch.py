@@ -20,7 +20,8 @@ import time
 import tokenize
 from functools import cache, partial
 from glob import escape
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import NoneType
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,8 @@ NAMES_IN_RANGE = {
 }
 RANGES = {name: ends for ends, names in NAMES_IN_RANGE.items() for name in names.split()}
 # what --run=NAME moves to out/NAME, the first that fits: the toy's data folder is the run's own
-RUN_ROOTS = ("out/toy", "data", "out")
+TOY = "out/toy"
+RUN_ROOTS = (TOY, "data", "out")
 SHARED = ("data_root",)  # the benchmarks' files, which all runs read
 RUN = []  # the name that --run gave, if any
 # 0 is allowed where it is the default, and lets the script choose; elsewhere at least 1
@@ -150,6 +152,7 @@ def override(script, args, n_words=0):
     """
     # the types and names are those of the values written in the script
     defaults = settings_of(script)
+    check_types(script)
     args, words, given, run = list(args), [], set(), ""
     while args:
         key, equals, value = args.pop(0).partition("=")
@@ -179,9 +182,19 @@ def override(script, args, n_words=0):
     if run:
         move_to_run(script, run, defaults, given)
     if script.get("val_data") and "val_data" not in given:
-        drop_val_data(script, run, defaults, given)
+        drop_val_data(script, run)
     check_ranges(script, defaults)
     return words
+
+
+def check_types(script):
+    """Raise SystemExit for a value in a script's block that would be no setting, and be ignored."""
+    for name, value in script.items():
+        kinds = (NoneType, PurePath, list, tuple, dict, set)
+        if name.islower() and not name.startswith("_") and isinstance(value, kinds):
+            raise SystemExit(
+                f'{name} = {value!r}: a setting is a text ("" for none), a number, True or False'
+            )
 
 
 def move_to_run(script, run, defaults, given):
@@ -196,13 +209,16 @@ def move_to_run(script, run, defaults, given):
                 break
 
 
-def drop_val_data(script, run, defaults, given):
+def drop_val_data(script, run):
     """Do without the default val_data where it does not go with one's own data."""
     val_data = script["val_data"]
-    own_data = "data" in given and Path(script["data"]) != Path(defaults["data"])
+
+    def is_toys(path):
+        return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(TOY))
+
     if run and not Path(val_data).exists():
         why = "is not there"
-    elif own_data and val_data == defaults["val_data"]:
+    elif is_toys(val_data) and not is_toys(script["data"]):
         why = "is the toy's"
     else:
         return

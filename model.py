@@ -764,13 +764,18 @@ def real_features(folder, vlm):
 
 
 def meta_of_targets(folder):
-    """What a folder's head file says of the targets that its head was trained on; {} without."""
+    """What a folder's head file says of the targets that its head was trained on; {} without.
+
+    That is, beside what `save_head` writes: how fit_pca.py made them (mode, min_pixels,
+    max_pixels), and where the bank of their pictures lies (bank, targets).
+    """
     path = Path(folder) / HEAD_FILE
     if not path.exists():
         return {}
     meta = read_safetensors(path)[1]
     head = HEADS.get(meta.get("kind"))
-    return meta if head and head.targets_fed else {}
+    known = {"mode", "min_pixels", "max_pixels", "bank"} <= meta.keys()
+    return meta if known and head and head.targets_fed else {}
 
 
 def spread(v):

@@ -477,10 +477,11 @@ def check_same_run(folder, settings):
     path = folder / "settings.json"
     saved = read_json(path, inputs=dict)
     advice = "choose another `out`, or delete it to start over"
+    free = (*FREE, *PATHS, *METHODS[method].reads, "inputs")
     differ = {
         name: (saved.get(name), value)
         for name, value in settings.items()
-        if name not in (*FREE, *PATHS, "inputs") and saved.get(name) != value
+        if name not in free and saved.get(name) != value
     }
     if differ:
         raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")

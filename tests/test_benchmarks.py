@@ -10,15 +10,19 @@ from official_files import args_of, b64, picture
 from benchmarks import (
     BENCHMARKS,
     PUBLISHED,
+    Benchmark,
+    File,
     benchmarks_named,
     literal,
     load_benchmark,
     mathvision,
     mathvista,
+    mcq,
     options_in_one_text,
     vstar,
     wemath,
 )
+from scores import check_answer, check_letter
 from tables import images_of
 
 
@@ -206,6 +210,25 @@ def test_mmvps_two_spellings(tmp_path, bench_root):
     (theirs, _), (ours, _) = (load_benchmark("MMVP", folder) for folder in (root, tmp_path))
     assert [row["id"] for row in ours] == [row["id"] for row in theirs] == ["1", "2"]
     assert [Path(row["images"][0]).name for row in ours] == ["1.jpg", "2.jpg"]
+
+
+def test_a_benchmark_of_ones_own_is_a_row(tmp_path, monkeypatch):
+    """A column of its file may have the name of one of ours; an open question has no letter."""
+    table = f"index\timage\tquestion\tanswer\tkind\n0\t{b64(1)}\tWhich?\tcyan square\tcolour\n"
+    (tmp_path / "Mine.tsv").write_text(table)
+
+    def whole(r, folder):
+        return {"question": r["question"]}
+
+    def rows(row, check):
+        file = File("Mine.tsv", "", "me", "index, image, question, answer", row)
+        monkeypatch.setitem(BENCHMARKS, "Mine", Benchmark((file,), check=check))
+        return load_benchmark("Mine", tmp_path)[0]
+
+    (row,) = rows(whole, check_answer)
+    assert (row["question"], row["kind"], row["options"]) == ("Which?", "text", None)
+    with pytest.raises(SystemExit, match="row 0 has the answer 'cyan square', where the letter"):
+        rows(mcq, check_letter)
 
 
 def test_all_missing_files_and_questions_are_told(tmp_path, bench_root, base):

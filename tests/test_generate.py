@@ -385,6 +385,14 @@ def test_markers_without_latents(loaded, head, world):
         assert ids[t + 1] == end or logits.argmax() == ids[t + 1]
 
 
+def test_what_feeds_nothing_of_its_own_is_refused(head):
+    """A name without a branch would be a clean run under another name."""
+    v_hat = torch.randn(3, len(head.mean))
+    assert intervene("clean", head, v_hat) is v_hat
+    with pytest.raises(ValueError, match="'negate' feeds no latents"):
+        intervene("negate", head, v_hat)
+
+
 def test_noise_has_the_training_spread(head):
     draws = torch.randn(20000, 6, generator=torch.Generator().manual_seed(0))
     w = head.reconstruct(draws * head.eigenvalues.sqrt())

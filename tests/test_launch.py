@@ -328,18 +328,31 @@ def test_the_ends_of_ranges_are_settings(setting):
     assert script[setting.partition("=")[0]] == float(setting.partition("=")[2])
 
 
-def test_the_toys_validation_file_stays_with_the_toy(capsys):
-    for args, val in (
-        ([], "val.jsonl"),
-        (["--data=toy.jsonl"], "val.jsonl"),
-        (["--data=mine.jsonl"], ""),
-        (["--data=mine.jsonl", "--val_data=mine-val.jsonl"], "mine-val.jsonl"),
-        (["--data=./toy.jsonl"], "val.jsonl"),
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_toys_validation_file_stays_with_the_toy(capsys, inline):
+    """However a setting is given, in the block at the top or by --key=value."""
+    val = "out/toy/val.jsonl"
+    for given, kept in (
+        ({}, val),
+        ({"data": "out/toy/train.jsonl"}, val),
+        ({"data": "./out/toy/test.jsonl"}, val),
+        ({"data": os.path.abspath("out/toy/train.jsonl")}, val),
+        ({"data": "mine.jsonl"}, ""),
+        ({"data": "mine.jsonl", "val_data": "mine-val.jsonl"}, "mine-val.jsonl"),
     ):
-        script = dict(TRAIN)
-        override(script, args)
-        assert script["val_data"] == val
-        assert ("no val_data" in capsys.readouterr().out) == (val == "")
+        script = TRAIN | {"data": "out/toy/train.jsonl", "val_data": val}
+        if inline:
+            script |= given
+        override(script, [] if inline else [f"--{name}={value}" for name, value in given.items()])
+        assert script["val_data"] == kept
+        assert ("no val_data" in capsys.readouterr().out) == (kept == "")
+
+
+@pytest.mark.parametrize("value", [None, Path("out"), ["a"], ("a", "b"), {}])
+def test_a_value_that_would_be_no_setting_is_named(value):
+    """It would be missing in --help and in the record of the run."""
+    with pytest.raises(SystemExit, match="^difficulty = .*a setting is a text"):
+        override(TRAIN | {"difficulty": value}, [])
 
 
 def test_a_runs_own_validation_file_stays_with_another_data_file(tmp_path, monkeypatch, capsys):
