@@ -685,15 +685,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     source = without_remarks(said) if inside is None else inside
     after_box = said[last_box(said)[1] :] if tag == "boxed" else ""
     if options:
-        options = by_letter(options)
-        letter, rule = find_letter(source, options, finished or bool(tag))
-        if after_box:
-            later, how = find_letter(after_box, options, finished)
-            if later and (letter is None or how == "declared"):
-                return later, how
-        # of a tag that holds a letter or nothing there is no more to say
-        rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
-        return letter, ", ".join(rules)
+        return read_letter(source, after_box, tag, by_letter(options), finished)
     later = DECLARED_NUMBER.findall(plain(after_box).lower())
     if later:
         source = inside = later[-1]
@@ -701,8 +693,23 @@ def extract_answer(text, options=None, kind="text", finished=True):
     if kind != "text":  # a tag that holds no number is no number: what surrounds it is not read
         return find_kind(source, kind, finished or bool(tag)), tag or kind
     # an empty tag was meant as the answer, and says nothing
-    if tag:
-        return inside or None, tag
+    return (inside or None, tag) if tag else read_text(said, finished)
+
+
+def read_letter(source, after_box, tag, options, finished):
+    """(letter, how) of the source, which `tag` held, and of what stands after a box."""
+    letter, rule = find_letter(source, options, finished or bool(tag))
+    if after_box:
+        later, how = find_letter(after_box, options, finished)
+        if later and (letter is None or how == "declared"):
+            return later, how
+    # of a tag that holds a letter or nothing there is no more to say
+    rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
+    return letter, ", ".join(rules)
+
+
+def read_text(said, finished):
+    """(text, how) of an output without a tag."""
     said = re.sub(MARKUP, "\n", said, flags=re.IGNORECASE)
     if DECLARED_TEXT.search(said):
         return declared_text(said) or None, "declared"

@@ -98,7 +98,7 @@ from model import (
 )
 from pages import card, figure, write_page
 from scores import mean
-from served import Served, ask_all, draw, served_messages
+from served import Served, ask_all, draw_answers, served_messages
 from tables import Cell, images_of
 
 # --------------------------------------------------------------------------------------------------
@@ -197,8 +197,8 @@ def load_test_set(name):
     low, high = settings["min_pixels"], settings["max_pixels"]
     if low > high:  # of which one may be the benchmark's own
         raise SystemExit(f"{name or data}: min_pixels={low} is above max_pixels={high}; give both")
-    # contents, not paths; and of a data file only the question itself, in row_key
-    # nor what only keeps more of an answer
+    # of contents, not of paths, and of a data file only the question itself, in row_key; what only
+    # keeps more of an answer changes none
     others = ("model", "donor", "data", "md5", "save_latents")
     made_by = {k: v for k, v in settings.items() if k not in others}
     made_by["weights"] = weights_digest(model)
@@ -475,7 +475,7 @@ class ServedAnswerer:
             messages = served_messages(as_asked(row), self.processor)
         except (Exception, SystemExit) as e:  # one broken picture must not stop the others
             return failure(e)
-        (reply,) = draw(self.server, messages, 1, seed_of(seed, row["id"]))
+        (reply,) = draw_answers(self.server, messages, 1, seed_of(seed, row["id"]))
         return {
             "raw": reply.text,
             "truncated": not reply.finished,

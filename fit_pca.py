@@ -176,7 +176,7 @@ def pictures_of(row):
 
 
 def check_indexed():
-    """Refuse, on every rank, a target file that is not what an earlier run wrote a digest of."""
+    """Refuse, on every rank, a target file whose content is not what index.json says."""
     index = Path(out) / "targets" / "index.json"
     digests = read_json(index, shards=dict)["shards"] if index.exists() else {}
 

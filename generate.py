@@ -35,7 +35,7 @@ def make_prompts(vlm, tokenizer, processor, rows):
     return see(vlm, processor, prompts)
 
 
-def read_ahead(processor, prompt):
+def with_pixels(processor, prompt):
     """An encoded prompt with the pixels of its images: what a thread can do while others decode."""
     return prompt | {"pixels": [pixels_of(processor, image) for image in prompt["images"]]}
 

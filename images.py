@@ -38,9 +38,7 @@ TURNED = {
 
 NO_PICTURE = (  # where a file's name promises what it does not hold: place, first bytes, advice
     (0, b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` where it came from"),
-    (4, b"ftyphei", "a HEIC photo; save it as JPEG or PNG"),
-    (4, b"ftyphevc", "a HEIC photo; save it as JPEG or PNG"),
-    (4, b"ftypmif1", "a HEIC photo; save it as JPEG or PNG"),
+    (4, (b"ftyphei", b"ftyphevc", b"ftypmif1"), "a HEIC photo; save it as JPEG or PNG"),
     (
         0,
         b"PAR1",

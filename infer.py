@@ -162,7 +162,7 @@ def row_of(path):
 
 
 def check_feed():
-    """Raise SystemExit if an intervention's input is not given, or a file to feed or show away."""
+    """Raise SystemExit if what an intervention feeds is not given, or not there."""
     real = paths_of(aux)
     if intervention.startswith("oracle") and not real:
         raise SystemExit(f"{intervention} feeds the features of --aux=image.png")

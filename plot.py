@@ -90,7 +90,7 @@ def check_number(names, what):
         )
 
 
-def spread(heights, gap, top):
+def moved_apart(heights, gap, top):
     """Heights moved apart to be `gap` from each other, as little as may be, none above `top`.
 
     Their order stays.
@@ -118,7 +118,7 @@ def label(ax, names, at, side, size=8):
         "ha": "left" if side == "right" else "right",
         "va": "center",
     }
-    for (text, _, colour), height in zip(names, spread(heights, 1.2 * size / points, 1)):
+    for (text, _, colour), height in zip(names, moved_apart(heights, 1.2 * size / points, 1)):
         ax.text(at, height, text, color=colour, fontsize=size, **where)
 
 

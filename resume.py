@@ -67,7 +67,7 @@ def each(work, items, workers):
     """Yield work(item) as they end, `workers` at a time.
 
     Few items are held at a time, so `items` may be a generator that reads them as they are needed.
-    What one raises is raised after the results of those that are under way then.
+    Where one raises, the results of those under way come first, then what it raised.
     """
     # not `with`, which would wait for all that was submitted even where the caller has stopped
     pool = ThreadPoolExecutor(workers)

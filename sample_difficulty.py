@@ -39,7 +39,7 @@ from data import (
 )
 from endpoint import check_url, key_in
 from gap import RULES, is_solved, needs_latents, read_count_lines
-from generate import read_ahead, see, stop_ids, stream, to_text
+from generate import see, stop_ids, stream, to_text, with_pixels
 from images import usable_rows
 from launch import (
     Progress,
@@ -54,7 +54,7 @@ from launch import (
 )
 from model import encode, load_processor, load_vlm
 from resume import in_order
-from served import Served, ask_all, draw, served_messages
+from served import Served, ask_all, draw_answers, served_messages
 
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # a Qwen2.5-VL folder
@@ -191,7 +191,7 @@ def sample(rows):
         prompt = encode(vlm, tokenizer, processor, row | {"instruction": instruction})
         # one seed per sample: its draws depend on no batch, no rank and no kill
         seeds = [seed_of(seed, row["id"], s) for s in range(n_samples)]
-        return tally, read_ahead(processor, prompt) | {"seeds": seeds}
+        return tally, with_pixels(processor, prompt) | {"seeds": seeds}
 
     # images are read while questions before them are answered
     questions = enumerate(in_order(prepared, rows, 1, batch))
@@ -254,7 +254,7 @@ def ask_server(server, processor, row):
     messages = served_messages(row | {"instruction": instruction}, processor)
     for wave in waves():
         first = len(tally.answers)
-        replies = draw(server, messages, wave, seed_of(seed, row["id"], first))
+        replies = draw_answers(server, messages, wave, seed_of(seed, row["id"], first))
         ended = [tally.add(s, reply.text, reply.finished) for s, reply in enumerate(replies, first)]
         if any(ended):
             break

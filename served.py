@@ -57,7 +57,7 @@ def seen_size(source, processor):
     return png_of(open_image(source).resize(size, Image.BICUBIC))
 
 
-def draw(served, messages, n, seed):
+def draw_answers(served, messages, n, seed):
     """n Replies to a chat, in as few requests as the server allows: some ignore `n`.
 
     Raises Unanswered where no try gives one, SystemExit where none can.

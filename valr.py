@@ -184,14 +184,8 @@ class VaLR(Method):
         What is not read (padding, for one) has states of 0.
         """
         is_latent = batch["ids"] == self.latent_id
-        most = self.most_latents(is_latent)
-        part = is_latent.cumsum(1)  # (B, T)
-        # the last part of each row, the only one where there is no latent
-        part = part.masked_fill(part == part[:, -1:], most if to_end else -1)
-        labelled = batch["labels"] != IGNORE
-        padding = labelled.flip(1).cumsum(1).flip(1) == 0  # after the last label
-        part = part.masked_fill(padding, -1)
-        order = reading_order(part, most + 1 if to_end else max(1, most))
+        part, n_parts = self.parts(is_latent, batch["labels"], to_end)
+        order = reading_order(part, n_parts)
 
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
         rows = torch.arange(len(x), device=x.device)
@@ -215,6 +209,15 @@ class VaLR(Method):
                 fed = torch.where(length[:, None] > 0, last, fed)
         T = part.shape[1]
         return in_places(states, order, T)[:, :-1], in_places(early, order, T)
+
+    def parts(self, is_latent, labels, to_end):
+        """In which part each position is read (B, T), -1: in none; and how many parts there are."""
+        most = self.most_latents(is_latent)
+        part = is_latent.cumsum(1)
+        # the last part of each row, the only one where there is no latent
+        part = part.masked_fill(part == part[:, -1:], most if to_end else -1)
+        padding = (labels != IGNORE).flip(1).cumsum(1).flip(1) == 0  # after the last label
+        return part.masked_fill(padding, -1), most + 1 if to_end else max(1, most)
 
     def most_latents(self, is_latent):
         """The most latents of a row, over the micro-batches of all ranks: the same on each."""

@@ -136,7 +136,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, capsys):
 
 
 def test_names_are_moved_apart():
-    moved = plot.spread([0.9, 0.1, 0.95, 0.12], 0.1, 1)
+    moved = plot.moved_apart([0.9, 0.1, 0.95, 0.12], 0.1, 1)
     assert moved == pytest.approx([0.9, 0.1, 1.0, 0.2])
 
 
