@@ -1,15 +1,16 @@
 """What does it answer, and what did it imagine? With a model that has latents, and the base."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import noise, run, saved
+from conftest import ROOT, noise, run, saved
 from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 import infer
-from data import question_text
+from data import load_examples, question_text
 from model import LATENT_END, LATENT_PAD, LATENT_START
 
 
@@ -52,6 +53,23 @@ def test_infer_shows_and_saves(tmp_path, stages):
     run("infer.py", *args, "--intervention=oracle", f"--aux={aux}", f"--latents={o}")
     run("infer.py", *args, "--intervention=shuffle", f"--donor={o}", f"--latents={s}")
     assert (load_file(o)["latents"][:4] == load_file(s)["latents"][:4]).all()
+
+    # the README's lines for a notebook, which open the same files
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    asked = load_examples(stages["world"] / "test.jsonl", training=False)[2]["question"]
+    for name, here in (
+        ("out/gap", str(stages["gap"])),
+        ("photo.jpg", str(image)),
+        ("What is on the sign?", asked),
+        ("max_new_tokens=128", "max_new_tokens=30"),
+    ):
+        assert name in code
+        code = code.replace(name, here)
+    said = {}
+    exec(code, said)
+    latents = said["answer"]["latents"]
+    assert len(latents) and torch.equal(latents, load_file(tmp_path / "a.safetensors")["latents"])
 
     # two images, a question of one's own, the base model
     run(
