@@ -241,13 +241,18 @@ def row_key(key, row):
     return key_of(asked)
 
 
+def keys_of(test):
+    """{id: key} of the answers to a test set, as its pictures are now."""
+    return {row["id"]: row_key(test.key, row) for row in test.rows}
+
+
 def read_predictions(test):
     """The predictions of these settings by id, from the files of all ranks.
 
     An answer stands; an error stands only where there is no answer.
     """
     # an answer to another wording, picture or setting is not this question's
-    keys = {row["id"]: row_key(test.key, row) for row in test.rows}
+    keys = keys_of(test)
     answers, errors = {}, {}
     for path in sorted(test.out.glob("predictions.rank*.jsonl")):
         for line in read_lines(path, id=str, key=str):
@@ -334,12 +339,12 @@ class Answerer:
         if intervention.startswith("oracle"):
             self.real = real_features(model, vlm)
 
-    def answers(self, rows, has_answered=False):
+    def answers(self, rows, keys, has_answered):
         """Yield (row, what its line of the predictions says); one that failed has an error.
 
-        has_answered: other questions of the test set; only of a server does it tell anything.
+        keys: {id: key} of the answers. has_answered: read by ServedAnswerer alone.
         """
-        failed = []
+        self.keys, failed = keys, []
         questions = Waiting(self.prepared(rows, failed))
         while True:
             under_way = {}  # {number: (row, prompt, padded tokens, when it began)}
@@ -413,7 +418,7 @@ class Answerer:
             seconds = clock(device) - began  # among others; its own where batch=1
             if save_latents:  # before the line that says it is done
                 path = self.test.out / "latents" / latents_name(row["id"])
-                save_latents_file(path, answer["latents"], self.head, row_key(self.test.key, row))
+                save_latents_file(path, answer["latents"], self.head, self.keys[row["id"]])
             line = {
                 "raw": to_text(self.tokenizer, answer["ids"]),
                 "truncated": not answer["finished"],
@@ -459,8 +464,8 @@ class ServedAnswerer:
         key, most = key_in(served_key), test.settings["max_new_tokens"]
         self.server = Served(url, served_model, key, tries, most, temperature, top_p)
 
-    def answers(self, rows, has_answered):
-        """As Answerer's, in the order in which the server answers."""
+    def answers(self, rows, keys, has_answered):
+        """As Answerer's, in the order in which the server answers; has it ever answered?"""
         asked = ask_all(self.answer, rows, workers, give_up, self.server.url, has_answered)
         for row, line, e in asked:
             yield row, line or {"error": str(e)}
@@ -497,6 +502,7 @@ def answer_all(test, answerer):
     What fails is recorded, and tried again by the next run.
     """
     rank, world = rank_and_world()
+    keys = keys_of(test)  # before its pictures are opened: they may be replaced
     # a failed question is tried again, and one whose latents are gone or another run's
     found = read_predictions(test)
     failed = {id for id, line in found.items() if "error" in line}
@@ -506,8 +512,8 @@ def answer_all(test, answerer):
     todo.sort(key=lambda row: row["id"] in failed)  # last: they may fail again
     bar = Progress(total=len(todo), unit="question", desc=test.name, disable=rank > 0)
     with open_append(test.out / f"predictions.rank{rank}.jsonl") as file, bar:
-        for row, line in answerer.answers(todo, has_answered=bool(found.keys() - failed)):
-            append(file, {"id": row["id"], "key": row_key(test.key, row)} | line)
+        for row, line in answerer.answers(todo, keys, bool(found.keys() - failed)):
+            append(file, {"id": row["id"], "key": keys[row["id"]]} | line)
             bar.update()
 
 

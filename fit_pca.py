@@ -52,6 +52,7 @@ from launch import (
     check_each,
     check_same_everywhere,
     claim,
+    gathered,
     join_ranks,
     leave_ranks,
     pick_device,
@@ -187,6 +188,16 @@ def check_indexed():
         return ""
 
     check_each(sorted(digests), fault)
+
+
+def check_unchanged(shards, now):
+    """Raise SystemExit, on every rank, if a picture was replaced while targets were made."""
+    changed = [path for (path, _, key), (_, _, key_now) in zip(shards, now) if key != key_now]
+    for path in changed:  # of the old picture, or of the new one
+        path.unlink(missing_ok=True)
+    if any(gathered(changed)):
+        said = changed[0] if changed else out
+        raise SystemExit(f"{said}: pictures changed while their targets were made; run again")
 
 
 def forget_index(shards):
@@ -446,6 +457,7 @@ def main():
             Progress.write(f"{path}: of other examples, pictures or settings; made anew")
         encode_shard(path, rows, key, vlm, processor)
     dist.barrier()  # every file is there
+    check_unchanged(shards, split_to_shards(splits, made_by))
 
     # 2. moments of the training split, summed over ranks
     train = [path for path, _, _ in shards if path.name.startswith("train-")]

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,10 +254,13 @@ def answering(tmp_path, base, world, monkeypatch):
     return model, list(load_examples(world / "test.jsonl", training=False))
 
 
+KEYS = defaultdict(lambda: "k")  # of any answer
+
+
 def answers_of(answering):
     """{id: line}, each of which comes once."""
     model, rows = answering
-    lines = [(row["id"], line) for row, line in model.answers(rows)]
+    lines = [(row["id"], line) for row, line in model.answers(rows, KEYS, False)]
     found = dict(lines)
     assert len(lines) == len(found) == len(rows)
     return found
@@ -318,7 +321,7 @@ def test_prompts_of_those_under_way_are_within_the_limit(answering, monkeypatch)
         return see(vlm, processor, prompts)
 
     monkeypatch.setattr(evaluate, "see", seen)
-    for row, line in model.answers(rows):
+    for row, line in model.answers(rows, KEYS, False):
         answered.append(row["id"])
         assert line["raw"] == usual[row["id"]]
     assert 2 in begun and sum(begun) == len(rows)
@@ -487,6 +490,30 @@ def test_an_answer_belongs_to_its_question(asked, change, same):
     assert list(evaluate.read_predictions(asked)) == ["1"]
     change(asked.rows[0])
     assert list(evaluate.read_predictions(asked)) == ["1"] * same
+
+
+def test_a_picture_that_is_replaced_meanwhile(asked, monkeypatch):
+    """The answer is to what was there before, and is asked for again."""
+    (asked.out / "predictions.rank0.jsonl").unlink()
+    (row,) = asked.rows
+    line = {"raw": "x", "truncated": False, "tokens": 3, "latents": 0}
+    pictures = [b"redrawn", b"redrawn"]  # by the first run alone
+
+    class Replacing:
+        def answers(self, rows, keys, has_answered):
+            for row in rows:
+                Path(row["images"][0]).write_bytes(pictures.pop())
+                yield row, line
+
+        def is_whole(self, id, line):
+            return True
+
+    for n_asked in (1, 2):
+        evaluate.answer_all(asked, Replacing())
+        assert len(pictures) == 2 - n_asked
+        assert list(evaluate.read_predictions(asked)) == ["1"] * (n_asked - 1)
+    evaluate.answer_all(asked, Replacing())
+    assert not pictures
 
 
 def test_an_answer_stands_over_a_failure_and_another_runs_line(asked):

@@ -229,6 +229,25 @@ def test_a_target_file_is_made_again_where_its_pictures_change(tmp_path, change,
     assert key("other settings") not in (before, key())
 
 
+def test_pictures_that_are_replaced_meanwhile(tmp_path, monkeypatch):
+    """Of which picture a target is then, nobody knows."""
+    monkeypatch.setattr(fit_pca, "gathered", lambda value: [value])
+    monkeypatch.setattr(fit_pca, "shard", 1)
+    rows = [{"id": str(n), "aux_images": [str(tmp_path / f"{n}.png")]} for n in range(2)]
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(b"a picture")
+    before = fit_pca.split_to_shards({"train": rows}, "settings")
+    made = [tmp_path / path.name for path, _, _ in before]
+    before = [(path, *rest) for path, (_, *rest) in zip(made, before)]
+    for path in made:
+        path.touch()
+    fit_pca.check_unchanged(before, fit_pca.split_to_shards({"train": rows}, "settings"))
+    (tmp_path / "1.png").write_bytes(b"redrawn")
+    with pytest.raises(SystemExit, match="train-00001.safetensors: pictures changed"):
+        fit_pca.check_unchanged(before, fit_pca.split_to_shards({"train": rows}, "settings"))
+    assert made[0].exists() and not made[1].exists()
+
+
 @pytest.mark.parametrize("text", ["[]", "", "7", '{"K": 9, "mode": "pool"}', '{"K": 4}'])
 def test_targets_made_in_another_way_are_refused(tmp_path, text):
     made_by, note = {"K": 4, "mode": "pool"}, tmp_path / "made_by.json"
