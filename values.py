@@ -135,6 +135,7 @@ def bare_value(text):
     return without_unit(value_of(text))
 
 
+@cached
 def without_unit(value):
     """A value that is in one form already, without unit, degree, percent and currency."""
     value = re.sub("[°%]|^[€£¥₹]", "", value)
