@@ -60,11 +60,14 @@ def bank_of(model, path=""):
         if path:
             raise SystemExit(f"{model}: its latents had no targets, so no bank goes with them")
         return None
-    # moved with the model, or left where it was
-    beside = Path(model) / meta.get("bank_beside", meta["bank"])
-    there = path or (beside if beside.is_file() else meta["bank"])
-    check_there(there, "fit_pca.py leaves it beside its PCA; --bank=FILE names another place")
-    return load_bank(there, meta.get("targets"))
+    if not path:
+        if "bank" not in meta:
+            raise SystemExit(f"{model}: its head file names no bank; --bank=FILE does")
+        # moved with the model, or left where it was
+        beside = Path(model) / meta.get("bank_beside", meta["bank"])
+        path = beside if beside.is_file() else meta["bank"]
+    check_there(path, "fit_pca.py leaves it beside its PCA; --bank=FILE names another place")
+    return load_bank(path, meta.get("targets"))
 
 
 def load_bank(path, targets):

@@ -774,7 +774,7 @@ def meta_of_targets(folder):
         return {}
     meta = read_safetensors(path)[1]
     head = HEADS.get(meta.get("kind"))
-    known = {"mode", "min_pixels", "max_pixels", "bank"} <= meta.keys()
+    known = {"mode", "min_pixels", "max_pixels"} <= meta.keys()
     return meta if known and head and head.targets_fed else {}
 
 
