@@ -82,7 +82,7 @@ def retained(title, full, at_95, at_99):
 
 SUBSPACE = retained("What the subspace leaves out", "LH", "LH+PCA", "LH+PCA 99%")
 SUBSPACE_DA = retained("The same with difficulty-aware data", "LH+DA", "GAP", "GAP 99%")
-# of each study, in their order; what has no claims is a function of report.py, by its name
+# of each study, in their order; a name is that of a section of report.py
 TABLES = {"main": [
     ALL_SYSTEMS,
     with_examples(ALL_SYSTEMS, 2500),

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import check_there, read_safetensors, write_then_rename
+from data import check_there, metadata_of, read_safetensors, write_then_rename
 from images import open_image
 from model import meta_of_targets
 
@@ -63,9 +63,10 @@ def bank_of(model, path=""):
     if not path:
         if "bank" not in meta:
             raise SystemExit(f"{model}: its head file names no bank; --bank=FILE does")
-        # moved with the model, or left where it was
+        # moved with the model, or left where it was, and another run's now lies beside the model
         beside = Path(model) / meta.get("bank_beside", meta["bank"])
-        path = beside if beside.is_file() else meta["bank"]
+        is_its = metadata_of(beside).get("targets") == meta.get("targets")
+        path = beside if is_its else meta["bank"]
     check_there(path, "fit_pca.py leaves it beside its PCA; --bank=FILE names another place")
     return load_bank(path, meta.get("targets"))
 

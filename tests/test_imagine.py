@@ -10,7 +10,7 @@ from conftest import run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import load_examples
+from data import load_examples, read_safetensors
 from imagine import TILE, bank_of, imagine, nearest, tiles_of
 from model import HEAD_FILE
 
@@ -82,6 +82,10 @@ def test_a_bank_is_found_where_both_were_moved(stages, tmp_path, monkeypatch):
     assert bank_of(tmp_path / "gap") == stages["pca"] / "bank.safetensors"
     shutil.copytree(stages["pca"], tmp_path / "pca")
     assert bank_of(tmp_path / "gap") == tmp_path / "pca" / "bank.safetensors"
+    # another run's lies beside the model now: its own is where it was
+    tensors, meta = read_safetensors(stages["pca"] / "bank.safetensors")
+    save_file(tensors, tmp_path / "pca" / "bank.safetensors", meta | {"targets": "others"})
+    assert bank_of(tmp_path / "gap") == stages["pca"] / "bank.safetensors"
 
 
 def test_a_bank_that_does_not_belong(stages, tmp_path):
