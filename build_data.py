@@ -273,8 +273,8 @@ def read_inside(folder, name):
         if follow_links:  # a link may lead anywhere, ".." may not
             root, here = Path(os.path.abspath(folder)), Path(os.path.abspath(path))
         if not here.is_relative_to(root):
-            advice = "links are followed with --follow_links=1"
-            raise Reject("path leaves the data folder", None, f"{name}; {advice}")
+            advice = "" if follow_links else "; links are followed with --follow_links=1"
+            raise Reject("path leaves the data folder", None, f"{name}{advice}")
         if not path.is_file():
             raise Reject("no such image", None, name)
         size = path.stat().st_size

@@ -59,7 +59,7 @@ def test_infer_shows_and_saves(tmp_path, stages):
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     asked = load_examples(stages["world"] / "test.jsonl", training=False)[2]["question"]
     for name, here in (
-        ("out/gap", str(stages["gap"])),
+        ("out/mine/gap", str(stages["gap"])),
         ("photo.jpg", str(image)),
         ("What is on the sign?", asked),
         ("max_new_tokens=128", "max_new_tokens=30"),
