@@ -16,7 +16,7 @@ from model import embed
 
 FIRST_POSITIONS = 64  # room for new keys and values at first; as much again whenever it is full ...
 MORE_POSITIONS = 512  # ... but no more than this
-LEAVE_AT = 0.75  # finished rows leave when no more than this share of their cohort is needed
+LEAVE_AT = 0.75  # finished rows leave when no more than this share (below 1) of a cohort is needed
 
 # On a GPU the launches of a step take most of its time, so that it becomes one graph. No shape may
 # change then: questions take the places of those that have ended, and room is made ahead.

@@ -433,7 +433,8 @@ def stream(
     before_answer = not closed and head.before_answer
     ahead = [start] + [latent_pad] * K if before_answer else []
 
-    never = [latent_pad, end, *suppress]
+    # pads stand for pictures and latents, of which a written one would have none
+    never = [vlm.config.image_token_id, latent_pad, end, *suppress]
     if closed or before_answer:
         never.append(start)
     never = [token for token in never if token is not None]

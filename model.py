@@ -715,10 +715,12 @@ def encode_pixels(vlm, processor, pixels, grids):
     return list(v.split(sizes.tolist()))
 
 
-def encode_images(vlm, processor, images):
-    """Merged embeddings of PIL images, as above, and grids (n, 3)."""
-    # resized to whole 28 px cells within the pixel limits
-    inputs = processor(images=images, return_tensors="pt")
+def encode_images(vlm, processor, images, do_resize=True):
+    """Merged embeddings of PIL images, as above, and grids (n, 3).
+
+    do_resize: to whole 28 px cells within the processor's pixel limits; False: they are whole.
+    """
+    inputs = processor(images=images, do_resize=do_resize, return_tensors="pt")
     grids = inputs["image_grid_thw"]
     return encode_pixels(vlm, processor, inputs["pixel_values"], grids), grids
 
@@ -734,7 +736,7 @@ def grid_features(vlm, processor, images, K, mode):
     if mode == "resize":
         pixels = side * processor.patch_size * m
         images = [image.resize((pixels, pixels), Image.BICUBIC) for image in images]
-    vision, grids = encode_images(vlm, processor, images)
+    vision, grids = encode_images(vlm, processor, images, do_resize=mode != "resize")
     features = []
     for v, (_, h, w) in zip(vision, grids.tolist()):
         # the grid counts patches; the merger made one embedding of m x m of them

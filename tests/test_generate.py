@@ -66,14 +66,14 @@ def test_greedy_equals_hf_generate(loaded, world):
     for row, (a,) in zip(rows, ours):
         ids = encode(vlm, tokenizer, processor, row)["ids"]
         vlm.model.rope_deltas = None
-        no_token = [
-            *range(len(tokenizer) - 3, vlm.config.text_config.vocab_size)
-        ]  # latent tokens and spare rows
+        # latent tokens, spare rows, and a picture's place, which the model has no picture for
+        never = [*range(len(tokenizer) - 3, vlm.config.text_config.vocab_size)]
+        never.append(vlm.config.image_token_id)
         hf = vlm.generate(
             **hf_inputs(vlm, processor, ids, row["images"]),
             max_new_tokens=40,
             do_sample=False,
-            suppress_tokens=no_token,
+            suppress_tokens=never,
         )
         assert a["ids"] == hf[0, len(ids) :].tolist()
 
@@ -383,6 +383,19 @@ def test_markers_without_latents(loaded, head, world):
         logits = vlm.lm_head(h[t])[: len(tokenizer)]
         logits[[pad, end]] = -torch.inf
         assert ids[t + 1] == end or logits.argmax() == ids[t + 1]
+
+
+def test_pads_are_never_written(loaded, head, world):
+    """Not by a model to which they are the likeliest: no picture and no latent is behind them."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    pads = [vlm.config.image_token_id, latent_ids(tokenizer)[1]]
+    with torch.no_grad():
+        vlm.lm_head.weight[pads] *= 1000  # of one of two signs it wins everywhere
+    for answers in generate(vlm, head, tokenizer, prompts, n_samples=2, max_new_tokens=20):
+        for answer in answers:
+            assert vlm.config.image_token_id not in answer["ids"]
+            assert answer["ids"].count(pads[1]) == len(answer["latents"])
 
 
 def test_what_feeds_nothing_of_its_own_is_refused(head):

@@ -158,17 +158,25 @@ def test_stripping_leaves_nothing(loaded, world):
 
 
 def test_pool_is_the_mean_of_blocks(loaded, world):
-    """A 4 x 4 grid pooled to 2 x 2 is the mean over 2 x 2 blocks; resize gives the grid itself."""
+    """A 4 x 4 grid pooled to 2 x 2 is the mean over 2 x 2 blocks."""
     vlm, _, processor = loaded
     image = open_image(examples(world)[0]["images"][0]).resize((112, 112))
     v = encode_images(vlm, processor, [image])[0][0].view(4, 4, -1)
     blocks = torch.stack([v[i : i + 2, j : j + 2].mean((0, 1)) for i in (0, 2) for j in (0, 2)])
     close(grid_features(vlm, processor, [image], 4, "pool")[0], blocks)
-    small = image.resize((56, 56), 3)
-    close(
-        grid_features(vlm, processor, [image], 4, "resize")[0],
-        encode_images(vlm, processor, [small])[0][0],
-    )
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_a_resized_picture_is_the_grid(loaded, base, world, side):
+    """Whatever the pixel limits of the questions' pictures: a token is 28 pixels a side."""
+    vlm, _, processor = loaded
+    image = open_image(examples(world)[0]["images"][0])
+    exact = load_processor(base, (28 * side) ** 2, (28 * side) ** 2)
+    (v,), grid = encode_images(vlm, exact, [image.resize((28 * side, 28 * side), 3)])
+    assert grid.tolist() == [[1, 2 * side, 2 * side]]
+    close(grid_features(vlm, processor, [image], side**2, "resize")[0], v)
+    narrow = load_processor(base, 784, 784)
+    close(grid_features(vlm, narrow, [image], side**2, "resize")[0], v)
 
 
 SIZES = {  # (t, h, w) in patches: windows are 8 x 8
