@@ -43,6 +43,13 @@ from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_v
 PIXELS = (56 * 56, 1280 * 28 * 28)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Of a test that set another number the next ones would wait: two processes share two cores."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of a random tiny Qwen2.5-VL, its tower's embeddings of about unit scale."""

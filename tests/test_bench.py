@@ -50,7 +50,9 @@ def test_making_room_and_whole_batches_write_the_same(monkeypatch):
     monkeypatch.setattr(bench, "stream", kept(bench.stream))
     monkeypatch.setattr(bench, "generate", kept(bench.generate))
     torch.manual_seed(0)
-    bench.making_room(bench.shaped_vlm().float(), toy.make_tokenizer())
+    vlm = bench.shaped_vlm().float()
+    vlm.config.image_token_id = 0  # one of the few that there are
+    bench.making_room(vlm, toy.make_tokenizer())
     # a warm-up and the whole, then a warm-up and two batches
     assert written[1] == written[3] + written[4]
     assert len({len(ids) for answers in written[1] for ids in answers}) > 3

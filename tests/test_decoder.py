@@ -164,7 +164,7 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch, seated, waves):
 def test_others_begin_where_one_ended(ending, head, monkeypatch, seated, widen, at_once):
     """Whatever the number of places; a prompt that is too long for them has a cohort of its own."""
     vlm, tokenizer, prompts = ending
-    usual = answers_that_end(vlm, head, tokenizer, prompts, at_once, waves=(1,))
+    usual = answers_that_end(vlm, head, tokenizer, prompts, len(prompts), waves=(1,))
     monkeypatch.setattr(decoder, "CAPTURE", "cpu")
     monkeypatch.setattr(decoder, "WIDEN_AT_MOST", widen)
     monkeypatch.setattr(decoder.Decoder, "replayed", decoder.Decoder.forward)
