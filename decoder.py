@@ -234,9 +234,6 @@ class Decoder:
 
         self.vlm, self.lm, self.pad_id = vlm, vlm.model.language_model, pad_id
         self.rotate_half = rotate_half
-        if self.lm.has_sliding_layers:
-            advice = "set use_sliding_window to false"
-            raise SystemExit(f"generation has no sliding-window attention; {advice}")
         attention = [layer.self_attn for layer in self.lm.layers]
         self.qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in attention]
         self.gate_up = [joined(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self.lm.layers]

@@ -51,6 +51,7 @@ from launch import (
     check_choices,
     check_each,
     check_same_everywhere,
+    check_shared,
     claim,
     gathered,
     join_ranks,
@@ -434,6 +435,7 @@ def main():
     claim(out)
     device = pick_device()
     join_ranks(device, timedelta(days=1))  # files take unequal times
+    check_shared(out)
     splits = load_splits()
     vlm, _ = load_vlm(base, getattr(torch, dtype), device)
     processor = load_processor(base, min_pixels, max_pixels)

@@ -14,6 +14,7 @@ import io
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -84,6 +85,9 @@ def start(main=None, **commands):
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
+    rank, world = rank_and_world()
+    if not 0 <= rank < world:
+        raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank that torchrun has started
         end_with_parent()
     script = vars(sys.modules["__main__"])  # the script's globals
@@ -436,6 +440,20 @@ def check_same_everywhere(what, value):
         raise SystemExit(
             f"{what} of ranks 0 and {differ[0]} differ: is a file missing, or another, somewhere?"
         )
+
+
+def check_shared(folder):
+    """Raise SystemExit, on every rank, unless all ranks see one and the same folder."""
+    mark = Path(folder) / f".shared.{gathered(secrets.token_hex(4))[0]}"
+    if rank_and_world()[0] == 0:
+        mark.touch()
+    dist.barrier()
+    seen = gathered(mark.exists())
+    if rank_and_world()[0] == 0:
+        mark.unlink()
+    if not all(seen):
+        rank = seen.index(False)
+        raise SystemExit(f"{folder}: rank {rank} has another one than rank 0: share its disk")
 
 
 def end_with_parent():

@@ -431,17 +431,7 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
     unknown, of another shape or not finite, a pointer or half a download in place of weights.
     """
     folder = Path(folder)
-    config = folder / "config.json"
-    check_there(config)
-    # Qwen2-VL and Qwen3-VL have other towers and other positions
-    kind = read_json(config).get("model_type")
-    if kind != "qwen2_5_vl":
-        raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
-    # a clone without LFS leaves a text of three lines in place of 5 GB
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as f:
-            if f.read(8) == b"version ":
-                raise SystemExit(f"{file}: a Git LFS pointer, not weights; run `git lfs pull`")
+    check_folder(folder)
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     with said_of(folder, "not a usable Qwen2.5-VL folder"):
@@ -449,11 +439,53 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # transformers fills what is missing with random numbers and goes on
     check_whole(folder, vlm, found)
+    # of a folder that calls them tied and holds two, as a merged LoRA's may, transformers reads two
+    if vlm.get_output_embeddings().weight is not vlm.get_input_embeddings().weight:
+        for config in (vlm.config, vlm.config.text_config):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+    check_usable(folder, vlm, tokenizer)
     if not tokenizer.chat_template:
         tokenizer.chat_template = read_chat_template(folder)
     check_prompt(folder, vlm, tokenizer)
     quicken(vlm)
     return vlm.to(device).eval(), tokenizer
+
+
+def check_folder(folder):
+    """Raise SystemExit, before anything large is read, for a folder that holds something else."""
+    if (folder / "adapter_config.json").is_file():
+        raise SystemExit(
+            f"{folder}/adapter_config.json: a LoRA adapter is not read: merge it first"
+        )
+    config = folder / "config.json"
+    check_there(config)
+    found = read_json(config)
+    # Qwen2-VL and Qwen3-VL have other towers and other positions
+    kind = found.get("model_type")
+    if kind != "qwen2_5_vl":
+        raise SystemExit(f"{config}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    if found.get("quantization_config"):
+        raise SystemExit(f"{config}: quantization_config: expected the weights before quantisation")
+    # a clone without LFS leaves a text of three lines in place of 5 GB
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            if f.read(8) == b"version ":
+                raise SystemExit(f"{file}: a Git LFS pointer, not weights; run `git lfs pull`")
+
+
+def check_usable(folder, vlm, tokenizer):
+    """Raise SystemExit for a decoder or a tokenizer that could not train or answer."""
+    if vlm.model.language_model.has_sliding_layers:
+        wanted = "text_config.layer_types: expected full_attention in every layer"
+        raise SystemExit(f"{folder}/config.json: {wanted}; sliding windows are not implemented")
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise SystemExit(f"{folder}: the tokenizer has no {name}")
+    if tokenizer.pad_token_id == vlm.config.image_token_id:
+        raise SystemExit(
+            f"{folder}: the tokenizer's pad_token is the image's, {tokenizer.pad_token}"
+        )
 
 
 def read_weights(kind, folder, dtype):
@@ -611,7 +643,7 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
         # K pads, which `embed` fills with latents
         span = LATENT_START + LATENT_PAD * K + LATENT_END
         text = response.replace(LATENT_SPAN, span) + tokenizer.eos_token
-        answer = tokenizer(text)["input_ids"]
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
         # what a pad stands for is no word: the latent loss is its target
         latent = tokenizer.convert_tokens_to_ids(LATENT_PAD)
         ids += answer
@@ -654,7 +686,7 @@ def prompt_ids(vlm, tokenizer, processor, row, grids):
     pad, merged = vlm.config.image_token_id, processor.merge_size**2
     n_tokens = iter([math.prod(grid) // merged for grid in grids])
     ids = []
-    for token in tokenizer(text)["input_ids"]:
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         ids += [pad] * next(n_tokens) if token == pad else [token]
     return ids
 

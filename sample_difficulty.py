@@ -44,6 +44,7 @@ from images import usable_rows
 from launch import (
     Progress,
     check_choices,
+    check_shared,
     claim,
     join_ranks,
     leave_ranks,
@@ -347,6 +348,7 @@ def main():
     claim(Path(out).parent, Path(out).name)
     # ranks share files alone, and may finish hours apart: no GPU waits for another
     join_ranks(torch.device("cpu"), timedelta(days=7))
+    check_shared(Path(out).parent)
     rows = usable_rows(load_examples(data, training=False), skip_unusable)
     sample_all(rows)
     dist.barrier()  # every rank's file is complete

@@ -69,6 +69,7 @@ from launch import (
     Progress,
     check_choices,
     check_same_everywhere,
+    check_shared,
     claim,
     clock,
     gathered,
@@ -260,6 +261,7 @@ def run_batch(model, batches, counts, device, weights=None):
 
 def validate(model, rows, device):
     """What the method reports of a file's rows, each field as val_<field>."""
+    model.vlm.eval()  # without dropout, where a base has some
     totals, counts = Counter(), Counter()
     for i in range(0, len(rows), global_batch):
         batches, count, _ = load_batch(model, rows[i : i + global_batch])
@@ -267,6 +269,7 @@ def validate(model, rows, device):
             means = run_batch(model, batches, count, device)
         counts.update(count)
         totals.update({name: mean * count[name] for name, mean in means.items()})
+    model.vlm.train()
     # means over all rows, not means of the batches' means
     means = {name: total / counts[name] for name, total in totals.items()}
     return {f"val_{name}": value for name, value in model.report(means).items()}
@@ -635,6 +638,7 @@ def main():
     claim(out)
     device = pick_device()
     join_ranks(device, timedelta(hours=2))
+    check_shared(out)
     torch.manual_seed(seed)
 
     # the data, before 16 GB of weights: what is wrong with it is said in seconds

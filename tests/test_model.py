@@ -10,6 +10,7 @@ from conftest import PIXELS, examples, hf_inputs, random_pca
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import model
@@ -375,6 +376,12 @@ def not_finite(weights):
     weights[next(iter(weights))].view(-1)[0] = torch.nan
 
 
+def sliding(config):
+    layers = ["sliding_attention"] * config["text_config"]["num_hidden_layers"]
+    text = {"use_sliding_window": True, "sliding_window": 8, "layer_types": layers}
+    return config | {"text_config": config["text_config"] | text}
+
+
 FOLDERS = {
     "a tensor is missing": lambda f: with_weights(f, lambda w: w.pop("lm_head.weight")),
     "one too many": lambda f: with_weights(f, lambda w: w.update(other=torch.ones(1))),
@@ -389,6 +396,12 @@ FOLDERS = {
     "a template for text": lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
     "a broken template": lambda f: (f / "chat_template.jinja").write_text("{% if %}"),
     "tokenizer a list": lambda f: (f / "tokenizer.json").write_text("[]"),
+    "an adapter": lambda f: (f / "adapter_config.json").write_text("{}"),
+    "quantised": lambda f: with_json(
+        f, "config.json", lambda c: c | {"quantization_config": {"bits": 4}}
+    ),
+    "sliding windows": lambda f: with_json(f, "config.json", sliding),
+    "no pad": lambda f: with_json(f, "tokenizer_config.json", lambda c: c | {"pad_token": None}),
 }
 
 
@@ -404,6 +417,36 @@ def prompt_logits(folder):
     return vlm.lm_head(
         vlm.model.language_model(inputs_embeds=x, position_ids=pos).last_hidden_state
     )
+
+
+def test_what_is_called_tied_and_is_two_stays_two(base, tmp_path):
+    """As a LoRA's merge leaves it, whose LM head was trained: also of what is written from it."""
+    folder = copied(base, tmp_path)
+
+    def tied(config):
+        text = config["text_config"] | {"tie_word_embeddings": True}
+        return config | {"tie_word_embeddings": True, "text_config": text}
+
+    with_json(folder, "config.json", tied)
+    close(prompt_logits(folder), prompt_logits(base))
+    vlm, tokenizer = load_vlm(folder)
+    for part in (vlm, tokenizer, load_processor(folder, *PIXELS)):
+        part.save_pretrained(tmp_path / "again")
+    close(prompt_logits(tmp_path / "again"), prompt_logits(base))
+    assert not vlm.config.tie_word_embeddings  # which train.py's export goes by
+
+
+def test_a_tokenizer_adds_nothing_of_its_own(loaded, world):
+    """Not the first or last token that its post-processor would put around every text."""
+    vlm, tokenizer, processor = loaded
+    row = examples(world)[0]
+    plain = encode(vlm, tokenizer, processor, row, 4, row["response"])["ids"]
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{eos} $A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    assert len(tokenizer("a")["input_ids"]) > len(tokenizer("a", add_special_tokens=False))
+    assert torch.equal(encode(vlm, tokenizer, processor, row, 4, row["response"])["ids"], plain)
 
 
 def test_the_released_layout_is_the_same_model(base, tmp_path):

@@ -562,20 +562,22 @@ def test_a_step_is_adamw_written_out(monkeypatch):
 
 
 def test_validation_is_a_mean_over_rows(monkeypatch):
-    """Not over batches, which differ in what they count."""
+    """Not over batches, which differ in what they count; and without dropout."""
     rows = [(1, 5.0), (2, 1.0), (10, 3.0)]  # (count, sum) each
 
     def load_batch(model, rows):
         return rows, {"ce": sum(n for n, _ in rows)}, None
 
     def run_batch(model, rows, count, device):
+        assert not model.vlm.training
         return {"ce": sum(x for _, x in rows) / count["ce"]}
 
     monkeypatch.setattr(train, "global_batch", 2)
     monkeypatch.setattr(train, "load_batch", load_batch)
     monkeypatch.setattr(train, "run_batch", run_batch)
-    model = SimpleNamespace(report=lambda means: means)
+    model = SimpleNamespace(report=lambda means: means, vlm=torch.nn.Linear(1, 1))
     assert train.validate(model, rows, "cpu") == {"val_ce": pytest.approx(9 / 13)}
+    assert model.vlm.training
 
 
 def test_seeds_have_orders_of_their_own(monkeypatch):
