@@ -417,3 +417,31 @@ def test_noise_is_a_steps_a_rows_and_a_seeds_own(base, world):
                 assert noise.equal(again)
                 drawn.add(tuple(noise.flatten().tolist()))
     assert len(drawn) == 8
+
+
+def test_kl_terms_count_questions(base, world):
+    """Not slots; and right answers count questions, too."""
+    model = method(base)
+    rows = [row | {"response": "<think> x </think>"} for row in examples(world, 2)]
+    for row in rows:
+        n = model.counts(model.encode(row | {"step": 1}))
+        assert n["forward"] == n["reverse"] == 1
+    val = model.counts(model.encode(rows[0]))
+    assert val["ce_prior"] == val["ce"] > 1 == val["right_prior"]
+
+
+@torch.no_grad()
+def test_validation_has_the_priors_slots_and_the_posteriors(base, world):
+    model = method(base)
+    torch.nn.init.normal_(model.posterior.weight)
+    batch = batch_of(model, examples(world, 2), step=None)
+    sums = model(batch)
+    means = {"ce": model.posterior_of(batch).mean, "ce_prior": model.prior_of(batch).mean}
+    for name, mean in means.items():
+        h = model.states(batch, model.head.into_slots(mean))
+        assert float(sums[name]) == pytest.approx(float(model.cross_entropy(h, batch)), rel=1e-5)
+    assert float((sums["ce"] - sums["ce_prior"]).abs()) > 1e-2
+    seen = []
+    model.rows_right = lambda h, batch: seen.append(h) or torch.zeros(())
+    model(batch)
+    assert len(seen) == 2 and not torch.equal(*seen)

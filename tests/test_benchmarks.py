@@ -13,6 +13,7 @@ from benchmarks import (
     Benchmark,
     File,
     benchmarks_named,
+    blink,
     literal,
     load_benchmark,
     mathvision,
@@ -246,3 +247,12 @@ def test_prompts_end_as_the_harnesses_do():
     assert wemath(row, None)["question"] == "Question: How many?\nOptions:\nA. 1\nB. 2\n"
     row = {"question": "How many?", "options": ["1", "2"], "image": "a.png"}
     assert mathvision(row, Path("."))["question"].endswith("How many?\nChoices: A. 1\nB. 2")
+
+
+def test_all_options_and_pictures_of_a_row_are_there():
+    r = {"question": "Q", "E": "e", "A": "a", "H": "h"}
+    assert list(mcq(r, None)["options"]) == ["A", "E", "H"]
+    four = {f"image_{i}": f"{i}.png" for i in (1, 2, 3, 4)} | {"prompt": "P", "choices": ["x"]}
+    row = blink(four | {"sub_task": "Jigsaw"}, Path("."))
+    assert len(row["images"]) == 4
+    assert row["question"].startswith("Disclaimer") and row["question"].endswith("P")

@@ -464,3 +464,33 @@ def test_a_file_may_be_named_like_a_pattern(stage, tmp_path):
     item = {"images": "0.png", "question": "Which?", "answer": "red"}
     kept, _ = convert(stage, tmp_path, "qa", [item], "v[1].json")
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("same_as_query", 256.0),
+        ("blank", 256.0),
+        ("parser_words_min", 99),
+        ("parser_words_max", 3),
+        ("parser_repeats", 0.0),
+    ],
+)
+def test_another_threshold_judges_anew(stage, tmp_path, name, value):
+    data = write_data(tmp_path, [example(0)])
+    assert len(stage("filter", "filtered", data=data)) == 1
+    assert stage("filter", "filtered", data=data, **{name: value}) == []
+
+
+def test_the_flattest_picture_counts(stage, tmp_path, base):
+    flat, lively = Image.new("RGB", (112, 112), (120, 90, 60)), noise(5, (112, 112))
+    row = example(0, aux_images=[lively, flat])
+    row["response"] = row["response"].replace(
+        "</parser>",
+        "</parser> <latent></latent> <parser> the blue one stands beside it </parser>",
+        1,
+    )
+    data = write_data(tmp_path, [row])
+    assert stage("filter", "filtered", data=data, base=str(base), K=4, blank=0.0) == []
+    (reject,) = read_lines(tmp_path / "out/rejects.jsonl")
+    assert reject["reason"] == "auxiliary embeddings hardly vary"

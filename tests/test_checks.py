@@ -147,3 +147,10 @@ def test_an_edit_of_colour_alone_is_an_edit():
         < 8
         < largest_difference(query, edited)
     )
+
+
+def test_a_picture_of_one_lively_channel_is_not_blank():
+    image = Image.merge(
+        "RGB", [Image.new("L", (60, 60), 9)] * 2 + [Image.effect_noise((60, 60), 80)]
+    )
+    checks.check_auxiliary(image, [], 2.0, 8.0)

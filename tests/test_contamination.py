@@ -9,6 +9,7 @@ import pytest
 from conftest import encoded, example, photo, saved, write_data
 from PIL import Image, ImageDraw
 
+import contamination
 import duplicates
 from contamination import asked_in
 from data import read_lines
@@ -193,3 +194,19 @@ def test_a_picture_that_could_not_be_read_is_tried_again(stage, tmp_path):
     settings = {"data": data, "benchmarks": str(tmp_path / "bench/test.jsonl")}
     assert len(stage("audit", "audited", bomb_pixels=1000, **settings)) == 1
     assert stage("audit", "audited", bomb_pixels=50_000_000, **settings) == []
+
+
+def test_a_question_of_two_test_sets_is_no_template():
+    tests = {(bench, "1"): {"question": "Q?"} for bench in ("a", "b")}
+    theirs = {("a", "1", 0): ("p", "00"), ("b", "1", 0): ("q", "00")}
+    row = {"id": "x", "question": "Q?", "images": [], "aux_images": []}
+    (found,) = contamination.find_copies([row], tests, {}, theirs, 0)
+    assert found["kind"] == "question"
+
+
+def test_a_template_counts_beside_a_near_picture():
+    tests = {("a", str(i)): {"question": "Q?"} for i in range(2)}
+    theirs = {("a", str(i), 0): (f"p{i}", f"{i:064x}") for i in range(2)}
+    row = {"id": "x", "question": "Q?", "images": ["i.png"], "aux_images": []}
+    found = contamination.find_copies([row], tests, {"i.png": ("other", f"{1:064x}")}, theirs, 0)
+    assert {f["kind"] for f in found} == {"question", "near"}

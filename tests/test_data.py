@@ -37,6 +37,8 @@ from data import (
     read_lines,
     read_safetensors,
     remembered,
+    seed_of,
+    strip_parser,
     tensors_digest,
     weights_digest,
     write_json,
@@ -692,3 +694,12 @@ def test_there_are_26_letters():
     in_one_form(row | {"options": [f"x{i}" for i in range(26)]}, False, "f:1")
     with pytest.raises(SystemExit, match="26 letters"):
         in_one_form(row | {"options": [f"x{i}" for i in range(27)]}, False, "f:1")
+
+
+def test_parts_of_a_seed_do_not_run_together():
+    assert len({seed_of("a", 12), seed_of("a1", 2), seed_of("a", 1, 2)}) == 3
+
+
+def test_each_parser_text_is_stripped_alone():
+    text = "a <latent></latent> <parser> x </parser> b <latent></latent> <parser>\n</parser> c"
+    assert strip_parser(text) == "a <latent></latent> b <latent></latent> c"

@@ -188,3 +188,11 @@ def test_pooled_latents_have_no_order(monkeypatch):
     a, b = ({"id": id, "answer": "x"} for id in "ab")
     found = edits.compare(a, b, said, None)
     assert found["pooled"] == pytest.approx(1.0) and found["cosine"] < 0.9
+
+
+def test_means_are_over_the_pairs_that_have_a_number():
+    one = {"followed": True, "both_right": True, "cosine": 0.5, "pooled": 0.5, "own": 0.5}
+    found = edits.summary(
+        [one, one | {"cosine": None, "pooled": None, "own": None, "followed": False}]
+    )
+    assert found["own"] == found["cosine"] == 0.5 == found["followed"]

@@ -22,8 +22,9 @@ import launch
 from benchmarks import BENCHMARKS, JSONL, PUBLISHED
 from data import load_examples, read_lines, write_lines
 from generate import latents_name
+from images import open_image
 from intervals import difference_interval
-from model import load_processor, load_vlm
+from model import load_processor, load_vlm, real_features
 
 # --- a JSONL test set
 
@@ -556,3 +557,78 @@ def test_limits_and_judges_are_checked_before_the_first_answer(tmp_path, base, w
     args = [f"--model={base}", f"--data={data}", f"--out={tmp_path}/o"]
     args.append("--judge_url=http://localhost:1")
     assert "judge_url: of these none has a judge; MMStar" in run("eval.py", *args, ok=False)
+
+
+CHANGED = {"temperature": 0.5, "top_p": 0.9, "seed": 1, "system": "x", "instruction": "x"}
+CHANGED |= {"intervention": "zero", "ema_beta": 0.9, "dtype": "bfloat16", "after_latents": " x"}
+CHANGED |= {"latent_size": 3, "max_new_tokens": 7, "min_pixels": 4000, "max_pixels": 5000}
+
+
+def test_an_answers_key_is_of_all_that_changes_it(world, stages, monkeypatch):
+    monkeypatch.setattr(evaluate, "data", str(world / "test.jsonl"))
+    monkeypatch.setattr(evaluate, "model", str(TOY))
+    seen = {evaluate.load_test_set("").key}
+    folders = {"model": str(stages["gap"]), "donor": str(stages["pca"])}
+    for name, value in (CHANGED | folders).items():
+        with monkeypatch.context() as m:
+            m.setattr(evaluate, name, value)
+            seen.add(evaluate.load_test_set("").key)
+    assert len(seen) == len(CHANGED) + 3
+
+
+def test_another_file_of_a_benchmark_has_other_answers(tmp_path, bench_root, monkeypatch):
+    monkeypatch.setattr(evaluate, "model", str(TOY))
+    monkeypatch.setattr(evaluate, "data_root", str(tmp_path))
+    keys = set()
+    for more in (b"", b"\n"):
+        (tmp_path / "POPE.tsv").write_bytes((bench_root[0] / "POPE.tsv").read_bytes() + more)
+        keys.add(evaluate.load_test_set("POPE").key)
+    assert len(keys) == 2
+
+
+def test_settings_and_seeds_reach_the_answers(base, world, monkeypatch, tmp_path):
+    given, seeds = {}, []
+
+    def stream(*args, **settings):
+        given.update(settings)
+        seeds.extend(p["seeds"][0] for p in args[3](3))
+        return iter(())
+
+    want = {"temperature": 0.7, "top_p": 0.5, "after_latents": " x", "ema_beta": 0.9}
+    for name, value in want.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(evaluate, "stream", stream)
+    test = SimpleNamespace(settings={"max_new_tokens": 12}, out=tmp_path, key="k")
+    model = evaluate.Answerer(test, *load_vlm(base), load_processor(base, *PIXELS), None, [])
+    rows = list(load_examples(world / "test.jsonl", training=False)[:3])
+    list(model.answer_together(evaluate.Waiting(model.prepared(rows, [])), {}))
+    assert [given[n] for n in ("temperature", "top_p", "after", "ema_beta")] == [*want.values()]
+    assert len(set(seeds)) == 3
+
+
+def test_an_oracle_feeds_each_row_its_own_pictures(stages, world, monkeypatch):
+    monkeypatch.setattr(evaluate, "intervention", "oracle")
+    monkeypatch.setattr(evaluate, "model", str(stages["gap"]))
+    vlm, tokenizer = load_vlm(stages["gap"])
+    model = evaluate.Answerer(None, vlm, tokenizer, None, None, [])
+    rows = list(load_examples(world / "train.jsonl")[2:5])  # one has two pictures
+    features = real_features(stages["gap"], vlm)
+    for row, fed in zip(rows, model.fed_latents(rows), strict=True):
+        want = [features([open_image(path)])[0] for path in row["aux_images"]]
+        torch.testing.assert_close(fed, torch.stack(want), rtol=1e-4, atol=1e-4)
+
+
+def test_what_failed_is_wrong_and_what_was_cut_off_no_guess():
+    row = {"id": "1", "answer": "A", "options": ["red", "blue"], "images": [], "question": "?"}
+    test = SimpleNamespace(rows=[row, row | {"id": "2"}], benchmark=evaluate.JSONL)
+    said = {"raw": "Looking closely, A seems", "truncated": False, "tokens": 1, "latents": 0}
+    good, cut = (evaluate.grade(test, {"1": said | {"truncated": t}})[0] for t in (False, True))
+    assert good["correct"] and not cut["correct"]
+    both = evaluate.grade(test, {"1": said, "2": {"error": "x"}})
+    assert evaluate.summary(both)["accuracy"] == 0.5  # what failed is wrong
+
+
+def test_an_instruction_ends_the_question(monkeypatch):
+    monkeypatch.setattr(evaluate, "instruction", " Tag it.")
+    row = {"question": "Q", "images": [], "id": "1"}
+    assert evaluate.question_text(evaluate.as_asked(row)) == "Q Tag it."

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import fit_pca
 from data import LATENT_SPAN, load_examples, metadata_of, read_lines, tensors_digest, write_lines
 from imagine import load_bank
-from model import load_pca
+from model import load_pca, load_processor, load_vlm
 
 close = torch.testing.assert_close
 
@@ -313,3 +313,35 @@ def test_a_refit_of_the_same_is_kept(tmp_path):
     assert metadata_of(path) == meta and metadata_of(path) != meta | {"targets": "b"}
     path.write_bytes(path.read_bytes()[:20])
     assert metadata_of(path) != meta
+
+
+def test_the_bank_is_spread_over_the_examples(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_pca, "n_bank", 3)
+    rows = [{"id": str(i), "aux_images": ["a"]} for i in range(9)]
+    path = tmp_path / "train-00000.safetensors"
+    save_file({str(i): torch.full((1, 1, 1), float(i)) for i in range(9)}, path)
+    found = fit_pca.sample_targets([(path, rows, "k")], {"3"})
+    assert [row["id"] for row, _ in found] == ["0", "2", "6"]
+
+
+def test_norms_are_said(tmp_path, base, world):
+    args = [f"--base={base}", f"--data={world}/train.jsonl", "--val_data=", f"--out={tmp_path}/pca"]
+    text = run("fit_pca.py", *args)
+    v = load_file(tmp_path / "pca/targets/train-00000.safetensors")
+    norm = torch.cat([x.flatten(0, 1).float() for x in v.values()]).norm(dim=-1).mean()
+    assert f"mean norm of targets {norm:.2f}," in text
+    vlm, _ = load_vlm(base)
+    rows = list(load_examples(world / "train.jsonl"))
+    said = fit_pca.query_norms(rows[:3], vlm, load_processor(base, *PIXELS))
+    assert said.shape == (3 * 9,)
+
+
+def test_all_that_makes_a_target_is_in_its_provenance(base, monkeypatch):
+    vlm, _ = load_vlm(base)
+    found = [fit_pca.provenance(vlm)]
+    others = {"K": 9, "mode": "resize", "min_pixels": 1, "max_pixels": 2, "degenerate": 0.5}
+    for name, value in (others | {"dtype": "bfloat16"}).items():
+        with monkeypatch.context() as m:
+            m.setattr(fit_pca, name, value)
+            found.append(fit_pca.provenance(vlm))
+    assert len({tuple(x.items()) for x in found}) == len(found)

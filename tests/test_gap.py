@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
+import train
 from data import Row, load_examples, question_key, write_json, write_lines
 from gap import GAP, Targets, check_same_space, is_solved, read_counts, solved_by
 from images import open_image
@@ -373,3 +374,39 @@ def test_a_resume_needs_the_same_solved_questions(base, world, gap_args):
         gap.rows(load_examples(world / "train.jsonl"), training=True)
         keys.add(gap.inputs()["difficulty"])
     assert len(keys) == 2
+
+
+def seen_batch(method, rows):
+    batch = method.collate([method.encode(row) for row in rows])
+    return train.to_device(batch, method.vlm, torch.device("cpu"))
+
+
+def test_the_log_is_of_what_was_said(base, world, gap_args):
+    """R2, the latent loss and both norms, by hand."""
+    method = gap_of(base, gap_args, difficulty="", latent_loss="relative")
+    torch.nn.init.normal_(method.head.down.weight, std=0.3)
+    rows, _ = method.rows(load_examples(world / "train.jsonl")[2:5], training=True)
+    batch = seen_batch(method, rows)
+    with torch.no_grad():
+        sums = method(batch)
+        v = batch["latents"].float()
+        before = (batch["ids"] == method.latent_id)[:, 1:]
+        said = method.head(method.states(batch, v)[before])
+    n = {k: sum(method.counts(method.encode(row))[k] for row in rows) for k in sums}
+    assert n["latent"] == n["norm_target"] == len(v) == 16
+    found = method.report({k: float(x) / n[k] for k, x in sums.items()})
+    r2 = 1 - float((said - v).pow(2).sum(-1).mean()) / method.head.total_variance
+    assert found["r2"] == pytest.approx(r2, abs=1e-4)
+    assert found["latent"] == pytest.approx(1 - r2, abs=1e-4)
+    assert found["norm_target"] == pytest.approx(float(v.norm(dim=-1).mean()), rel=1e-4)
+    assert found["norm_predicted"] == pytest.approx(float(said.norm(dim=-1).mean()), rel=1e-3)
+
+
+def test_no_gradient_goes_through_what_a_second_pass_is_fed(base, world, gap_args):
+    method = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
+    rows, _ = method.rows(load_examples(world / "train.jsonl")[2:4], training=True)
+    batch = seen_batch(method, rows)
+    fed, states = [], method.states
+    method.states = lambda batch, v: fed.append(v) or states(batch, v)
+    method(batch)
+    assert len(fed) == 2 and not fed[1].requires_grad and not torch.equal(fed[0], fed[1])

@@ -587,3 +587,35 @@ def test_a_shorter_donor_is_repeated_span_by_span():
     for i in range(8):
         close(question.stand_in(0), fed[0, i % 4])
         question.latents[0].append(question.stand_in(0))
+
+
+def test_finished_is_ended_by_a_stop(loaded, world):
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    vlm.generation_config.eos_token_id = list(range(0, len(tokenizer), 9))
+    for n in (1, 40):
+        for (a,) in generate(vlm, None, tokenizer, prompts, max_new_tokens=n):
+            stopped = a["ids"][-1] % 9 == 0 or a["ids"][-1] == tokenizer.eos_token_id
+            assert a["finished"] == stopped
+
+
+def test_calibrated_latents_are_fed(loaded, head, world):
+    """What is kept of an answer is what was fed."""
+    vlm, tokenizer, processor = loaded
+    prompts, calls = make_prompts(vlm, tokenizer, processor, examples(world, 1)), []
+    make_open(vlm, tokenizer, prompts, {0})
+    ((a,),) = generate(
+        vlm, head, tokenizer, prompts, max_new_tokens=6, ema_beta=0.9, on_step=record(calls)
+    )
+    fed = torch.stack([x for _, token, x, _ in calls if token == latent_ids(tokenizer)[1]])
+    torch.testing.assert_close(fed, a["latents"])
+
+
+@pytest.mark.parametrize("kind", ["zero", "text"])
+def test_no_span_opens_where_none_can(loaded, head, world, kind):
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    make_open(vlm, tokenizer, prompts, {0, 1})
+    head, intervention = (head, "zero") if kind == "zero" else (None, "clean")
+    answers = generate(vlm, head, tokenizer, prompts, max_new_tokens=6, intervention=intervention)
+    assert not any(latent_ids(tokenizer)[0] in a["ids"] for (a,) in answers)

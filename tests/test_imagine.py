@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import noise, run, saved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import load_examples, read_safetensors
-from imagine import TILE, bank_of, imagine, nearest, tiles_of
+from imagine import TILE, bank_of, imagine, load_bank, nearest, save_bank, tiles_of
 from model import HEAD_FILE
 
 
@@ -104,3 +104,10 @@ def test_a_bank_that_does_not_belong(stages, tmp_path):
         bank_of(stages["gap"], tmp_path / "head")
     with pytest.raises(SystemExit, match="no bank goes with them"):
         bank_of(stages["base"], tmp_path / "others")
+
+
+def test_a_bank_knows_how_wide_a_picture_is(tmp_path):
+    saved(tmp_path / "wide.png", noise(0, (112, 56)))
+    row = {"id": "a", "aux_images": [str(tmp_path / "wide.png")]}
+    save_bank(tmp_path / "bank", [(row, torch.randn(1, 4, 8))], 4, {"targets": "t"})
+    assert load_bank(tmp_path / "bank", "t")["aspect"].tolist() == [2.0]

@@ -792,3 +792,24 @@ def test_latent_tokens_begin_at_the_mean_in_the_lm_head_too(base):
     add_latent_tokens(vlm, tokenizer)
     w = vlm.lm_head.weight.detach()
     torch.testing.assert_close(w[n : n + 3], w[:n].mean(0).expand(3, -1))
+
+
+def test_heads_are_their_equations():
+    """Written out, of random weights: SwiGLU, SiLU, and what is added where."""
+    torch.manual_seed(0)
+    h = torch.randn(5, 128)
+    heads = {k: HEADS[k](random_pca(), 4) for k in ("gap", "lh", "wide")}
+    for head in heads.values():
+        for p in head.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    P, mu = heads["gap"].basis, heads["gap"].mean
+    g, full, w = heads["gap"], heads["lh"], heads["wide"]
+    c = h @ g.proj.weight.T
+    gate = c @ g.gate.weight.T
+    c = c + (gate * gate.sigmoid() * (c @ g.up.weight.T)) @ g.down.weight.T
+    torch.testing.assert_close(g(h), c @ P.T + mu)
+    for x in (full, w):
+        y = h @ x.hidden.weight.T + x.hidden.bias
+        y = (y * y.sigmoid()) @ x.out.weight.T + x.out.bias
+        want = y if x is full else (h @ w.basis + y) @ w.basis.T + w.mean
+        torch.testing.assert_close(x(h), want)

@@ -217,3 +217,35 @@ def test_rank_and_cosine_are_about_the_mean():
 def test_r2_is_against_one_mean_of_all():
     real = torch.tensor([[[0.0], [10.0]], [[2.0], [12.0]]]).double()
     assert probe.agreement(real + 1, real)["r2"] == pytest.approx(1 - 4 / 104)
+
+
+def test_growth_is_a_ratio_to_the_inputs():
+    """Before the final norm, and after it."""
+    stages = {
+        n: {"mean_log": math.log(x)}
+        for n, x in (("input", 1), ("layer 1", 3), ("layer 2", 8), ("final norm", 2))
+    }
+    assert probe.growth_of(stages) == pytest.approx({"before": 8, "after": 2})
+
+
+def test_a_pca_that_is_given_wins(tmp_path, monkeypatch):
+    head, other = PCAHead(random_pca(), 4), random_pca(128, 5)
+    monkeypatch.setattr(probe, "load_pca", lambda path: (other, {}))
+    monkeypatch.setattr(probe, "pca", "x")
+    assert probe.subspace(head, 128)[1].equal(other["basis"])
+    monkeypatch.setattr(probe, "pca", "")
+    assert probe.subspace(head, 128)[1].equal(head.basis)
+
+
+def test_probed_latents_are_calibrated(base, world, loaded, head, monkeypatch):
+    vlm, tokenizer, processor = loaded
+    rows = load_examples(world / "test.jsonl")[:2]
+    make_open(vlm, tokenizer, make_prompts(vlm, tokenizer, processor, rows), {0, 1})
+    for name, value in {"model": str(base), "ema_beta": 0.9, "max_new_tokens": 6}.items():
+        monkeypatch.setattr(probe, name, value)
+    _, written, _, _ = probe.measure(rows, vlm, head, tokenizer, processor)
+    prompts = make_prompts(vlm, tokenizer, processor, rows)
+    want = torch.tensor([ema_norm(p["vision"], 0.9) for p in prompts])
+    torch.testing.assert_close(
+        torch.stack(written).norm(dim=-1), want[:, None].expand(2, 4), rtol=1e-4, atol=1e-4
+    )

@@ -273,3 +273,32 @@ def test_costs_are_shares_of_texts():
     study = study_of({"GAP": {1: "01"}, "text": {1: "01"}})
     study.lines["GAP"][1]["steps_per_s"] = 1.0  # text's is 2
     assert report.ratio_to_text(study, "GAP", "steps_per_s") == {1: 0.5}
+
+
+def test_differences_are_a_runs_minus_the_references(study):
+    table = next(t for t in report.TABLES["gap"] if not isinstance(t, str))
+    table = table._replace(rows={"GAP": "", "LH+DA": ""}, reference="LH+DA", claims=())
+    text = "\n".join(report.accuracy_table(study, table))
+    assert "| GAP |" in text and "+0.500 [" in text and "-0.500" not in text
+
+
+def test_a_head_pays_where_it_is_ahead(study):
+    up, down = Difference(0.2, 0.1, 0.3, 3, 0.001), Difference(-0.2, -0.3, -0.1, 3, 0.001)
+    assert (
+        report.where_it_pays({500: up, 0: down})
+        == "pays at 500; costs at all; is undecided at no size"
+    )
+
+
+def test_scarcity_is_the_pca_heads_minus_the_full_ones(study):
+    study.lines["LH"] = {s: line("LH", s, {"2 moves": "0000"}) for s in (1, 2)}
+    study.lines["LH+PCA"] = {s: line("LH+PCA", s, {"2 moves": "1111"}) for s in (1, 2)}
+    text = "\n".join(report.scarcity(study))
+    assert "LH+PCA minus LH | +1.000" in text
+
+
+def test_predicted_and_real_norms_keep_their_columns(study):
+    for run in study.lines["GAP"].values():
+        run["probe"] = {"predicted": {"mean_log": 1.5}, "real": {"mean_log": 2.5}}
+    row = dict(zip(report.DIAGNOSIS_HEAD, report.diagnosis_row(study, "GAP")))
+    assert row["log norm of latents"] == "1.50" and row["of real features"] == "2.50"

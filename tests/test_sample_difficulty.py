@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import TOY, has_lines, kill_when, run, sampling
@@ -243,3 +244,37 @@ def test_what_was_cut_off_solves_nothing_by_a_weak_rule():
         tally = sample_difficulty.Tally(row)
         tally.add(0, "Looking closely, A seems", finished)
         assert tally.correct == correct
+
+
+def test_each_sample_has_a_seed_of_its_own(monkeypatch, base, world):
+    """And is finished only where its last token stops it."""
+    seeds, ended = [], []
+
+    def stream(*args, **settings):
+        seeds.extend(s for p in args[3](2) for s in p["seeds"])
+        settings["on_finish"](0, 0, [5, 6])
+        settings["on_finish"](1, 0, [5, args[2].eos_token_id])
+        return iter(())
+
+    def add(self, s, text, finished):
+        ended.append(finished)
+
+    monkeypatch.setattr(sample_difficulty.Tally, "add", add)
+    monkeypatch.setattr(sample_difficulty, "base", base)
+    monkeypatch.setattr(sample_difficulty, "stream", stream)
+    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2]))
+    assert len(set(seeds)) == len(seeds) == 16 and ended == [False, True]
+
+
+def test_each_wave_asks_with_a_seed_of_its_own(monkeypatch, world):
+    seeds = []
+
+    def draw(server, messages, n, seed):
+        seeds.append(seed)
+        return [SimpleNamespace(text="no", finished=True)] * n
+
+    monkeypatch.setattr(sample_difficulty, "draw_answers", draw)
+    monkeypatch.setattr(sample_difficulty, "served_messages", lambda row, processor: [])
+    for row in load_examples(world / "train.jsonl")[:2]:
+        sample_difficulty.ask_server(None, None, row)
+    assert len(set(seeds)) == len(seeds) == 4

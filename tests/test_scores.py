@@ -309,3 +309,13 @@ def test_mmvps_pairs_where_rows_are_counted_from_0():
     rows = [{"id": str(n), "answer": "A", "extracted": "A", "correct": n < 3} for n in range(6)]
     pairs = scores.score_mmvp(rows)["overall"]
     assert [pair["correct"] for pair in pairs] == [True, False, False]
+
+
+def test_ratings_below_three_are_hallucinations():
+    found = scores.score_mmhal([{"rating": r} for r in (0, 2, 3, 6, None)])
+    assert found == {"rating": 11 / 4, "hallucination": 0.5}
+
+
+def test_cycles_are_means_over_their_orders():
+    rows = [{"category": "single", "cycle_category": c, "correct": c == 0} for c in (0, 0, 0, 1)]
+    assert scores.score_hrbench(rows)["single"] == 0.5

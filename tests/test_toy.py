@@ -1,5 +1,6 @@
 """What the method takes for granted of the toy: what its base can do and cannot; data by seed."""
 
+import random
 import re
 
 import pytest
@@ -10,7 +11,15 @@ import toy
 from answers import extract_answer
 from data import LATENT_SPAN, file_digest, load_examples, strip_latents
 from generate import generate, see, to_text
-from model import add_latent_tokens, encode, image_grid, latent_ids, load_processor, load_vlm
+from model import (
+    IGNORE,
+    add_latent_tokens,
+    encode,
+    image_grid,
+    latent_ids,
+    load_processor,
+    load_vlm,
+)
 
 TOY = ROOT / "toy" / "base"
 
@@ -195,3 +204,20 @@ def test_pairs_differ_in_one_thing(tmp_path, monkeypatch):
             box = ImageChops.difference(one, two).getbbox()
         if box:
             assert box[0] // 28 == (box[2] - 1) // 28 and box[1] // 28 == (box[3] - 1) // 28
+
+
+def test_lessons_are_padded_with_nothing_to_learn(base):
+    """Labels are padded with IGNORE, and ids and positions are those of the stages' own encode."""
+    vlm, tokenizer = load_vlm(TOY)
+    lessons = toy.Lessons(vlm, tokenizer, load_processor(TOY, *PIXELS))
+    ids, labels, pos, _, _ = lessons.batch(6, ["question", "think"], random.Random(0))
+    end = (ids == tokenizer.eos_token_id).int().flip(1).argmax(1)
+    for row, n in zip(labels, end):
+        assert n == 0 or (row[-n:] == IGNORE).all()
+    assert (end > 0).any()
+
+
+def test_each_move_moves():
+    for seed in range(50):
+        names, path = toy.new_path(random.Random(seed), 4)
+        assert path == toy.walk(path[0], names) and all(a != b for a, b in zip(path, path[1:]))

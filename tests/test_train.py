@@ -14,14 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launcher, logged, run
-from safetensors.torch import load_file
+from conftest import PIXELS, ROOT, launcher, logged, method_args, run
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import launch
 import train
 from data import file_digest, write_json
+from model import HEAD_FILE, load_processor, load_vlm
 
 close = torch.testing.assert_close
 
@@ -587,3 +588,94 @@ def test_seeds_have_orders_of_their_own(monkeypatch):
         monkeypatch.setattr(train, "seed", seed)
         orders.add(tuple(train.batch_of(0, 40)))
     assert len(orders) == 2
+
+
+def test_what_was_not_counted_is_not_reported(monkeypatch):
+    """A batch without latents has no R2 of 1."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda x: None)
+    monkeypatch.setattr(train, "to_device", lambda batch, vlm, device: batch)
+
+    def model(batch):
+        return {"ce": torch.tensor(6.0), "latent": torch.tensor(0.0)}
+
+    model.vlm = None
+    found = train.run_batch(model, [{"weight": 1.0}], {"ce": 3, "latent": 0}, "cpu")
+    assert found == {"ce": 2.0}
+
+
+def test_the_schedule_is_its_formula():
+    """Linear, then a cosine that the last step has not reached the end of."""
+    total = 20
+    for s in range(total):
+        warm = max(1, round(train.warmup_ratio * total))
+        want = min((s + 1) / warm, (1 + math.cos(math.pi * max(0, s - warm) / (total - warm))) / 2)
+        assert train.lr_at(s, total, 2.0) == pytest.approx(2 * want)
+    assert train.lr_at(total - 1, total, 1.0) > 0
+
+
+def test_no_head_of_an_earlier_run_stays_beside_a_text_model(tmp_path, gap_args, monkeypatch):
+    out = tmp_path / "a"
+    args = [*gap_args, "--val_data=", "--max_steps=1", "--save_every=0"]
+    run("train.py", *args, f"--out={out}")
+    assert (out / HEAD_FILE).exists()
+    shutil.rmtree(out / "ckpt")
+    run("train.py", *args, f"--out={out}", "--method=text", "--difficulty=")
+    assert not (out / HEAD_FILE).exists()
+
+
+def test_an_export_is_a_model_only_once_it_is_whole(tmp_path, base, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    vlm, tokenizer = load_vlm(base)
+    model = SimpleNamespace(vlm=vlm, save=lambda folder, trained: None)
+    weights = {f"vlm.{k}": v for k, v in vlm.state_dict().items()}
+    monkeypatch.setattr(train, "get_model_state_dict", lambda model, options: weights)
+    monkeypatch.setattr(train, "out", str(tmp_path))
+    moved = []
+
+    def replace(a, b):  # a kill at any time leaves no config.json beside half of the files
+        assert not (tmp_path / "config.json").exists()
+        moved.append(Path(os.rename(a, b) or b).name)
+
+    monkeypatch.setattr(train, "os", SimpleNamespace(replace=replace))
+    train.export(model, tokenizer, load_processor(base, *PIXELS))
+    assert moved[-1] == "config.json" and "model.safetensors" in moved
+
+
+def test_a_resume_needs_the_same_base_and_validation_data(tmp_path, base, world):
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(world, tmp_path / "world")
+    args = method_args(
+        "text", tmp_path / "base", tmp_path / "world", tmp_path / "out", "--max_steps=1"
+    )
+    run("train.py", *args)
+    rows = (tmp_path / "world/val.jsonl").read_text()
+    (tmp_path / "world/val.jsonl").write_text("".join(rows.splitlines(True)[:-1]))
+    assert "the contents of val_data" in run("train.py", *args, ok=False)
+    (tmp_path / "world/val.jsonl").write_text(rows)
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    assert "the contents of base" in run("train.py", *args, ok=False)
+
+
+def test_a_resume_needs_the_same_order(tmp_path, base, world):
+    shutil.copytree(world, tmp_path / "world")
+    args = method_args("text", base, tmp_path / "world", tmp_path / "out", "--max_steps=1")
+    run("train.py", *args)
+    path = tmp_path / "world/train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(True)[::-1]))
+    assert "the contents of data" in run("train.py", *args, ok=False)
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "out", str(tmp_path))
+    monkeypatch.setattr(train.dist, "all_reduce", lambda x: None)
+    model = nn.Linear(2, 2)
+    model.weight.data[0, 0] = torch.nan
+    with pytest.raises(SystemExit, match="step 3: 1 weights are not finite"):
+        train.save_checkpoint(model, None, 3, {})
+
+
+def test_what_changes_a_number_may_not_change_on_resume():
+    bound = "max_steps epochs global_batch lr lr_head warmup_ratio weight_decay seed tau dtype"
+    assert not set(bound.split()) & {*train.FREE, *train.PATHS}

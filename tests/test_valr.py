@@ -22,10 +22,12 @@ from conftest import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_encoders import saved_encoder
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import toy
 import train
+import valr
 from data import load_examples, strip_latents, write_lines
 from generate import INTERVENTIONS, check_intervention, generate, make_prompts
 from images import open_image
@@ -461,3 +463,19 @@ def test_a_broken_target_is_found_before_the_first_step(tmp_path, base, steps):
 def test_the_alignment_is_weighed_by_lambda():
     method = SimpleNamespace(settings={"lambda_align": 0.125})
     assert VaLR.weights(method, 3, 10) == {"ce": 1.0, "align": 0.125}
+
+
+def test_the_log_has_a_cosine_and_a_relative_error():
+    method = SimpleNamespace(head=SimpleNamespace(K=4))
+    said = valr.VaLR.report(
+        method, {"ce": 1.0, "align": -0.75, "fed_error": 1.0, "fed_energy": 4.0}
+    )
+    assert said == {"ce": 1.0, "cosine": 0.75, "rollout_error": 0.5}
+
+
+def test_alignment_counts_spans_and_errors_count_latents():
+    method = valr.VaLR.__new__(valr.VaLR)
+    nn.Module.__init__(method)
+    method.head = SimpleNamespace(K=4)
+    n = method.counts({"labels": torch.tensor([1]), "targets": ["a", "b"]})
+    assert n == {"ce": 1, "align": 2, "fed_error": 8, "fed_energy": 8}
