@@ -246,13 +246,14 @@ def keys_of(test):
     return {row["id"]: row_key(test.key, row) for row in test.rows}
 
 
-def read_predictions(test):
+def read_predictions(test, keys=None):
     """The predictions of these settings by id, from the files of all ranks.
 
-    An answer stands; an error stands only where there is no answer.
+    An answer stands; an error stands only where there is no answer. keys: those of `keys_of`, if
+    they are known.
     """
     # an answer to another wording, picture or setting is not this question's
-    keys = keys_of(test)
+    keys = keys or keys_of(test)
     answers, errors = {}, {}
     for path in sorted(test.out.glob("predictions.rank*.jsonl")):
         for line in read_lines(path, id=str, key=str):
@@ -504,7 +505,7 @@ def answer_all(test, answerer):
     rank, world = rank_and_world()
     keys = keys_of(test)  # before its pictures are opened: they may be replaced
     # a failed question is tried again, and one whose latents are gone or another run's
-    found = read_predictions(test)
+    found = read_predictions(test, keys)
     failed = {id for id, line in found.items() if "error" in line}
     done = {id for id in found.keys() - failed if answerer.is_whole(id, found[id])}
     # by position in the file, not among the missing: ranks that start late still split alike

@@ -694,6 +694,7 @@ def main():
         initial=first,
         unit="step",
         desc=Path(out).name,
+        disable=rank > 0,
         mininterval=1,
     )
     for step in range(first, total):

@@ -42,7 +42,7 @@ def test_split_of_the_batch_does_not_matter(tmp_path, gap_args, method):
         {"ranks": (2, 170)} if method in ("gap", "text") else {}
     )
     for name, (ranks, budget) in ways.items():
-        run(
+        said = run(
             "train.py",
             *gap_args,
             f"--method={method}",
@@ -51,6 +51,7 @@ def test_split_of_the_batch_does_not_matter(tmp_path, gap_args, method):
             "--max_steps=1",
             ranks=ranks,
         )
+        assert said.count(f"{name}: 100% 1/1 ") == 1  # one rank shows how far it is
     one, log = state(tmp_path / "one", 1), logged(tmp_path / "one")[1]
     assert log["grad_norm"] > 1e-2 and (method == "text") == ("r2" not in log)
     for name in list(ways)[1:]:
