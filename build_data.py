@@ -584,7 +584,7 @@ def widened(inside, size):
 # synthesise
 
 # a model is known by its name: what it gave stays paid for when its server moves
-DRAWN_USES = "image_model image_prompt".split()
+DRAWN_USES = "image_model image_prompt bomb_pixels min_side".split()
 WRITTEN_USES = "teacher_model teacher_prompt max_tokens temperature send_side".split()
 
 

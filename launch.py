@@ -85,8 +85,8 @@ def start(main=None, **commands):
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
-    rank, world = rank_and_world()
-    if not 0 <= rank < world:
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank that torchrun has started
         end_with_parent()

@@ -479,6 +479,14 @@ def check_usable(folder, vlm, tokenizer):
     if vlm.model.language_model.has_sliding_layers:
         wanted = "text_config.layer_types: expected full_attention in every layer"
         raise SystemExit(f"{folder}/config.json: {wanted}; sliding windows are not implemented")
+    text, head_dim = vlm.config.text_config, vlm.model.language_model.layers[0].self_attn.head_dim
+    sections = text.rope_parameters.get("mrope_section") or []
+    if 2 * sum(sections) != head_dim:
+        wanted = f"expected a sum of {head_dim / 2:g}, half the width of a head"
+        raise SystemExit(f"{folder}/config.json: mrope_section is {sections}; {wanted}")
+    n_tokens, n_rows = len(tokenizer), len(vlm.get_input_embeddings().weight)
+    if n_tokens > n_rows:
+        raise SystemExit(f"{folder}: {n_tokens} tokens, but only {n_rows} have an embedding")
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise SystemExit(f"{folder}: the tokenizer has no {name}")
@@ -552,7 +560,7 @@ def load_processor(folder, min_pixels, max_pixels):
     """
     if min_pixels > max_pixels:
         raise SystemExit(f"min_pixels={min_pixels} is above max_pixels={max_pixels}")
-    from transformers import Qwen2VLImageProcessorPil
+    from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessorPil
 
     with said_of(folder, "no usable preprocessor_config.json"):
         # mean, deviation and patch sizes are the folder's
@@ -562,6 +570,17 @@ def load_processor(folder, min_pixels, max_pixels):
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         processor.size = type(processor.size)(**limits)
         here = processor.size["shortest_edge"], processor.size["longest_edge"]
+        processor(images=[Image.new("RGB", (56, 56))])  # a mean of three numbers, and all the rest
+        tower = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True).vision_config
+    sizes = {
+        "patch_size": tower.patch_size,
+        "temporal_patch_size": tower.temporal_patch_size,
+        "merge_size": tower.spatial_merge_size,
+    }
+    for name, size in sizes.items():
+        if getattr(processor, name) != size:
+            found = f"{name} is {getattr(processor, name)}, but {size} in config.json"
+            raise SystemExit(f"{folder}/preprocessor_config.json: {found}")
     if here != (min_pixels, max_pixels):
         raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
     return processor

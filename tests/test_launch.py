@@ -180,9 +180,18 @@ def test_files_are_named_first(tmp_path, monkeypatch, capsys, script, reads, abs
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setenv("RANK", "1")  # the others are silent
-    with pytest.raises(SystemExit):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="no such file"):
         run_here(monkeypatch, ROOT / script)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rank,world", [("1", "1"), ("-1", "2"), ("0", "0"), ("", "1"), ("0", "x")])
+def test_a_rank_that_cannot_be(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit, match="in the environment do not fit"):
+        launch.start(main=lambda: None)
 
 
 # --- starting a script and stopping it

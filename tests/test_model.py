@@ -382,6 +382,17 @@ def sliding(config):
     return config | {"text_config": config["text_config"] | text}
 
 
+def of_other_positions(config):
+    config["text_config"]["rope_parameters"]["mrope_section"] = [4, 6, 8]
+    return config
+
+
+def with_tokens(tokenizer):
+    kind = tokenizer["added_tokens"][-1]
+    more = [kind | {"id": 10_000 + n, "content": f"<more {n}>"} for n in range(1000)]
+    return tokenizer | {"added_tokens": tokenizer["added_tokens"] + more}
+
+
 FOLDERS = {
     "a tensor is missing": lambda f: with_weights(f, lambda w: w.pop("lm_head.weight")),
     "one too many": lambda f: with_weights(f, lambda w: w.update(other=torch.ones(1))),
@@ -401,6 +412,8 @@ FOLDERS = {
         f, "config.json", lambda c: c | {"quantization_config": {"bits": 4}}
     ),
     "sliding windows": lambda f: with_json(f, "config.json", sliding),
+    "positions of another width": lambda f: with_json(f, "config.json", of_other_positions),
+    "tokens without an embedding": lambda f: with_json(f, "tokenizer.json", with_tokens),
     "no pad": lambda f: with_json(f, "tokenizer_config.json", lambda c: c | {"pad_token": None}),
 }
 
@@ -626,6 +639,18 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(base, tmp_path, name):
     FOLDERS[name](folder)
     with pytest.raises(SystemExit) as e:
         load_vlm(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"patch_size": 16}, {"merge_size": 1}, {"temporal_patch_size": 1}, {"image_mean": None}],
+)
+def test_a_processor_of_another_tower_is_refused(base, tmp_path, change):
+    folder = copied(base, tmp_path)
+    with_json(folder, "preprocessor_config.json", lambda c: c | change)
+    with pytest.raises(SystemExit, match="preprocessor_config.json") as e:
+        load_processor(folder, *PIXELS)
     assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
