@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOY, method_args, run
+from PIL import Image
 from safetensors.torch import save_file
 
 import edits
@@ -176,6 +177,11 @@ def test_real_features_are_those_of_the_targets(tmp_path, trained, world):
         plane = v.detach().T.view(1, -1, *(grid[1:] // 2))
         want = F.adaptive_avg_pool2d(plane, 2)[0].flatten(1).T
         torch.testing.assert_close(real_features(folder, vlm)(pictures)[0], want)
+    # one more folder, whose targets are of pictures resized to 2 x 2 cells
+    save_file(tensors, folder / HEAD_FILE, meta | {"mode": "resize"})
+    small = [picture.resize((56, 56), Image.BICUBIC) for picture in pictures]
+    (v,), _ = encode_images(vlm, load_processor(trained, 1, 10**6), small)
+    torch.testing.assert_close(real_features(folder, vlm)(pictures)[0], v.detach())
     assert real_features(TOY, vlm) is None
 
 

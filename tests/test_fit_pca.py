@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import PIXELS, broken, kill_when, noise, run
 from PIL import Image
 from safetensors import safe_open
@@ -246,6 +247,29 @@ def test_pictures_that_are_replaced_meanwhile(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="train-00001.safetensors: pictures changed"):
         fit_pca.check_unchanged(before, fit_pca.split_to_shards({"train": rows}, "settings"))
     assert made[0].exists() and not made[1].exists()
+
+
+def test_a_fit_to_a_picture_that_is_replaced_meanwhile(base, world, tmp_path, monkeypatch):
+    """The stage itself ends, before a PCA of it is written."""
+    shutil.copytree(world, tmp_path / "toy")
+    monkeypatch.setattr(fit_pca, "base", str(base))
+    monkeypatch.setattr(fit_pca, "data", str(tmp_path / "toy/train.jsonl"))
+    monkeypatch.setattr(fit_pca, "val_data", "")
+    monkeypatch.setattr(fit_pca, "out", str(tmp_path / "pca"))
+    monkeypatch.setattr(fit_pca, "K", 4)
+    encode_shard = fit_pca.encode_shard
+
+    def redrawn_after(path, rows, *others):
+        encode_shard(path, rows, *others)
+        noise(64).save(rows[0]["aux_images"][0])
+
+    monkeypatch.setattr(fit_pca, "encode_shard", redrawn_after)
+    try:
+        with pytest.raises(SystemExit, match="pictures changed while their targets were made"):
+            fit_pca.main()
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / "pca/pca.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "", "7", '{"K": 9, "mode": "pool"}', '{"K": 4}'])

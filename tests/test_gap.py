@@ -81,6 +81,15 @@ def test_all_have_latents_in_the_first_steps(base, world, gap_args, write):
             assert method.encode(row | later)["ids"].equal(text.encode(stripped)["ids"])
 
 
+def test_what_has_no_targets_has_no_latents_in_the_first_steps(base, world, gap_args):
+    method = gap_of(base, gap_args, latents_first=3)
+    solved = [row["id"] for row in load_examples(world / "train.jsonl")][::3]
+    method.targets.rejected.add(solved[0])
+    rows, _ = method.rows(load_examples(world / "train.jsonl"), training=True)
+    first = {row["id"]: n_pads(method, row | {"step": 0}) for row in rows}
+    assert first[solved[0]] == 0 and all(first[id] for id in first if id != solved[0])
+
+
 def test_markers_leave_no_place_for_a_latent(base, world, gap_args):
     """Their rows are those of the dummy without its pads; the losses are the text's alone."""
     markers, dummy = (gap_of(base, gap_args, method=m, difficulty="") for m in ("markers", "dummy"))

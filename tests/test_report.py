@@ -280,6 +280,9 @@ def test_differences_are_a_runs_minus_the_references(study):
     table = table._replace(rows={"GAP": "", "LH+DA": ""}, reference="LH+DA", claims=())
     text = "\n".join(report.accuracy_table(study, table))
     assert "| GAP |" in text and "+0.500 [" in text and "-0.500" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| GAP |"))
+    # over the questions, not over two seeds
+    assert row.split(" | ")[-2] == report.p_shown(report.paired_p(study, "GAP", "LH+DA"))
 
 
 def test_a_head_pays_where_it_is_ahead(study):

@@ -212,7 +212,9 @@ def test_vsi_counts_three_directions_as_one_task():
         rows += part
     direction = sum(means[task] for task in directions) / 3
     mean = (means["object_counting"] + means["route_planning"] + direction) / 3
-    assert scores.score_vsi(rows)["overall"] == pytest.approx(mean)
+    found = scores.score_vsi(rows)
+    assert found["overall"] == pytest.approx(mean)
+    assert found["object_rel_direction"] == pytest.approx(direction)
 
 
 def test_blink_is_the_mean_of_subtasks():
