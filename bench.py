@@ -266,31 +266,13 @@ def stops(tokenizer):
 
 
 def our_job(vlm, tokenizer, processor, rows):
-    """Sample and check, BATCH questions at once; one that was right once makes room for another."""
-    questions, asked = iter(rows), []
-
-    def more(n):
-        part = list(islice(questions, n))
-        asked.extend(part)
-        prompts = make_prompts(vlm, tokenizer, processor, part)
-        return [prompt | {"seeds": range(8)} for prompt in prompts]
-
-    answered = stream(
-        vlm,
-        None,
-        tokenizer,
-        more,
-        BATCH,
-        max_new_tokens=24,
-        n_samples=8,
-        waves=sample_difficulty.waves(),
-        temperature=1.0,
-        on_finish=lambda q, s, ids: is_right(tokenizer, asked[q], ids),
-    )
-    assert len(list(answered)) == len(rows)
+    """The stage itself, by its defaults."""
+    tallies = sample_difficulty.sample(rows, vlm, tokenizer, processor)
+    assert len(list(tallies)) == len(rows)
 
 
 def their_job(stock, tokenizer, processor, rows):
+    """Sample and check a batch after another, 8 answers to every question."""
     for i in range(0, len(rows), BATCH):
         part = list(rows[i : i + BATCH])
         batch = hf_batch(stock, tokenizer, processor, part)

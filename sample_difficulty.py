@@ -179,13 +179,11 @@ def counted(rows, key):
     return done
 
 
-def sample(rows):
+def sample(rows, vlm, tokenizer, processor):
     """Draw the answers with the base itself. Yields a Tally per question, as they end.
 
     The prompt and its image are run once a question; its samples share the cache.
     """
-    vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
-    processor = load_processor(base, min_pixels, max_pixels)
 
     def prepared(row):
         tally = Tally(row)
@@ -223,12 +221,11 @@ def sample(rows):
         yield tallies.pop(q)
 
 
-def sample_served(rows):
+def sample_served(rows, processor):
     """The same by a server, several questions at once.
 
     Raises SystemExit in the end where some have no answer: the next run asks for those alone.
     """
-    processor = load_processor(base, min_pixels, max_pixels)
     key = key_in(served_key)
     server = Served(url, served_model, key, tries, max_new_tokens, temperature, top_p)
 
@@ -272,10 +269,16 @@ def sample_all(rows):
     left = rows.keep(i for i, row in enumerate(rows) if row["id"] not in done)
     mine = left[rank::world]
 
+    processor = load_processor(base, min_pixels, max_pixels)
+    if url:
+        tallies = sample_served(mine, processor)
+    else:
+        vlm, tokenizer = load_vlm(base, getattr(torch, dtype), pick_device())
+        tallies = sample(mine, vlm, tokenizer, processor)
     bar = Progress(total=len(mine), unit="question", desc="difficulty", disable=rank > 0)
     # a file per rank: no two processes append to one
     with open_append(f"{out}.rank{rank:03}") as f:
-        for tally in sample_served(mine) if url else sample(mine):
+        for tally in tallies:
             append(f, tally.line(key))
             bar.update()
     bar.close()

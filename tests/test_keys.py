@@ -78,8 +78,8 @@ def test_what_build_data_keeps(name):
 def test_what_sample_difficulty_keeps(monkeypatch):
     monkeypatch.setattr(sample_difficulty, "weights_digest", lambda base: "base")
     monkeypatch.setattr(sample_difficulty, "url", "http://localhost")
-    read = settings_read(sample_difficulty, "sample", "sample_served", "Tally")
-    read -= set(f"base url batch {SERVER}".split())
+    read = settings_read(sample_difficulty, "sample_all")
+    read -= set(f"data out base url batch {SERVER}".split())
     assert {"temperature", "served_model", "rule", "max_pixels"} <= read
     before = sample_difficulty.run_key()
     for name in read:

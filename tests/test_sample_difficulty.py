@@ -217,7 +217,7 @@ def test_the_key_is_of_what_changes_a_count(tmp_path, monkeypatch):
     assert sample_difficulty.run_key() == full
 
 
-def test_samples_are_drawn_as_the_settings_say(monkeypatch, base, world):
+def test_samples_are_drawn_as_the_settings_say(monkeypatch, loaded, world):
     """The instruction ends the prompt, and top_p goes to the draws."""
     asked, given = [], {}
 
@@ -230,11 +230,11 @@ def test_samples_are_drawn_as_the_settings_say(monkeypatch, base, world):
         asked.append(row["instruction"])
         return encode(vlm, tokenizer, processor, row)
 
-    for name, value in {"base": base, "instruction": " Tag it.", "top_p": 0.5}.items():
+    for name, value in {"instruction": " Tag it.", "top_p": 0.5}.items():
         monkeypatch.setattr(sample_difficulty, name, value)
     monkeypatch.setattr(sample_difficulty, "stream", stream)
     monkeypatch.setattr(sample_difficulty, "encode", recorded)
-    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2]))
+    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2], *loaded))
     assert set(asked) == {" Tag it."} and given["top_p"] == 0.5
 
 
@@ -246,7 +246,7 @@ def test_what_was_cut_off_solves_nothing_by_a_weak_rule():
         assert tally.correct == correct
 
 
-def test_each_sample_has_a_seed_of_its_own(monkeypatch, base, world):
+def test_each_sample_has_a_seed_of_its_own(monkeypatch, loaded, world):
     """And is finished only where its last token stops it."""
     seeds, ended = [], []
 
@@ -260,9 +260,8 @@ def test_each_sample_has_a_seed_of_its_own(monkeypatch, base, world):
         ended.append(finished)
 
     monkeypatch.setattr(sample_difficulty.Tally, "add", add)
-    monkeypatch.setattr(sample_difficulty, "base", base)
     monkeypatch.setattr(sample_difficulty, "stream", stream)
-    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2]))
+    list(sample_difficulty.sample(load_examples(world / "train.jsonl")[:2], *loaded))
     assert len(set(seeds)) == len(seeds) == 16 and ended == [False, True]
 
 
