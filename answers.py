@@ -94,8 +94,9 @@ def any_of(words):
 LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
 SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?°?"
 # options that are named together; of "A, B is" only the last one is
-AND = r"(?: (?:and|or|nor|to|&) (?:option |choice )?| ?(?:和|与|及|或|还是) ?)"
-TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|(?:,{AND}|, ?| ?/ ?| ){SIGN}(?! (?:is|was|has)\b))+")
+AND = r"(?: (?:and|or|nor|to|&) (?:option |choice |the |an? )?| ?(?:和|与|及|或|还是) ?)"
+COMMA = rf"(?:,{AND}|, ?(?:the |an? )?| ?/ ?| )"
+TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b))+")
 
 # after what is part of a number: "5√3", "3 1/2", "two thirds"
 GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b|[ -](?:halves|thirds|quarters|fifths)\b"
@@ -134,8 +135,16 @@ NO = r"no(?! (?:doubt|idea|clue|way to|information)\b)"
 OTHER_NUMBER = "⒵"
 STEP = re.compile(r"^[^\w\n]*(?:step )?\d{1,2}[.):] (?=\w)|\bstep \d+", re.I | re.M)
 
-WORDS = "zero one two three four five six seven eight nine ten"
-COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS.split())}
+WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+# {word: digits} of 0 to 99
+COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS)}
+for i, tens in enumerate(TENS, 2):
+    COUNT_WORDS |= {tens: str(10 * i)}
+    COUNT_WORDS |= {f"{tens}-{word}": str(10 * i + n) for n, word in enumerate(WORDS[1:10], 1)}
 
 
 def marked(text, options):
@@ -300,10 +309,16 @@ CONCLUSION = any_pattern(
     "所以|因此|综上",
 )
 
-# what is only supposed
+# of two that are declared, the other one counts: "C is also correct", "C is plausible"
+HALF_DECLARED = any_pattern(rf"\balso\b|\bwould be\b|\b(?:plausible|likely)(?: one| {NOUN})?\Z")
+
+CLAUSE = r"(?:[^.,;\n]|[.,](?=\d))*"  # to its end: "1,250.5" is within
+# what is only supposed, or what others do
 SUPPOSED = any_pattern(
-    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)[^.,;\n])*",
-    r"\b(?:might|may|could|would|some) (?:think|say)\b[^.,;\n]*",
+    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)(?:[^.,;\n]|[.,](?=\d)))*",
+    rf"\b(?:might|may|could|would|some) (?:think|say)\b{CLAUSE}",
+    rf"\b(?:many|some|others|people|they) (?:\w+ )?(?:choose|chose|select|pick|go with)\b{CLAUSE}",
+    rf"\bmistake\b(?: \w+){{0,2}} to\b{CLAUSE}",
 )
 # what takes back all that was said before, if something else is said then
 TAKEN_BACK = any_pattern(
@@ -313,7 +328,11 @@ TAKEN_BACK = any_pattern(
 IT_IS = any_pattern(rf"\bit(?:'s| is) {RUN}(?!,? (?:that|which|who))")
 
 # what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
-REASON = any_pattern(r"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为)[^.,;\n]*")
+REASON = any_pattern(rf"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为){CLAUSE}")
+# what the one that is meant is compared with
+COMPARED = any_pattern(
+    rf"\b(?:than|compared (?:to|with)|comparing|in contrast to)(?: the| an?)? {RUN}"
+)
 NAME = rf"(?!(?:{NOUN}|letter|is|was|are|be|so|and|or|nor|thus|hence|then|that)\b)[a-z]+"
 PLACE = any_pattern(rf"\b{BESIDE}(?: {NAME}){{0,2}} {LETTERS}")
 THING = any_pattern(rf"\b{NAME} {LETTERS}")
@@ -328,6 +347,8 @@ SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\be\.g)[.!?;](?=\s|\Z)|\n|\Z")
 
 # how a text opens: with all of an option, "C. blue." and "No, it is", or with C alone on a line ...
 OPENING = any_pattern(rf"\(?{LETTER}?{TEXT}\)?(?=[.,;:!\n]|\Z)", rf"\(?{LETTER}\)?(?=[.:]?\n)")
+# ... and goes on to others, "Blue, or maybe green"
+AND_OTHERS = any_pattern(rf", (?:(?:and|or|then|maybe|perhaps|also|an?|the) ){{0,3}}{RUN}")
 # ... or with a letter, as a mark, "C. It is", or as the subject, "C is"
 LEADING = any_pattern(rf"(?:{NOUN} )?\(?{LETTER}(?P<mark>[).:,]{{1,2}})?(?=\s)")
 
@@ -358,7 +379,7 @@ def without_lists(said):
 
 def without_passing(told):
     """A text without what it names in passing."""
-    return PLACE.sub(" ", REASON.sub(" ", told))
+    return COMPARED.sub(" ", PLACE.sub(" ", REASON.sub(" ", told)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,14 +471,19 @@ def alone_on_the_last_line(told):
 
 
 def declared(told):
-    # the last one: a model may name an option, and think better of it
     found = DECLARED.findall(SUPPOSED.sub(" ", told))
-    return found[-1] if found else ""
+    firmly = [part for part in found if not HALF_DECLARED.search(part)]
+    # the last one: a model may name an option, and think better of it
+    return [*found, *firmly][-1] if found else ""
 
 
 def opening(told):
-    m = OPENING.match(told.lstrip(" -\n"))
-    return m[0] if m else ""
+    told = told.lstrip(" -\n")
+    m = OPENING.match(told)
+    if not m:
+        return ""
+    others = AND_OTHERS.match(told, m.end())
+    return m[0] + (others[0] if others else "")
 
 
 def concluded(told):
@@ -530,24 +556,28 @@ UNKNOWN = re.compile(
 )
 DECLARED_NUMBER = re.compile(rf"\banswer\b[^.\n\d]{{0,40}}?{VALUE}", re.ASCII)
 EITHER = re.compile(rf"(?:{NUMBER} or|\bbetween {NUMBER} and) (?:\w+ ?= ?)?{NUMBER}", re.ASCII)
+# "3-4 m", "3 to 4"; but "it rises from 3 to 4" and "= 10-4"
+RANGE = re.compile(
+    rf"(?:(?<!from ){NUMBER} to |(?<![-+*/×÷=] )(?<![-\w.,/+*×÷=])\d+(?:\.\d+)?-){NUMBER}", re.ASCII
+)
 # "4 red, 5 blue, so 9": a sentence, or what it concludes
 PARTS = any_pattern(SENTENCE_END.pattern, CONCLUSION.pattern)
 # what holds numbers beside the one that is meant: "of the 20", "(2 of them red)", "in frame 12" ...
 ASIDE = any_pattern(
     r",? (?:not|rather than|instead of) \d+\b(?!\.\d)",
-    r", \d+ of (?:whom|them|these|those|which)\b[^.,;\n]*|其中[^.,;\n]*|\be\.g\.[^;\n]*",
+    rf", \d+ of (?:whom|them|these|those|which)\b{CLAUSE}|其中{CLAUSE}|\be\.g\.[^;\n]*",
     r"(?:\bout of|\bof (?:the|these|those)|(?<=\d )of|^of) (?:the |these |those )?\d+\b(?!\.\d)",
     r"\((?!-?[\d.,]+\))[^()\n]*\)",
     r"(?<!\bthe )(?<!\bthis )\b(?:frame|image|picture|photo|figure|view|page|line|step)s? \d+"
     r"(?:(?:,|,? and|-) ?\d+)*\b(?!\.\d)",
 )
 # ... and a reason or a time, if something is left without it
-REASONS = any_pattern(REASON.pattern, r"\b(?:which|after|before)\b[^.,;\n]*")
-# a word of COUNT_WORDS, perhaps; "twenty-five" is no 5, "one-third" no 1, a "two-door car" has two,
-# and "the left one" counts nothing
+REASONS = any_pattern(REASON.pattern, rf"\b(?:which|after|before)\b{CLAUSE}")
+# a word of COUNT_WORDS, perhaps; "twenty-first" is no 20, "one-third" no 1, a "two-door car" has
+# two, and "the left one" counts nothing
 COUNTED = re.compile(
     r"\bone of\b|\bthe (?:\w+ )?one\b|\b(?:no|another|every|each|some|any) one\b"
-    r"|\b(?:twen|thir|for|fif|six|seven|eigh|nine)ty \w+"
+    rf"|\b(?:{'|'.join(TENS)})(?:-[a-z]+| (?:{'|'.join(WORDS[1:10])})\b)"
     r"|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))",
     re.ASCII,
 )
@@ -579,11 +609,12 @@ def find_kind(text, kind, finished=True):
 
 
 def digits(word):
-    return COUNT_WORDS.get(word[0], word[0])
+    """The number that a match of COUNTED is, or as it stands."""
+    return COUNT_WORDS.get(word[0].replace(" ", "-"), word[0])
 
 
 def find_number(text, finished=True):
-    """The number that a text gives, digits or a word up to ten, without thousands separators.
+    """The number that a text gives, digits or a word up to 99, without thousands separators.
 
     The last that is declared, "the answer is 8"; else one alone on the first line; else, of the
     last sentence with a number, or of what it concludes, the last that is stated, "it is 10.4 for 3
@@ -615,7 +646,11 @@ def find_number(text, finished=True):
         if EITHER.search(part):
             return None
         kept = REASONS.sub(" ", part)
-        found = STATED.findall(kept) or NUMBERS.findall(kept) or NUMBERS.findall(part)
+        found = STATED.findall(kept)
+        if not found and RANGE.search(part):  # which is no number
+            found = STATED.findall(part)
+        elif not found:
+            found = NUMBERS.findall(kept) or NUMBERS.findall(part)
     return found[-1].replace(",", "") if found else None
 
 
@@ -788,6 +823,8 @@ def is_correct(answer, row):
     word = normalise(gold)
     # as it stands, for its signs may count, "(3, 4)"; and without what stands around it, "the 1/2"
     said = [answer] if NUMBERS.fullmatch(word) else [answer, after_is(answer)]
+    if any(same_text(a, gold) for a in said):
+        return True
     if any(same_value(a, b) for a, b in itertools.product(said, (gold, word))):
         return True
     if word in ("yes", "no"):

@@ -141,12 +141,11 @@ def mcq(r, folder, ask=SELECT):
 
 def mme_realworld(r, folder):
     # the official prompt as it is, though "only the letter" is hard on a model that thinks first
-    options = option_list(literal(r["multi-choice options"]))
-    listed = "\n".join(f"({letter}) {text}" for letter, text in options.items())
+    listed = literal(r["multi-choice options"])
     return {
-        "options": options,
+        "options": option_list(listed),
         "question": (
-            f"{r['question']} The choices are listed below:\n{listed}\n"
+            f"{r['question']} The choices are listed below:\n" + "\n".join(listed) + "\n"
             "Select the best answer to the above multiple-choice question based on the image. "
             "Respond with only the letter (A, B, C, D, or E) of the correct option. \n"
             "The best answer is:"
@@ -181,15 +180,19 @@ def mathvista(r, folder):
         row["images"] = [folder / r["image"]]
         row["task"] = r["metadata"]["task"]
         return row
-    # the question of the TSV is the whole prompt
-    asked = re.search(r"Question:\s*(.*?)\s*(?:\(Unit:|\nChoices:|\Z)", r["question"], re.DOTALL)
-    row["asked"] = asked[1] if asked else r["question"]
+    row["asked"] = asked_in(r["question"])
     # the official gold is the option's text, which may be a letter itself
     if choice and r.get("answer_option", "") in row["options"]:
         row["answer"] = row["options"][r["answer_option"]]
     elif choice and r["answer"] not in row["options"].values():
         row["answer"] = row["options"].get(r["answer"], r["answer"])
     return row
+
+
+def asked_in(prompt):
+    """The question itself, of a TSV whose questions are whole prompts."""
+    asked = re.search(r"Question:\s*(.*?)\s*(?:\(Unit:|\nChoices:|\Z)", prompt, re.DOTALL)
+    return asked[1] if asked else prompt
 
 
 def wemath(r, folder):
@@ -289,18 +292,18 @@ def cvbench(r, folder):
 
 
 def mathvision(r, folder):
-    # "options" in the official file, "choices" in VLMEvalKit's TSV; the prompt is lmms-eval's
+    """The official JSON lines with lmms-eval's prompt, or VLMEvalKit's TSV, which holds its own."""
     options = option_list(literal(r.get("options", r.get("choices"))))
+    if "images" in r:
+        return {"options": options, "asked": asked_in(r["question"])}
     ask = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
     prompt = ask + r["question"]
     if options:
         listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-        prompt += f"\nChoices: {listed}"
-    row = {"options": options, "question": prompt}
+        ask = "Answer the question with the option's letter from the given choices directly."
+        prompt += f"\nChoices: {listed}\n{ask}"
     # one file an item, even where a question has several <imageN>
-    if "images" not in r:  # of the TSV they are in the table
-        row["images"] = [folder / r["image"]]
-    return row
+    return {"options": options, "question": prompt, "images": [folder / r["image"]]}
 
 
 def visualpuzzles(r, folder):

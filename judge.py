@@ -18,8 +18,11 @@ from resume import Refused
 from served import ask_all
 from values import plain
 
-# whose own harness has a judge, and what ours is asked for in its place
-JUDGED = {"MMStar": "letter", "WeMath": "letter", "MathVista": "value", "MMHal-Bench": "rating"}
+# what ours is asked for, of benchmarks whose own harness, or VLMEvalKit, has a judge
+LETTERS = "HRBench4K HRBench8K MMStar WeMath BLINK VStar MMVP CV-Bench-2D CV-Bench-3D".split()
+VALUES = "MathVista MathVision MathVision-testmini".split()
+JUDGED = dict.fromkeys(LETTERS, "letter") | dict.fromkeys(VALUES, "value")
+JUDGED["MMHal-Bench"] = "rating"
 JUDGE_PROMPTS = {
     "letter": (
         "Below are a multiple-choice question and what someone answered. Which option did they "
@@ -177,9 +180,11 @@ def read_again(row, reply, kind, check):
     # the judge may say that nothing was chosen: it is not asked to guess
     if reply == NO_ANSWER:
         answer = None
-    # MathVista is asked for a value, and its choices are letters all the same
+    # of a benchmark of values the choices are letters all the same
     elif kind == "letter" or row["options"]:
         answer, _ = find_letter(reply, row["options"])
+    elif row.get("kind", "text") == "text":
+        answer = reply
     else:
         answer = find_kind(reply, row["kind"])
     row = row | {"judgement": reply, "extracted": answer, "method": "judge"}

@@ -13,6 +13,7 @@ import numpy as np
 
 from answers import (
     after_is,
+    declared_text,
     extract_answer,
     find_kind,
     is_choice,
@@ -85,7 +86,8 @@ def check_mathvision(row):
         # a gold answer is a letter, and the officially accepted value stands in the options
         letter = letter_of(gold)
         value = options.get(letter) or gold
-        said = tagged(row["raw"])[1] or ""
+        said, inside, _ = tagged(row["raw"])
+        said = declared_text(said).rstrip(".") if inside is None else inside
         return answer == letter or answer is None and math_equal(said, value)
     if answer is None:
         return False
@@ -301,8 +303,8 @@ def score_cvbench(rows):
     return {"overall": macro(sources), "micro": rows} | sources
 
 
-# rows of MMVP, counted from 0, whose golds the official file has swapped: 99/100 and 279/280
-MMVP_SWAPPED = {98: 99, 99: 98, 278: 279, 279: 278}
+# rows of MMVP, counted from 0, whose golds the official file has swapped, as they should be
+MMVP_MENDED = {98: "B", 99: "A", 278: "B", 279: "A"}
 
 
 def score_mmvp(rows):
@@ -324,7 +326,7 @@ def score_mmvp(rows):
     if len(rows) == 300:  # the places hold in the whole file only
         mended = []
         for i, row in enumerate(rows):
-            gold = rows[MMVP_SWAPPED.get(i, i)]["answer"]
+            gold = MMVP_MENDED.get(i, row["answer"])
             mended.append(row | {"correct": check_letter(row | {"answer": gold})})
         found["corrected gold"] = pairs(mended)
     return found

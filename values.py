@@ -118,7 +118,7 @@ def form_of(text):
     text = METRIC.sub(symbol, text)
     text = re.sub(r"(?<![\d./])(\d+) (\d+/\d+)\b", r"(\1+\2)", text)  # "3 1/2"
     text = re.sub(r" ?([^a-z ]) ?", r"\1", text)
-    return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip(" .")
+    return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip().rstrip(" .")  # .5 is a number
 
 
 @cached
@@ -187,12 +187,12 @@ def math_equal(a, b):
     """
 
     def bare(text):
-        return re.sub(r"\s|\\[,;! ]", "", text).strip("$.").lower()
+        return re.sub(r"\s|\\[,;! ]", "", text).strip("$").rstrip(".").lower()
 
     if bare(a) == bare(b):
         return True
     # 6.28 is right where 2\pi is: rounded, as the official script does
-    x, y = latex_value(a.strip(" .")), latex_value(b.strip(" ."))
+    x, y = latex_value(a.strip().rstrip(" .")), latex_value(b.strip().rstrip(" ."))
     return x is not None and y is not None and round(x, 2) == round(y, 2)
 
 

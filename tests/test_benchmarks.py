@@ -19,6 +19,7 @@ from benchmarks import (
     mathvision,
     mathvista,
     mcq,
+    mme_realworld,
     options_in_one_text,
     vstar,
     wemath,
@@ -246,7 +247,17 @@ def test_prompts_end_as_the_harnesses_do():
     row = {"ID": "1", "key": "2steps_1", "question": "How many?", "A": "1", "B": "2", "images": []}
     assert wemath(row, None)["question"] == "Question: How many?\nOptions:\nA. 1\nB. 2\n"
     row = {"question": "How many?", "options": ["1", "2"], "image": "a.png"}
-    assert mathvision(row, Path("."))["question"].endswith("How many?\nChoices: A. 1\nB. 2")
+    ask = "Answer the question with the option's letter from the given choices directly."
+    made = mathvision(row, Path("."))
+    assert made["question"].endswith(f"How many?\nChoices: A. 1\nB. 2\n{ask}")
+    # VLMEvalKit's TSV holds whole prompts
+    row = {"question": "Hint: ...\nQuestion: How many?\nChoices:\n(A) 1\n(B) 2", "images": []}
+    made = mathvision(row | {"choices": "['1', '2']"}, None)
+    assert "question" not in made and made["asked"] == "How many?"
+    assert made["options"] == {"A": "1", "B": "2"}
+    # as the file has them, whatever their letters
+    row = {"question": "Which?", "multi-choice options": "['(A) x', '(D) y', '(D)  z']"}
+    assert "below:\n(A) x\n(D) y\n(D)  z\nSelect" in mme_realworld(row, None)["question"]
 
 
 def test_all_options_and_pictures_of_a_row_are_there():

@@ -556,7 +556,7 @@ def test_limits_and_judges_are_checked_before_the_first_answer(tmp_path, base, w
     data.write_text(json.dumps(row | {"aux_images": []}) + "\n")
     args = [f"--model={base}", f"--data={data}", f"--out={tmp_path}/o"]
     args.append("--judge_url=http://localhost:1")
-    assert "judge_url: of these none has a judge; MMStar" in run("eval.py", *args, ok=False)
+    assert "judge_url: of these none has a judge; HRBench4K" in run("eval.py", *args, ok=False)
 
 
 CHANGED = {"temperature": 0.5, "top_p": 0.9, "seed": 1, "system": "x", "instruction": "x"}

@@ -14,6 +14,7 @@ import judge
 from data import read_lines
 from endpoint import hidden, with_retries
 from resume import Refused, Unanswered
+from scores import check_mathvision
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -128,6 +129,14 @@ def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refu
 )
 def test_a_rating_is_read_as_people_write_it(reply, rating):
     assert judge.rated({}, reply)["rating"] == rating
+
+
+@pytest.mark.parametrize("reply, right", [("14", True), ("15", False), ("Z", False)])
+def test_a_value_that_a_judge_read_is_checked(reply, right):
+    """Of MathVision, whose free-form answers are of no one kind."""
+    row = {"raw": "Fourteen, I think", "answer": "14", "options": None, "kind": "text"}
+    again = judge.read_again(row, reply, judge.JUDGED["MathVision"], check_mathvision)
+    assert again["correct"] == right and again["method"] == "judge"
 
 
 def test_a_key_that_is_echoed_is_not_shown():

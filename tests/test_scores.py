@@ -34,6 +34,11 @@ import scores
         ("\\boxed{3x}", None, "3", False),
         ("The answer is not 12", None, "12", False),
         ("12 + x", None, "12", False),
+        ("\\boxed{.5}", None, "\\frac{1}{2}", True),
+        ("\\boxed{.5}", None, "5", False),
+        # the value of an option, of which no option is the text
+        ("The answer is 0.33.", {"A": "$\\frac13$", "B": "$\\frac12$"}, "A", True),
+        ("The answer is 0.33.", {"A": "$\\frac13$", "B": "$\\frac12$"}, "B", False),
         # a letter whose options stand in the question
         ("So the answer is (C).", None, "C", True),
         ("\\boxed{C. C}", None, "C", True),
@@ -305,6 +310,9 @@ def test_mmvps_exchanged_golds_are_mended():
     found = scores.score_mmvp(rows)
     assert scores.accuracy(found["overall"]) == 148 / 150
     assert scores.accuracy(found["corrected gold"]) == 1.0
+    # a file that is mended already stays so
+    rows = [row | {"answer": row["extracted"], "correct": True} for row in rows]
+    assert scores.accuracy(scores.score_mmvp(rows)["corrected gold"]) == 1.0
 
 
 def test_mmvps_pairs_where_rows_are_counted_from_0():
