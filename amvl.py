@@ -7,9 +7,10 @@ Gaussians both, of slots that are independent given what was read:
 
     L = L_NTP(y | x, Z ~ q) + beta KL(sg[q] || p) + gamma KL(sg[p] || q)
 
-The forward term moves the prior alone, the reverse term the posterior alone: it keeps the posterior
-where the prior can reach it, against an answer that leaks through the slots. The paper's values,
-where they are settings of train.py: K = 8 slots, slot_dim = 512.
+The forward term moves the prior, the reverse term the posterior: it keeps the posterior where the
+prior can reach it, against an answer that leaks through the slots. That is so of their two heads;
+the decoder that both read gets the gradients of both [not stated]. The paper's values, where they
+are settings of train.py: K = 8 slots, slot_dim = 512.
 
 A causal slot cannot see the y after it, so each distribution has a pass of its own [not stated]:
 the prior's reads [x, slots], the posterior's [x, y, slots], and the third, with Z in the slots,
@@ -70,7 +71,8 @@ class AMVL(Method):
         # the span's two ends are forced at test: nothing is learnt of them
         start, _, end = latent_ids(self.tokenizer)
         example["labels"][(ids == start) | (ids == end)] = IGNORE
-        # text after the question has one position per token: the order alone changes
+        # text after the question has one position per token: the order alone changes. <eos> stays
+        # last: no state is read there
         first = int((ids == start).nonzero())
         x, span, y, eos = ids.split([first, K + 2, len(ids) - first - K - 3, 1])
         example["ids_q"] = torch.cat([x, y, span, eos])
@@ -82,11 +84,11 @@ class AMVL(Method):
         return example
 
     def counts(self, example):
-        n = super().counts(example) | {"forward": 1, "reverse": 1}
+        n = super().counts(example) | {"kl_forward": 1, "kl_reverse": 1}
         if "noise" in example:
             return n
         # of a validation row also what the prior's latents are worth
-        return n | {"ce_prior": n["ce"], "right": 1, "right_prior": 1}
+        return n | {"ce_prior": n["ce"], "right_posterior": 1, "right_prior": 1}
 
     def collate(self, examples):
         batch = super().collate(examples)
@@ -107,15 +109,15 @@ class AMVL(Method):
         h = self.states(batch, self.head.into_slots(z))
         sums = {
             "ce": self.cross_entropy(h, batch),
-            "forward": self.divergence(q.detach(), p),
-            "reverse": self.divergence(p.detach(), q),
+            "kl_forward": self.divergence(q.detach(), p),
+            "kl_reverse": self.divergence(p.detach(), q),
         }
         if "noise" in batch:
             return sums
         h_prior = self.states(batch, self.head.into_slots(p.mean))
         return sums | {
             "ce_prior": self.cross_entropy(h_prior, batch),
-            "right": self.rows_right(h, batch),
+            "right_posterior": self.rows_right(h, batch),
             "right_prior": self.rows_right(h_prior, batch),
         }
 
@@ -148,20 +150,16 @@ class AMVL(Method):
         done = step / total
         return {
             "ce": 1.0,
-            "forward": beta * grown(done, *BETA_GROWS),
-            "reverse": gamma * grown(done, *GAMMA_GROWS),
+            "kl_forward": beta * grown(done, *BETA_GROWS),
+            "kl_reverse": gamma * grown(done, *GAMMA_GROWS),
         }
 
     def report(self, means):
-        said = {"ce": means["ce"], "kl_forward": means["forward"], "kl_reverse": means["reverse"]}
         if "ce_prior" not in means:
-            return said
+            return means
         # the leakage gap: what the answer, seen through the slots, is worth at best
-        return said | {
-            "ce_prior": means["ce_prior"],
-            "right_posterior": means["right"],
-            "right_prior": means["right_prior"],
-            "leakage": means["right"] - means["right_prior"],
+        return means | {
+            "leakage": means["right_posterior"] - means["right_prior"],
             "leakage_ce": means["ce_prior"] - means["ce"],
         }
 

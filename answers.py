@@ -141,10 +141,11 @@ WORDS = (
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 # {word: digits} of 0 to 99
-COUNT_WORDS = {word: str(i) for i, word in enumerate(WORDS)}
-for i, tens in enumerate(TENS, 2):
-    COUNT_WORDS |= {tens: str(10 * i)}
-    COUNT_WORDS |= {f"{tens}-{word}": str(10 * i + n) for n, word in enumerate(WORDS[1:10], 1)}
+COUNT_WORDS = {word: str(n) for n, word in enumerate(WORDS)}
+COUNT_WORDS |= {tens: str(10 * t) for t, tens in enumerate(TENS, 2)}
+COUNT_WORDS |= {
+    f"{tens}-{WORDS[n]}": str(10 * t + n) for t, tens in enumerate(TENS, 2) for n in range(1, 10)
+}
 
 
 def marked(text, options):
@@ -738,9 +739,10 @@ def read_letter(source, after_box, tag, options, finished):
         later, how = find_letter(after_box, options, finished)
         if later and (letter is None or how == "declared"):
             return later, how
+    if not tag:
+        return letter, rule
     # of a tag that holds a letter or nothing there is no more to say
-    rules = [tag] * bool(tag) + [rule] * (not tag or rule not in ("letter", "none"))
-    return letter, ", ".join(rules)
+    return letter, tag if rule in ("letter", "none") else f"{tag}, {rule}"
 
 
 def read_text(said, finished):

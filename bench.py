@@ -57,6 +57,7 @@ import train
 from answers import extract_answer, is_correct
 from data import json_line, load_examples
 from decoder import left_padded
+from faster import quicken, quicken_tower, tower_attention
 from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, pick, stream, to_text
 from images import open_image, png_of
@@ -75,9 +76,6 @@ from model import (
     load_processor,
     load_vlm,
     positions,
-    quicken,
-    quicken_tower,
-    tower_attention,
 )
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """How do many rows of text go on together, one position at a time?
 
-Prompts are read whole, once each; from then on a step is one new position of every row.
+Prompts are read whole, once each, into a KV cache that their rows share; from then on a step is one
+new position of every row.
 
 Shape letters besides model.py's: Q prompts, S rows of each, R rows in all (in a Cohort, its own), T
 prompt positions, t new positions, H key-value heads of D, G query heads that share one. A *cohort*
@@ -26,8 +27,8 @@ PROMPT_ROOM = 128  # prompts of a cohort are as long as a multiple of this ...
 WIDEN_AT_MOST = 2.0  # ... and become so many times as long for one that takes a place
 
 
-class Prompts(NamedTuple):
-    """What is kept of Q prompts once they are read."""
+class PromptCache(NamedTuple):
+    """The KV cache of Q prompts that were read together, and where each goes on."""
 
     layers: list  # (keys in float32, values), each (Q, H, T, D), H being key-value heads
     bias: torch.Tensor | None  # (Q, T), added to scores: -inf at padding
@@ -47,7 +48,7 @@ class Prompts(NamedTuple):
         q = q.to(self.last.device)
         layers = [(keys[q], values[q]) for keys, values in self.layers]
         bias = None if self.bias is None else self.bias[q]
-        return Prompts(layers, bias, self.next_pos[q], self.last[q], self.ahead[q])
+        return PromptCache(layers, bias, self.next_pos[q], self.last[q], self.ahead[q])
 
     def widened(self, T):
         """With caches of its own, padded on the left to T positions."""
@@ -68,9 +69,9 @@ class NewPositions:
     """One layer's keys, or values, of new positions: in parts (Q, H, S, n, D), of which the last
     has room left.
 
-    A part holds as many as all before it. What is written is never copied for room: in the step
-    that doubled one buffer, all rows waited for it. Captured steps have one part, which is copied
-    when it is full: a GPU does that in no time, and a part more would be more launches a step.
+    A part doubles the room, or adds MORE_POSITIONS. What is written is never copied for room: in
+    the step that doubled one buffer, all rows waited for it. Captured steps have one part, which is
+    copied when it is full: a GPU does that in no time, and a part more is more launches a step.
     """
 
     def __init__(self, in_one_part=False):
@@ -117,17 +118,17 @@ class Cohort:
     (Q, H, S, t, D): the prompt is neither run nor stored nor read once a row.
     """
 
-    def __init__(self, prompts, n_samples, in_one_part):
-        self.prompts, self.S = prompts, n_samples
-        self.keys = [NewPositions(in_one_part) for _ in prompts.layers]
-        self.values = [NewPositions(in_one_part) for _ in prompts.layers]
-        Q = len(prompts.last)
+    def __init__(self, cache, n_samples, in_one_part):
+        self.cache, self.S = cache, n_samples
+        self.keys = [NewPositions(in_one_part) for _ in cache.layers]
+        self.values = [NewPositions(in_one_part) for _ in cache.layers]
+        Q = len(cache.last)
         self.t = torch.zeros(Q, dtype=torch.long)  # how many new positions each has by now
         self.free = torch.zeros(Q, dtype=torch.bool)  # places that others can take
 
     def __len__(self):
         """Its rows."""
-        return len(self.prompts.last) * self.S
+        return len(self.cache.last) * self.S
 
     @property
     def room(self):
@@ -136,21 +137,21 @@ class Cohort:
 
     def add_room(self, x, H, D):
         """For more new positions: keys in float32, values of x's type."""
-        size = len(self.prompts.last), H, self.S, D
+        size = len(self.cache.last), H, self.S, D
         for keys, values in zip(self.keys, self.values):
             keys.add_room(x.float(), *size)
             values.add_room(x, *size)
 
     def positions(self, t):
         """The t-th new position of each row (R)."""
-        return (self.prompts.next_pos + t)[:, None].expand(-1, self.S).flatten()
+        return (self.cache.next_pos + t)[:, None].expand(-1, self.S).flatten()
 
     def mask(self, x, t):
         """What is added to the scores of the t-th new positions: -inf at what is no position.
 
         (Q, 1, 1, 1, T + new); None where all are.
         """
-        bias = self.prompts.bias
+        bias = self.cache.bias
         if not torch.is_tensor(t):
             return None if bias is None else F.pad(bias, (0, t + 1))[:, None, None, None]
         # captured prompts were widened, and have a bias
@@ -173,7 +174,7 @@ class Cohort:
         Q, S = R // self.S, self.S
         # (Q, H, S, G, D) queries, (Q, H, S, 1, D) keys and values
         q, k, v = (x.view(Q, S, H, -1, D).transpose(1, 2) for x in (q, k, v))
-        k_prompt, v_prompt = self.prompts.layers[i]  # (Q, H, T, D)
+        k_prompt, v_prompt = self.cache.layers[i]  # (Q, H, T, D)
         k_new = self.keys[i].add(k, t)  # parts (Q, H, S, n, D) of t + 1 positions, or of all room
         v_new = self.values[i].add(v, t)
 
@@ -194,30 +195,30 @@ class Cohort:
             o = o + w @ part
         return o.transpose(1, 2).reshape(R, H * G * D)
 
-    def can_seat(self, prompts, n_samples):
-        """Are there enough free places for the Prompts, and are they long enough?"""
-        fits = rounded_up(prompts.T, PROMPT_ROOM) <= WIDEN_AT_MOST * self.prompts.T
-        return fits and self.S == n_samples and self.free.sum() >= len(prompts.last)
+    def can_seat(self, cache, n_samples):
+        """Are there enough free places for a PromptCache, and are they long enough?"""
+        fits = rounded_up(cache.T, PROMPT_ROOM) <= WIDEN_AT_MOST * self.cache.T
+        return fits and self.S == n_samples and self.free.sum() >= len(cache.last)
 
-    def seat(self, prompts):
-        """Prompts take places that are free, which are returned (Q')."""
-        places = self.free.nonzero()[: len(prompts.last), 0]
-        theirs = prompts.widened(self.prompts.T)
-        at = places.to(prompts.last.device)
-        for mine, new in zip(self.prompts.layers, theirs.layers):
+    def seat(self, cache):
+        """The prompts of a cache take places that are free, which are returned (Q')."""
+        places = self.free.nonzero()[: len(cache.last), 0]
+        theirs = cache.widened(self.cache.T)
+        at = places.to(cache.last.device)
+        for mine, new in zip(self.cache.layers, theirs.layers):
             for x, y in zip(mine, new):
                 x[at] = y
-        self.prompts.bias[at] = theirs.bias
-        self.prompts.next_pos[at] = theirs.next_pos
+        self.cache.bias[at] = theirs.bias
+        self.cache.next_pos[at] = theirs.next_pos
         self.t[places] = 0
         self.free[places] = False
         return places
 
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
-        self.prompts, self.S = self.prompts.at(q), s.shape[1]
+        self.cache, self.S = self.cache.at(q), s.shape[1]
         self.t, self.free = self.t[q], self.free[q]
-        device = self.prompts.last.device
+        device = self.cache.last.device
         for new in self.keys + self.values:
             new.keep(q.to(device), s.to(device))
 
@@ -243,7 +244,7 @@ class Decoder:
         self.forget_graph()
 
     def read(self, prompts, ahead=()):
-        """The Prompts that a prefill of encoded prompts leaves: one forward over all, with images.
+        """The PromptCache of encoded prompts: one forward over all, with their images.
 
         `ahead` are A tokens that are read after every prompt and then forgotten: what the model
         would think there costs no step of its own.
@@ -266,7 +267,7 @@ class Decoder:
         if padded:
             bias = torch.where(mask[:, :T], 0.0, -torch.inf).to(x)
         # copies of the states, so that those of all positions are not held by them
-        return Prompts(
+        return PromptCache(
             layers=[(layer.keys[:, :, :T].float(), layer.values[:, :, :T]) for layer in layers],
             bias=bias,
             # text has one position on all three axes of mRoPE: it goes on from the largest
@@ -275,31 +276,31 @@ class Decoder:
             ahead=out.last_hidden_state[:, T:].clone(),
         )
 
-    def begin(self, prompts, n_samples):
-        """More rows: n_samples for each of the Prompts, to go on after it.
+    def begin(self, cache, n_samples):
+        """More rows: n_samples for each prompt of a PromptCache, to go on after it.
 
         Returns h_bar (Q * n_samples, d), from which their first tokens are drawn; and an index (R):
         what is row i now was row index[i] of the rows before, followed by these.
         """
-        h = prompts.last.repeat_interleave(n_samples, 0)
+        h = cache.last.repeat_interleave(n_samples, 0)
         before = sum(map(len, self.cohorts))
         index, begun = torch.arange(before), before + torch.arange(len(h))
-        T = rounded_up(prompts.T, PROMPT_ROOM)
+        T = rounded_up(cache.T, PROMPT_ROOM)
         first = 0
         for cohort in self.cohorts:
-            if self.captured and cohort.can_seat(prompts, n_samples):
-                if T > cohort.prompts.T:
+            if self.captured and cohort.can_seat(cache, n_samples):
+                if T > cohort.cache.T:
                     self.forget_graph()
-                    cohort.prompts = cohort.prompts.widened(T)
-                places = cohort.seat(prompts)
+                    cohort.cache = cohort.cache.widened(T)
+                places = cohort.seat(cache)
                 taken = first + places[:, None] * n_samples + torch.arange(n_samples)
                 index[taken.flatten()] = begun
                 return h, index
             first += len(cohort)
         self.forget_graph()
         if self.captured:
-            prompts = prompts.widened(T)
-        self.cohorts.append(Cohort(prompts, n_samples, in_one_part=self.captured))
+            cache = cache.widened(T)
+        self.cohorts.append(Cohort(cache, n_samples, in_one_part=self.captured))
         return h, torch.cat([index, begun])
 
     def step(self, x):
@@ -311,14 +312,14 @@ class Decoder:
             if cohort.t.max() == cohort.room:
                 self.forget_graph()
                 cohort.add_room(x, self.H, self.D)
-        ts = [cohort.t for cohort in self.cohorts]
+        ts = [cohort.t for cohort in self.cohorts]  # (Q) each
         if self.captured:
             h = self.replayed(x, ts)
         else:
             # nobody takes a place: all of a cohort are as far
             h = self.forward(x, [int(t[0]) for t in ts])
-        for t in ts:
-            t += 1
+        for cohort in self.cohorts:
+            cohort.t += 1
         return h
 
     def forget_graph(self):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data import append, key_of, open_append, read_lines
 from launch import Progress, claim
-from resume import Reject, each
+from resume import Reject
+from threads import each
 
 # The perceptual hash: the signs of the LOW x LOW slowest cosines of a SIDE x SIDE grey image. What
 # recompression, scaling and small cuts leave of a picture is in its slow waves.

@@ -909,7 +909,8 @@ def main():
         sheet_order=("wrong", "category"),
     )
     # before the model is loaded
-    show_files(reads=[model, data_root if benchmarks else data, donor], writes=[out, sheet])
+    reads = [model, data_root if benchmarks else data, donor, bank]
+    show_files(reads=reads, writes=[out, sheet])
     check_there(Path(model) / "config.json")
     memory = None
     if url:

@@ -1,11 +1,11 @@
 r"""Where do real vision embeddings live?
 
 Fits the PCA that keeps latents among them (section 4.1) on the auxiliary images of the training
-data, which it encodes once: training never sees an auxiliary image again.
+data, which it encodes once: training reads the targets, and checks that the images are the same.
 
 Reads the base model and data files. Writes, under <out>:
   targets/*.safetensors   the latent targets of each example, (m, K, d) bfloat16, m spans
-  targets/index.json      which file holds which example
+  targets/index.json      which file holds which example (made_by.json: by which settings)
   pca.safetensors         mean (d), basis (d, k), eigenvalues (all d), and how they were made
   bank.safetensors        some targets and their patches: what latents are drawn with (imagine.py)
 

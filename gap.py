@@ -111,7 +111,7 @@ def solved_by(counts, examples, base, settings):
             f"{path} lacks {len(missing)} examples of {settings['data']} (the first is "
             f"{missing[0]!r}); {again}"
         )
-    # what is left keeps its latents
+    # ids that train as text; all others keep their latents
     solved = set()
     for row in examples:
         line = counts[row["id"]]
@@ -254,10 +254,11 @@ class GAP(Method):
         check_same_space(vlm, settings["base"], self.targets, self.pca_file, pca, self.meta)
         self.targets.check_files()
         self.head = self.new_head(pca)
+        settings["K"] = self.targets.K  # what the log says
         self.solved = set()
 
     def new_head(self, pca):
-        """The seam to `generate`: what follows a state is head(h_bar)."""
+        """The head of settings["method"] on this PCA: in `generate`, what follows a state."""
         return HEADS[self.settings["method"]](pca, self.targets.K)
 
     def inputs(self):
@@ -322,14 +323,14 @@ class GAP(Method):
     def forward(self, batch):
         """Sums of cross-entropy, ||v_hat - v||^2, ||v_hat|| and ||v||.
 
-        The state at <|latent_start|> predicts latent 1, the state at latent i latent i + 1: both
-        losses are read one position early.
+        The state at <|latent_start|> predicts latent 1, the state at latent i latent i + 1: h is
+        taken one position before each pad.
         """
         # targets are inputs, too (teacher forcing): one forward trains all latents at once
         v = batch["latents"]  # (M, d)
-        at = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
+        at = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1)
         fed = v
-        if not self.head.targets_fed:
+        if not self.head.targets_fed:  # a control's own vector, whatever v is
             fed = self.head(v)
         elif self.settings["scheduled_sampling"]:
             # on every rank, with latents or not: FSDP gathers the decoder twice

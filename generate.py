@@ -19,9 +19,9 @@ from decoder import Decoder
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
-REFILL_AT = 0.5  # questions begin once at most this share of those busy after the last refill are
+REFILL_AT = 0.5  # questions begin once at most this share of those after the last refill are busy
 REFILL_CAPTURED_AT = 0.9  # the same on a GPU, where they take places that are free
-NUCLEUS = 256  # tokens among which top_p < 1 is looked for at first
+NUCLEUS = 256  # of the likeliest tokens, how many are sorted at first where top_p < 1
 INTERVENTIONS = ("clean", "zero", "markers", "noise", "mean", "shuffle", "oracle", "oracle_pca")
 OF_OTHERS = ("shuffle", "oracle", "oracle_pca")  # what these feed is not the model's own
 
@@ -106,8 +106,8 @@ def from_all(p, u):
 def from_nucleus(p, top_p, u, k=NUCLEUS):
     """The same, from the likeliest tokens alone that together reach top_p.
 
-    They are looked for among the k likeliest, for rows of more among 16 k, then among all: to sort
-    the whole vocabulary takes ten times as long as to draw from it.
+    They are looked for among the k likeliest, and rows of more among 16 times as many: to sort the
+    whole vocabulary takes ten times as long as to draw from it.
     """
     V = p.shape[-1]
     tokens = torch.arange(V, device=p.device).expand_as(p)
@@ -127,8 +127,7 @@ def from_nucleus(p, top_p, u, k=NUCLEUS):
     least = likeliest.masked_fill(outside, 1).amin(-1)
     wider = least == likeliest[:, -1]
     if k < V and wider.any():
-        k = 16 * k if k == NUCLEUS else V
-        drawn[wider] = from_nucleus(p[wider], top_p, u[wider], k)
+        drawn[wider] = from_nucleus(p[wider], top_p, u[wider], 16 * k)
     return drawn
 
 
@@ -204,10 +203,11 @@ class Tokens:
 class Question:
     """A question that is being answered: its draws, what it is fed, what was written so far."""
 
-    def __init__(self, q, prompt, prompts, place, n_samples, max_new_tokens, temperature, ema_beta):
+    def __init__(self, q, prompt, cache, place, n_samples, max_new_tokens, temperature, ema_beta):
         self.q = q
-        self.prompts = prompts  # read together; kept until its last wave has begun
-        self.place = place  # which of these it is
+        self.cache = cache  # of the prompts that were read together; until its last wave has begun
+        self.place = place  # which of these is its own
+        self.d = cache.last.shape[1]
         self.begun = 0  # samples
         self.dropped = False  # True: what is still to come is not wanted
         # a generator per sample: its draws do not depend on who else is in the batch
@@ -219,7 +219,7 @@ class Question:
         self.fed = prompt.get("fed")  # (m, K, d), of shuffle and oracle
         # the norm that EMA calibration gives its latents, or 0
         self.n_bar = ema_norm(prompt["vision"], ema_beta) if ema_beta else 0.0
-        self.planned = None  # (S, K, d) latents, where they are said before the answer
+        self.planned = None  # (S, K, d) latents, where all are predicted before the answer
         self.ids = [[] for _ in range(n_samples)]
         self.latents = [[] for _ in range(n_samples)]
 
@@ -232,7 +232,7 @@ class Question:
         """{"ids", "latents" (m, d), "finished"} of each sample."""
         found = []
         for ids, latents in zip(self.ids, self.latents):
-            v = torch.stack(latents) if latents else torch.zeros(0)
+            v = torch.stack(latents) if latents else torch.zeros(0, self.d)
             # else it was cut off by the limit, or dropped
             finished = bool(ids) and ids[-1] in stops
             found.append({"ids": ids, "latents": v, "finished": finished})
@@ -240,18 +240,18 @@ class Question:
 
 
 class Latents:
-    """What the head says, or what an intervention feeds instead.
+    """What the head predicts, or what an intervention feeds instead.
 
-    A head says latents one by one, each from the state before it, or all at once before the answer.
+    Latents are predicted one by one, each from the state before it, or all before the answer.
     """
 
     def __init__(self, head, intervention):
         self.head, self.intervention = head, intervention
 
     def plan(self, questions, temperature):
-        """Say all latents of questions from the states that their slots would have."""
+        """Predict all latents of questions from the states that their slots would have."""
         for question in questions:
-            h = question.prompts.ahead[question.place, 1:].float()  # (K, d): the first is the start
+            h = question.cache.ahead[question.place, 1:].float()  # (K, d): the first is the start
             h = h.expand(len(question.ids), -1, -1)  # (S, K, d)
             noise = None
             if temperature:
@@ -313,10 +313,10 @@ def generate(vlm, head, tokenizer, prompts, *, seeds=None, fed=None, n_samples=1
     return [found[q] for q in range(len(asked))]
 
 
-class Desk:
+class Scheduler:
     """Which questions are being answered, which wait for their next wave, and which come next.
 
-    The scheduler of what servers call continuous batching.
+    What servers call continuous batching.
     """
 
     def __init__(self, more, at_once, read, refill_at):
@@ -352,7 +352,7 @@ class Desk:
         if question.dropped or question.begun == len(question.ids):
             del self.asked[question.q]
             return True
-        key = id(question.prompts), question.begun
+        key = id(question.cache), question.begun
         self.waiting.setdefault(key, []).append(question)
         return False
 
@@ -362,7 +362,7 @@ class RowStates(NamedTuple):
 
     number: torch.Tensor  # (R) q * n_samples + s
     n: torch.Tensor  # (R) how many tokens it has
-    left: torch.Tensor  # (R) positions of its span that it has yet to write
+    left: torch.Tensor  # (R) positions of its span still to write: span[-left] is next; 0 in text
     alive: torch.Tensor  # (R) bools: it has not ended
     u: torch.Tensor  # (R, max_new_tokens) its draws
 
@@ -452,21 +452,21 @@ def stream(
 
     def read(prompts, q):
         """Questions from the q-th on, their prompts read together."""
-        whole = decoder.read(prompts, ahead)
+        cache = decoder.read(prompts, ahead)
         sampling = n_samples, max_new_tokens, temperature, ema_beta
-        group = [Question(q + i, p, whole, i, *sampling) for i, p in enumerate(prompts)]
+        group = [Question(q + i, p, cache, i, *sampling) for i, p in enumerate(prompts)]
         if before_answer:
             latents.plan(group, temperature)
         return group
 
-    desk = Desk(more, at_once, read, refill_at)
+    scheduler = Scheduler(more, at_once, read, refill_at)
     rows = RowStates.none(max_new_tokens)
     h = vlm.lm_head.weight.new_zeros(0, vlm.lm_head.in_features)  # (R, d)
 
     while True:
         # 0. where there is room, questions begin their next wave, and others their first
         forced = len(span) if before_answer else 0
-        for group in desk.due():
+        for group in scheduler.due():
             begun, states, index = begin(decoder, group, waves, forced)
             rows, h = rows.and_then(begun).at(index), torch.cat([h, states])[index]
         if not rows.alive.any():
@@ -497,11 +497,13 @@ def stream(
         x = vlm.model.language_model.embed_tokens(token.to(h.device))  # (R, d)
         if inside.any():
             whose = [divmod(row, n_samples) for row in number[inside].tolist()]
-            v = latents.next(h[inside].float(), [(desk.asked[q], s) for q, s in whose])  # (M, d)
+            v = latents.next(
+                h[inside].float(), [(scheduler.asked[q], s) for q, s in whose]
+            )  # (M, d)
             x[inside] = v.to(x.dtype)
         for row, t in zip(number[alive].tolist(), token[alive].tolist()):
             q, s = divmod(row, n_samples)
-            desk.asked[q].ids[s].append(t)
+            scheduler.asked[q].ids[s].append(t)
         if on_step:
             on_step(number[alive], token[alive], x[alive], h[alive])
 
@@ -516,22 +518,22 @@ def stream(
         alive = alive & ~done
         ended = [divmod(row, n_samples) for row in number[done].tolist()]
         for q, s in ended:
-            question = desk.asked[q]
+            question = scheduler.asked[q]
             if on_finish and on_finish(q, s, question.ids[s]):
                 question.dropped = True
         for q in dict.fromkeys(q for q, _ in ended):
-            question = desk.asked[q]
+            question = scheduler.asked[q]
             mine = number // n_samples == q
             if question.dropped:
                 alive = alive & ~mine
             if (alive & mine).any():
                 continue
-            if desk.end_wave(question):
+            if scheduler.end_wave(question):
                 yield q, question.answers(stops.tolist())
 
         # 5. finished rows leave once they are many; the others read what they wrote
         rows = RowStates(number, n, left, alive, rows.u)
-        staying = decoder.leave(alive, desk.others_may_come)
+        staying = decoder.leave(alive, scheduler.others_may_come)
         if staying is not None:
             rows, x, h = rows.at(staying), x[staying], h[staying]
         if alive.any():
@@ -548,12 +550,12 @@ def begin(decoder, group, waves, forced):
     last = next(n for n in waves if n > first)
     group = sorted(group, key=lambda question: question.place)
     places = torch.tensor([question.place for question in group])
-    h, index = decoder.begin(group[0].prompts.at(places), last - first)
+    h, index = decoder.begin(group[0].cache.at(places), last - first)
     n_samples = waves[-1]
     for question in group:
         question.begun = last
         if last == n_samples:
-            question.prompts = None  # no longer needed, but by the rows
+            question.cache = None  # no longer needed, but by the rows
     number = [question.q * n_samples + s for question in group for s in range(first, last)]
     u = torch.cat([question.u[first:last] for question in group])
     R = len(number)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data import Rows, file_digest, memory, remembered
 from launch import Progress, faults_among, rank_and_world
-from resume import in_order
+from threads import in_order
 
 # what Pillow raises for a broken file
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)

@@ -38,7 +38,7 @@ from generate import (
 )
 from images import open_image
 from imagine import bank_of, imagine
-from launch import check_choices, names_in, pick_device, show_files, start
+from launch import check_apart, check_choices, names_in, pick_device, show_files, start
 from model import (
     HEAD_FILE,
     encode_images,
@@ -158,7 +158,7 @@ def row_of(path):
         for row in load_examples(data, training=False):
             if Path(path).resolve() in [Path(image).resolve() for image in row["images"][:1]]:
                 return row
-    raise SystemExit("infer.py needs --question")
+    raise SystemExit(f"{path} is the first image of no row of {data}: give --question")
 
 
 def check_feed():
@@ -279,8 +279,9 @@ def show_spans(path, vlm, processor, spans, pictures, memory):
 
 def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
-    show_files(reads=[model, images, aux, donor], writes=[show, latents])
+    show_files(reads=[model, images, aux, donor, bank], writes=[show, latents])
     check_there(Path(model) / "config.json")
+    check_apart([*paths_of(images), *paths_of(aux)], [show, latents])
     check_feed()
     row = row_to_ask(paths_of(images))
     if show and not row["images"]:

@@ -88,7 +88,7 @@ class Method(nn.Module):
         return encode(self.vlm, self.tokenizer, self.processor, row, response=row["response"])
 
     def counts(self, example):
-        """What each sum of `forward` is divided by, in its order, for one example."""
+        """{name: what that sum of `forward` is divided by}, one example's share of it."""
         return {"ce": int((example["labels"] != IGNORE).sum())}
 
     def collate(self, examples):

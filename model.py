@@ -12,7 +12,6 @@ in all.
 import hashlib
 import math
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from data import (
     read_safetensors,
     write_then_rename,
 )
+from faster import quicken
 from images import image_size, open_image
 from launch import rank_and_world
 
@@ -52,8 +52,9 @@ MOST_LATENTS = 4096  # of a span: more is a damaged file
 class LatentHead(nn.Module):
     """A map from a post-final-norm state h_bar (M, d) to the next input embedding v_hat (M, d).
 
-    What every head holds is the PCA of auxiliary embeddings: P_k (d, k), mu (d), eigenvalues (k),
-    all float32. `generate` asks a head for its latents, head(h), and for the length of a span, K.
+    A head that is trained on targets holds their PCA: P_k (d, k), mu (d), eigenvalues (k), float32;
+    the others have k = 0. `generate` asks for head(h), K and what stands below, interventions for
+    the PCA.
     """
 
     fixed_length = True  # a span is K latents; False: at most K, the model may end it before
@@ -117,7 +118,7 @@ class PCAHead(LatentHead):
     def coefficients(self, h):
         """c = F(h_bar), (M, k)."""
         c = self.proj(h)
-        # k x k matrices: next to the d x k projection they cost nothing
+        # 3 k^2 weights beside the projection's d k
         swiglu = F.silu(self.gate(c)) * self.up(c)
         return c + self.down(swiglu)
 
@@ -208,6 +209,38 @@ class MatchedHead(FullHead):
         return max(1, round((gap_weights - d) / (2 * d + 1)))  # m (2d + 1) + d of them here
 
 
+class DummyHead(LatentHead):
+    """A control: one learned vector K times, whatever the state. What do markers and time give?"""
+
+    kind = "dummy"
+    targets_fed = False
+
+    def __init__(self, pca, K):
+        super().__init__(pca, K)
+        self.vector = nn.Parameter(self.mean.clone())
+
+    def forward(self, h):
+        return self.vector.expand(*h.shape[:-1], -1)
+
+
+class MarkersHead(LatentHead):
+    """A control: a span opens and ends at once. What do its two tokens give?"""
+
+    kind = "markers"
+    targets_fed = False
+    fewest = 0
+
+    def __init__(self, pca, K):
+        super().__init__(pca, 0)
+
+    def forward(self, h):
+        return h  # of no position
+
+
+# --------------------------------------------------------------------------------------------------
+# the heads of other papers: VaLR, Monet, AMVL
+
+
 class StateHead(LatentHead):
     """Output as input without a PCA beside it (VaLR): h_bar is fed back as it is.
 
@@ -236,7 +269,7 @@ class MonetHead(StateHead):
     fixed_length = False
 
 
-LOG_VARIANCE = 10.0  # of a z, its bound both ways: without a KL term it has no end [ours]
+MAX_LOG_VARIANCE = 10.0  # of a z, and its negative the least: no KL term may hold it [ours]
 
 
 class Gaussian(NamedTuple):
@@ -257,7 +290,7 @@ class Gaussian(NamedTuple):
 def gaussian(parameters):
     """The Gaussians of a linear head's output (..., 2 m), in float32."""
     mean, log_variance = parameters.float().chunk(2, dim=-1)
-    return Gaussian(mean, log_variance.clamp(-LOG_VARIANCE, LOG_VARIANCE))
+    return Gaussian(mean, log_variance.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE))
 
 
 class SlotHead(StateHead):
@@ -294,34 +327,6 @@ class SlotHead(StateHead):
         """The embeddings (..., d) that z (..., m) stands for."""
         # z is float32, the map's weights may be bfloat16 while FSDP holds them together
         return self.decode(z.to(self.decode.weight.dtype))
-
-
-class DummyHead(LatentHead):
-    """A control: one learned vector K times, whatever the state. What do markers and time give?"""
-
-    kind = "dummy"
-    targets_fed = False
-
-    def __init__(self, pca, K):
-        super().__init__(pca, K)
-        self.vector = nn.Parameter(self.mean.clone())
-
-    def forward(self, h):
-        return self.vector.expand(*h.shape[:-1], -1)
-
-
-class MarkersHead(LatentHead):
-    """A control: a span opens and ends at once. What do its two tokens give?"""
-
-    kind = "markers"
-    targets_fed = False
-    fewest = 0
-
-    def __init__(self, pca, K):
-        super().__init__(pca, 0)
-
-    def forward(self, h):
-        return h  # of no position
 
 
 # a line per head: what train.py's `method` names, and what a head file says it holds
@@ -377,7 +382,7 @@ def save_head(folder, head, weights, meta):
     write_then_rename(Path(folder) / HEAD_FILE, lambda tmp: save_file(tensors, tmp, meta))
 
 
-def load_head(folder, vlm, tokenizer, latent_size):
+def load_head(folder, vlm, tokenizer, latent_size=10):
     """The latent head of a checkpoint folder, in float32; None where it has none (base, text).
 
     A folder without a head file whose tokenizer has Monet's tokens feeds back its own states, at
@@ -439,7 +444,8 @@ def load_vlm(folder, dtype=torch.float32, device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # transformers fills what is missing with random numbers and goes on
     check_whole(folder, vlm, found)
-    # of a folder that calls them tied and holds two, as a merged LoRA's may, transformers reads two
+    # called tied, but two in the file, as a merged LoRA's may be: transformers loads both, and an
+    # export by the config would drop one
     if vlm.get_output_embeddings().weight is not vlm.get_input_embeddings().weight:
         for config in (vlm.config, vlm.config.text_config):
             if getattr(config, "tie_word_embeddings", False):
@@ -589,7 +595,7 @@ def load_processor(folder, min_pixels, max_pixels):
 def say_other_limits(folder, min_pixels, max_pixels):
     """Print a line if a model of train.py that is to answer was trained with other pixel limits."""
     config = Path(folder) / "preprocessor_config.json"
-    # of a download the limits are no one's wish
+    # the limits of a downloaded folder are nobody's choice
     if not config.exists() or not (Path(folder) / "log.jsonl").exists() or rank_and_world()[0] > 0:
         return
     size = read_json(config).get("size") or {}
@@ -725,8 +731,8 @@ def positions(vlm, ids, grids):
     """mRoPE positions (3, T) by HF's own rule; latent pads count as text [ours, as Mirage]."""
     if not grids:
         return torch.arange(len(ids)).expand(3, -1)
-    # 1: image, 0: text. Without this argument HF gives images 1-D positions, and no error
-    # consecutive image positions are one image: the template puts a text token between two
+    # 1: image, 0: text. Without this argument HF gives images 1-D positions, and no error.
+    # Consecutive image positions are one image: the template puts a text token between two
     is_image = (ids == vlm.config.image_token_id).int()  # (T)
     pos, _ = vlm.model.get_rope_index(ids[None], is_image[None], torch.tensor(grids))
     return pos[:, 0]
@@ -840,108 +846,3 @@ def spread(v):
     variance = (v - v.mean(1, keepdim=True)).pow(2).sum(-1).mean(1)
     energy = v.pow(2).sum(-1).mean(1)
     return (variance / energy).nan_to_num(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# the same weights, faster
-
-# "flash" in the name is how transformers knows to pass all windows in one call
-TOWER_ATTENTION = "flash_windows"
-CHUNK = {"cpu": 2**19, "cuda": 2**23}  # elements of q per call: fit a cache, fill a GPU
-SMALL_WINDOW = 256  # patches up to which two large products beat SDPA's CPU kernel
-
-
-def quicken(vlm):
-    """Give a stock model modules that are faster, of the same weights: nothing of it is saved."""
-    quicken_tower(vlm.model.visual)
-    norms_of_one_kernel(vlm.model.language_model)
-
-
-def quicken_tower(tower):
-    """Our attention, patch embedding and norms."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(TOWER_ATTENTION, tower_attention)
-    tower.config._attn_implementation = TOWER_ATTENTION
-    tower.patch_embed.proj = PatchEmbedding(tower.patch_embed.proj)
-    norms_of_one_kernel(tower)
-
-
-def norms_of_one_kernel(module):
-    """Put torch's RMSNorm, with the same weights, in place of the stock one, which is eight.
-
-    On an H200 that is 7 % of a decode step at 7B's shape, and 5 % of a training step.
-    """
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-
-    Norm = modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm
-    for parent in list(module.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, Norm):
-                one = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
-                one.weight = norm.weight
-                setattr(parent, name, one)
-
-
-class PatchEmbedding(nn.Module):
-    """The tower's convolution. A patch is as large as its kernel: one product of all patches.
-
-    The weight is the convolution's own parameter, under the name and in the shape that it had.
-    """
-
-    def __init__(self, conv):
-        super().__init__()
-        self.weight = conv.weight  # (d, 3, 2, 14, 14)
-
-    def forward(self, patches):
-        """(N, d) of pixels (N, 3, 2, 14, 14)."""
-        # 9,216 patches, d = 1,280, two cores: a quarter of what conv3d takes
-        return F.linear(patches.flatten(1), self.weight.flatten(1))
-
-
-# The stock SDPA path of the tower calls attention once per window, over a thousand times per layer
-# for a 4K image. Nearly all windows are of one length, so ours takes those of a length in one call.
-
-
-@lru_cache(maxsize=2)  # a forward has two of them, its windows and its images: a device sync each
-def equal_windows(cu_seqlens, most):
-    """Batches of windows of one length, from the bounds of all windows (windows + 1).
-
-    Returns [(length, at)]: `at` picks whole windows of at most `most` patches together (one window,
-    where that is longer), as a slice where they are neighbours, else as indices.
-    """
-    bounds = cu_seqlens.cpu()
-    starts, lengths = bounds[:-1], bounds.diff()
-    batches = []
-    for length in lengths.unique().tolist():
-        per_call = max(1, most // length)
-        for part in starts[lengths == length].split(per_call):
-            # neighbours: a view; windows of other lengths between them: a copy
-            first, end = int(part[0]), int(part[-1]) + length
-            if end - first == len(part) * length:
-                at = slice(first, end)
-            else:
-                at = (part[:, None] + torch.arange(length)).flatten().to(cu_seqlens.device)
-            batches.append((length, at))
-    return batches
-
-
-def tower_attention(
-    module, query, key, value, attention_mask, scaling, dropout, cu_seq_lens_q, **_
-):
-    """Attention within each window of q, k, v (1, heads, N, D).
-
-    Returns (1, N, heads, D) and no weights. Attention over a whole image is one window of it.
-    """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, D)
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32 and not dropout
-    out = torch.empty_like(q)
-    for length, at in equal_windows(cu_seq_lens_q, CHUNK[q.device.type] // q[0].numel()):
-        # (windows, heads, length, D)
-        q_w, k_w, v_w = (x[at].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        if on_cpu and length <= SMALL_WINDOW:
-            o = ((q_w * scaling) @ k_w.mT).softmax(-1) @ v_w
-        else:
-            o = F.scaled_dot_product_attention(q_w, k_w, v_w, scale=scaling, dropout_p=dropout)
-        out[at] = o.transpose(1, 2).flatten(0, 1)
-    return out[None], None

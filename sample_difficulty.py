@@ -54,8 +54,8 @@ from launch import (
     start,
 )
 from model import encode, load_processor, load_vlm
-from resume import in_order
 from served import Served, ask_all, draw_answers, served_messages
+from threads import in_order
 
 # --------------------------------------------------------------------------------------------------
 base = "toy/base"  # a Qwen2.5-VL folder
@@ -121,7 +121,9 @@ class Tally:
 def waves():
     """How many samples are drawn at a time: at first as few as can solve a question."""
     few = n_samples
-    if early_stop:  # without options both rules are the paper's, which needs the fewest
+    if (
+        early_stop
+    ):  # without options both rules are the paper's, which at a small tau needs the fewest
         few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))
     return [few, n_samples - few] if few < n_samples else [n_samples]
 

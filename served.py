@@ -14,7 +14,8 @@ from PIL import Image
 from endpoint import hidden, image_part, with_retries
 from images import open_image, png_of
 from model import chat_messages, image_grid
-from resume import Patience, Unanswered, each
+from resume import Patience, Unanswered
+from threads import each
 
 TIMEOUT = 1800  # seconds for a reply: a queue of long answers may stand before it
 

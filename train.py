@@ -84,7 +84,7 @@ from launch import (
 from method import Method
 from model import HEAD_FILE, HEADS, load_processor, load_vlm
 from plot import draw_curves, where_possible
-from resume import in_order
+from threads import in_order
 from valr import VaLR
 
 METHODS = {
@@ -107,10 +107,10 @@ tau = 0.0  # accuracy above tau: train as text only [paper]
 rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
 easy_latents = 0.0  # share of the solved examples that keep their latents all the same [ours]
 latents_first = 0  # for this many first steps every example keeps its latents [ours]
-keep_parser = True  # of a stripped example [ours]
-write_parser = True  # False, a control: no example has parser text
+keep_parser = True  # False: an example that loses its latents loses its parser text, too [ours]
+write_parser = True  # False, a control: no example at all has parser text
 lambda_latent = 1.0  # weight of the latent loss [paper]
-latent_loss = "relative"  # 1 - R^2; 7B: mean (over d); or sum: the equation literally [ours]
+latent_loss = "relative"  # 1 - R^2; 7B: "mean" (over d); "sum": the equation literally [ours]
 scheduled_sampling = False  # second pass on the model's own decoded latents
 # valr and amvl
 K = 4  # latents per span; 7B: 16 for valr, 8 for amvl (GAP's K is that of its targets)

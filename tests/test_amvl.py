@@ -20,7 +20,7 @@ from generate import INTERVENTIONS, check_intervention, generate, intervene, mak
 from launch import settings_of
 from model import (
     IGNORE,
-    LOG_VARIANCE,
+    MAX_LOG_VARIANCE,
     Gaussian,
     SlotHead,
     embed,
@@ -69,7 +69,7 @@ def test_kl_is_that_of_torch_distributions():
     close(z.mean(0), q.mean[0], rtol=0.0, atol=0.02)
     close(z.std(0), (q.log_variance[0] / 2).exp(), rtol=0.02, atol=0.0)
     far = gaussian(torch.cat([torch.zeros(1, m), torch.full((1, m), -1e4)], 1))
-    assert (far.log_variance == -LOG_VARIANCE).all() and kl(q, far).isfinite().all()
+    assert (far.log_variance == -MAX_LOG_VARIANCE).all() and kl(q, far).isfinite().all()
 
 
 def slot_states(model, batch, ids, pos, at):
@@ -125,8 +125,8 @@ def test_sums_are_those_of_naive_passes(base, world):
         logits = model.vlm.lm_head(out[0, :-1])
         ce += float(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
     assert float(sums["ce"]) == pytest.approx(ce, rel=1e-4)
-    assert float(sums["forward"]) == pytest.approx(forward, rel=1e-4)
-    assert float(sums["reverse"]) == pytest.approx(reverse, rel=1e-4)
+    assert float(sums["kl_forward"]) == pytest.approx(forward, rel=1e-4)
+    assert float(sums["kl_reverse"]) == pytest.approx(reverse, rel=1e-4)
     # nothing is learnt of the slots and their ends
     start, pad, end = latent_ids(model.tokenizer)
     assert not set(batch["labels"].flatten().tolist()) & {start, pad, end}
@@ -150,8 +150,8 @@ def test_the_answer_reaches_the_posterior_and_not_the_prior(base, world):
 
 MOVES = {  # by loss: does it move the prior's head, the posterior's, the map into the slots
     "ce": (False, True, True),
-    "forward": (True, False, False),
-    "reverse": (False, True, False),
+    "kl_forward": (True, False, False),
+    "kl_reverse": (False, True, False),
 }
 
 
@@ -171,7 +171,7 @@ def test_the_forward_term_moves_the_decoder_through_the_prior_alone(base, world)
     model = method(base)
     batch = batch_of(model, examples(world, 2))
     weight = model.vlm.model.language_model.layers[1].mlp.up_proj.weight
-    (ours,) = torch.autograd.grad(model(batch)["forward"], [weight])
+    (ours,) = torch.autograd.grad(model(batch)["kl_forward"], [weight])
     with torch.no_grad():
         q = model.posterior_of(batch)
     (wanted,) = torch.autograd.grad(kl(q, model.prior_of(batch)).sum(), [weight])
@@ -192,8 +192,8 @@ def test_forward_first_then_reverse(base):
     """Beta grows first, gamma later and, as it is set, smaller."""
     model = method(base, beta=0.5, gamma=0.1)
     at = [model.weights(step, 100) for step in range(100)]
-    assert at[0] == {"ce": 1.0, "forward": 0.0, "reverse": 0.0}
-    beta, gamma = ([w[name] for w in at] for name in ("forward", "reverse"))
+    assert at[0] == {"ce": 1.0, "kl_forward": 0.0, "kl_reverse": 0.0}
+    beta, gamma = ([w[name] for w in at] for name in ("kl_forward", "kl_reverse"))
     assert beta == sorted(beta) and gamma == sorted(gamma)
     assert beta[20] == beta[-1] == 0.5 and gamma[20] == 0.0 and gamma[40] == gamma[-1] == 0.1
     assert beta[10] == pytest.approx(0.25) and grown(0.3, 0.2, 0.4) == pytest.approx(0.5)
@@ -290,8 +290,8 @@ def test_teacher_forced_is_generated(base, world):
         atol=1e-3,
     )
     sums = model(batch)
-    assert {"ce_prior", "right", "right_prior"} <= sums.keys()
-    assert 0 <= float(sums["right"]) <= 2
+    assert {"ce_prior", "right_posterior", "right_prior"} <= sums.keys()
+    assert 0 <= float(sums["right_posterior"]) <= 2
 
 
 def test_rows_right_counts_whole_rows(base, world):
@@ -399,9 +399,9 @@ def test_the_other_stages_take_it(tmp_path, world, trained):
 def test_leakage_is_measured_as_it_is(base, world):
     """A decoder that hears the answer in the slots: the gap says so."""
     model = method(base)
-    means = {"ce": 0.1, "forward": 2.0, "reverse": 1.0}
+    means = {"ce": 0.1, "kl_forward": 2.0, "kl_reverse": 1.0}
     assert model.report(means).keys() == {"ce", "kl_forward", "kl_reverse"}
-    said = model.report(means | {"ce_prior": 0.7, "right": 0.9, "right_prior": 0.2})
+    said = model.report(means | {"ce_prior": 0.7, "right_posterior": 0.9, "right_prior": 0.2})
     assert said["leakage"] == pytest.approx(0.7) and said["leakage_ce"] == pytest.approx(0.6)
     assert math.isfinite(sum(said.values()))
 
@@ -425,7 +425,7 @@ def test_kl_terms_count_questions(base, world):
     rows = [row | {"response": "<think> x </think>"} for row in examples(world, 2)]
     for row in rows:
         n = model.counts(model.encode(row | {"step": 1}))
-        assert n["forward"] == n["reverse"] == 1
+        assert n["kl_forward"] == n["kl_reverse"] == 1
     val = model.counts(model.encode(rows[0]))
     assert val["ce_prior"] == val["ce"] > 1 == val["right_prior"]
 

@@ -40,7 +40,7 @@ def test_scores_in_bfloat16_are_not_rounded(captured):
     k[:, :, :, :T], v[:, :, :, :T] = k[:, :1, :, :T], v[:, :1, :, :T]  # one prompt for all samples
     layer = k[:, 0, :, :T].float(), v[:, 0, :, :T]
     last = torch.zeros(Q, 1).bfloat16()
-    prompts = decoder.Prompts([layer], None, last, last, last)
+    prompts = decoder.PromptCache([layer], None, last, last, last)
     cohort = decoder.Cohort(prompts.widened(T + 3) if captured else prompts, S, captured)
     cohort.add_room(v, H, D)
     for t in range(4):
@@ -97,8 +97,8 @@ def places(cohorts):
     """Where in memory the caches of cohorts are."""
     found = []
     for cohort in cohorts:
-        found += [tensor for pair in cohort.prompts.layers for tensor in pair]
-        found += [cohort.prompts.bias, cohort.prompts.next_pos]
+        found += [tensor for pair in cohort.cache.layers for tensor in pair]
+        found += [cohort.cache.bias, cohort.cache.next_pos]
         found += [part for new in cohort.keys + cohort.values for part in new.parts]
     return [tensor.data_ptr() for tensor in found]
 
@@ -109,11 +109,11 @@ def seated(monkeypatch):
     seat, can_seat, found = decoder.Cohort.seat, decoder.Cohort.can_seat, []
 
     def noted_can(cohort, prompts, n_samples):
-        cohort.before = cohort.prompts.T
+        cohort.before = cohort.cache.T
         return can_seat(cohort, prompts, n_samples)
 
     def noted(cohort, prompts):
-        found.append((cohort.before, cohort.prompts.T))
+        found.append((cohort.before, cohort.cache.T))
         return seat(cohort, prompts)
 
     monkeypatch.setattr(decoder.Cohort, "can_seat", noted_can)

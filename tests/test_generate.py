@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -581,9 +582,11 @@ def test_a_shorter_donor_is_repeated_span_by_span():
     """Not its last latent: the first of a second span is its first."""
     fed = torch.randn(1, 4, 7)
     prompt = {"fed": fed, "vision": None}
+    cache = SimpleNamespace(last=torch.zeros(1, 7))
     question = Question(
-        0, prompt, None, 0, n_samples=1, max_new_tokens=9, temperature=0, ema_beta=0
+        0, prompt, cache, 0, n_samples=1, max_new_tokens=9, temperature=0, ema_beta=0
     )
+    assert question.answers([])[0]["latents"].shape == (0, 7)
     for i in range(8):
         close(question.stand_in(0), fed[0, i % 4])
         question.latents[0].append(question.stand_in(0))

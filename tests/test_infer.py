@@ -54,6 +54,10 @@ def test_infer_shows_and_saves(tmp_path, stages):
     run("infer.py", *args, "--intervention=shuffle", f"--donor={o}", f"--latents={s}")
     assert (load_file(o)["latents"][:4] == load_file(s)["latents"][:4]).all()
 
+    # one of several pictures is not drawn over
+    said = run("infer.py", args[0], f"--images={aux},{image}", f"--show={image}", ok=False)
+    assert "is read, and would be written over" in said
+
     # the README's lines for a notebook, which open the same files
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

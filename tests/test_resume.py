@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from resume import each, in_order, run_stage
+from resume import run_stage
+from threads import each, in_order
 
 
 @pytest.mark.parametrize("ahead", [0, 10])
