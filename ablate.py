@@ -95,8 +95,11 @@ OTHERS = {
     "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
     "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
 }
-# where it learns: each move is named before its picture, the rollout is exact, gradients go through
-# all of it, and psi learns more slowly
+# output as input that is trained on its own states, and by the text alone: VaLR without alignment
+# on the others' data (OutputHead is fed the real features in training, as LVR's is)
+COCONUT = {"method": "valr", "K": 4, "lambda_align": 0.0, "whole_gradient": True}
+# where VaLR learns: each move is named before its picture, the rollout is exact, gradients go
+# through all of it, and psi learns more slowly
 LONG = {"layout": "named", "min_pixels": 784, "max_steps": 1600}
 LONG_RUNS = {
     "long VaLR": VALR | LONG | {"K": 1, "whole_gradient": True, "lr_head": 3e-4},
@@ -122,6 +125,7 @@ def at_sizes(runs, sizes):
 RUNS = {"main": [
     {"base": None} | MAIN,
     OTHERS,
+    {"Coconut": COCONUT},
     *at_sizes(SCARCE, SIZES["main"]),
     # do the span's two tokens help, or a vector that says nothing?
     {
@@ -278,6 +282,7 @@ MORE = {"main": {
     "LH+PCA": TESTS,
     "GAP":    TESTS,
     "VaLR":   VALR_TESTS,
+    "Coconut": ("markers", "noise", "shuffle"),
     "long VaLR n=4200": VALR_TESTS,
     "AMVL":   ("zero", "noise", "shuffle", "edits"),
 }, "fresh": {}, "gap": {

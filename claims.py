@@ -44,7 +44,8 @@ ALL_SYSTEMS = Table(
     "All systems", column="what is fed, and on which questions", reference="LH+PCA", rows={
         "base":   "nothing",
         "text":   "nothing",
-        "output": "the state; all",
+        "output": "the state, trained on real features; all",
+        "Coconut": "the state, trained by the text alone; all",
         "LH":     "full head; all",
         "LH+DA":  "full head; those that the base fails",
         "LH+PCA": "PCA head; all",
@@ -97,6 +98,10 @@ TABLES = {"main": [
                               ("/noise", "noise of the same length"),
                               ("/shuffle", "another example's latents"))
            if not (name == "VaLR" and kind == "/mean")},
+        "Coconut":         "",
+        "Coconut/markers": "the span ends at once",
+        "Coconut/noise":   "noise of the same length",
+        "Coconut/shuffle": "another example's latents",
         "AMVL":         "",
         "AMVL/zero":    "no slots",
         "AMVL/noise":   "noise of the same length",
