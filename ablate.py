@@ -95,9 +95,10 @@ OTHERS = {
     "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
     "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
 }
-# output as input that is trained on its own states, and by the text alone: VaLR without alignment
-# on the others' data (OutputHead is fed the real features in training, as LVR's is)
-COCONUT = {"method": "valr", "K": 4, "lambda_align": 0.0, "whole_gradient": True}
+# output as input that is fed its own states in training, too, where the text alone trains them: VaLR
+# without alignment on the others' data, Coconut without its curriculum. "output" is as LVR's: it is
+# fed the real features, and regressed on them
+OWN_STATES = {"method": "valr", "K": 4, "lambda_align": 0.0, "whole_gradient": True}
 # where VaLR learns: each move is named before its picture, the rollout is exact, gradients go
 # through all of it, and psi learns more slowly
 LONG = {"layout": "named", "min_pixels": 784, "max_steps": 1600}
@@ -125,7 +126,7 @@ def at_sizes(runs, sizes):
 RUNS = {"main": [
     {"base": None} | MAIN,
     OTHERS,
-    {"Coconut": COCONUT},
+    {"own states": OWN_STATES},
     *at_sizes(SCARCE, SIZES["main"]),
     # do the span's two tokens help, or a vector that says nothing?
     {
@@ -282,7 +283,7 @@ MORE = {"main": {
     "LH+PCA": TESTS,
     "GAP":    TESTS,
     "VaLR":   VALR_TESTS,
-    "Coconut": ("markers", "noise", "shuffle"),
+    "own states": ("markers", "noise", "shuffle"),
     "long VaLR n=4200": VALR_TESTS,
     "AMVL":   ("zero", "noise", "shuffle", "edits"),
 }, "fresh": {}, "gap": {
@@ -592,6 +593,8 @@ def run_all():
         # other sample_args are refused
         files = {"base": base, "data": data, "out": work / "difficulty.jsonl"}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
+    for _, seed, key in finished():  # of a run that was killed after its line
+        shutil.rmtree(work / f"{key}-{seed}", ignore_errors=True)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:
@@ -605,7 +608,7 @@ def run_all():
             line |= {"world": world, "data": key_of({}, job.file)}
             line |= one_run(folder, job.settings, job.seed, job.file, rows)
             append(f, four_digits(line))
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             write_report()
 
 

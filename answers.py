@@ -907,7 +907,8 @@ def option_named(text, options):
     if letter in options and len(same) != 1:
         return letter
     # a bare number may be the place of an option
-    is_place = text.strip().isdecimal() and int(text) <= len(options)
+    place = text.strip()
+    is_place = place.isdecimal() and len(place) <= 2 and int(place) <= len(options)
     if not same and not is_place:  # "7cm" for "7 cm"
         same = [letter for letter, option in options.items() if same_value(option, text)]
     return same[0] if len(same) == 1 else None

@@ -265,8 +265,8 @@ def stops(tokenizer):
 
 def our_job(vlm, tokenizer, processor, rows):
     """The stage itself, by its defaults."""
-    tallies = sample_difficulty.sample(rows, vlm, tokenizer, processor)
-    assert len(list(tallies)) == len(rows)
+    tallies = list(sample_difficulty.sample(rows, vlm, tokenizer, processor))
+    assert len(tallies) == len(rows)
 
 
 def their_job(stock, tokenizer, processor, rows):

@@ -75,7 +75,7 @@ def options_in_one_text(text):
 
     Its letters count in their order only: "A. turn it to get Shape ;C.; B. ..." has a stray one.
     """
-    texts, rest = [], ";" + text
+    texts, rest = [], ";" + " ".join(text.split())
     for letter in string.ascii_uppercase[:8]:
         mark = rf"{letter}\s*[.．、:]\s*+"
         said = rf"{mark}(?![;；]|\Z)"  # and its text

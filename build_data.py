@@ -69,7 +69,7 @@ from data import (
 )
 from duplicates import fingerprints, groups_of
 from endpoint import check_url, key_in
-from images import MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
+from images import FORMATS, MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
 from launch import Progress, check_apart, check_choices, claim, names_in, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread
 from pages import card, figure, write_page
@@ -237,11 +237,22 @@ def picked(n):
 
 def digests_of(row):
     """The digest of each picture in `out` that a row names; None for one that is not there."""
-    if not isinstance(row, dict):  # an item that `filter` has still to check
-        return []
-    lists = [row[field] for field in IMAGE_FIELDS if isinstance(row.get(field), list)]
-    paths = [os.path.join(out, name) for names in lists for name in names if isinstance(name, str)]
+    paths = [os.path.join(out, name) for field in IMAGE_FIELDS for name in row[field]]
     return [file_digest(path) if os.path.isfile(path) else None for path in paths]
+
+
+def digests_of_item(item):
+    """The same of an item that `filter` has still to check, as far as it would read pictures."""
+    if not isinstance(item, dict):
+        return []
+    lists = [item[field] for field in IMAGE_FIELDS if isinstance(item.get(field), list)]
+    digests = []
+    for name in (name for names in lists for name in names):
+        try:
+            digests.append(file_digest(path_inside(out, name)))
+        except (Reject, OSError):
+            digests.append(None)
+    return digests
 
 
 def work_through(name, rows, work, uses, rejects, contents=digests_of, has_answered=False):
@@ -261,12 +272,20 @@ def work_through(name, rows, work, uses, rejects, contents=digests_of, has_answe
 # --------------------------------------------------------------------------------------------------
 # images: the one way from bytes that may be anything to RGB, and into <out>/images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start another program
 KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}  # others become PNG
 
 
 def read_inside(folder, name):
     """The bytes of a file in `folder`. Raises Reject for a path or a link that leaves it."""
+    path = path_inside(folder, name)
+    try:
+        return path.read_bytes()
+    except OSError as e:  # a disk that is away may come
+        raise Unanswered("unreadable path", None, f"{clean(name)}: {e}") from None
+
+
+def path_inside(folder, name):
+    """The path of a file in `folder` that is no larger than allowed. Raises Reject."""
     try:
         path = Path(folder) / name
         root, here = Path(folder).resolve(), path.resolve()
@@ -280,7 +299,7 @@ def read_inside(folder, name):
         size = path.stat().st_size
         if size > max_bytes:
             raise Reject("image file too large", size, name)
-        return path.read_bytes()
+        return path
     except (OSError, ValueError, RuntimeError, TypeError) as e:
         # NUL bytes, endless names, links in circles, no string at all
         for_good = not isinstance(e, OSError) or e.errno in (errno.ENAMETOOLONG, errno.ELOOP)
@@ -454,7 +473,7 @@ def split_of(item, file):
 
 
 def stamps_of(row):
-    """(size, time of change) of each picture file that an item names; None where it is not."""
+    """(size, times) of each picture file that an item names; None where it is not."""
     try:
         example = read_one(row)
     except Reject:  # convert_one says it
@@ -467,7 +486,8 @@ def stamps_of(row):
         if isinstance(name, str):
             try:
                 found = os.stat(os.path.join(row["root"], name))
-                stamps.append((found.st_size, found.st_mtime_ns))
+                # archives and copies may keep the time of a change, but not that of the inode
+                stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns))
             except (OSError, ValueError):
                 stamps.append(None)
     return stamps
@@ -716,7 +736,7 @@ def filter_data():
         return filter_one(row, tower)
 
     def contents(row):
-        return digests_of(row["item"])
+        return digests_of_item(row["item"])
 
     work_through("filtered", rows, work, FILTER_USES, "rejects.jsonl", contents)
 
@@ -844,12 +864,13 @@ def split():
         )
     if not own_split and len(val) > 2 * val_share * len(rows) + 1:
         print(f"val has {len(val)} of {len(rows)} rows: the smallest group that shares images")
+    val_file = Path(out) / "val.jsonl"
+    if val_file.exists() and not val:
+        print(f"no validation data: removed {val_file}, of an earlier split")
+    val_file.unlink(missing_ok=True)  # first: its pictures may be in train.jsonl now
     write_lines(Path(out) / "train.jsonl", train)
     if val:
-        write_lines(Path(out) / "val.jsonl", val)
-    elif (Path(out) / "val.jsonl").exists():  # its pictures may be in train.jsonl now
-        (Path(out) / "val.jsonl").unlink()
-        print(f"no validation data: removed {out}/val.jsonl, of an earlier split")
+        write_lines(val_file, val)
     print_composition(train, val)
 
 

@@ -26,8 +26,11 @@ DIVERGED = (("KL(q, p)", "val_kl_forward"), ("KL(p, q)", "val_kl_reverse"),
 PREDICTING = ("output", "LH", "LH+DA", "LH+PCA", "GAP")  # runs whose latents are vision embeddings
 
 
-def with_examples(table, n):
-    """The same table of the runs that were trained on n examples; the base is trained on none."""
+def with_examples(table, n, without=()):
+    """The same table of the runs that were trained on n examples; the base is trained on none.
+
+    without: the names of runs that were made with one number of examples alone.
+    """
 
     def sized(name):
         return name if name == "base" else f"{name} n={n}"
@@ -35,7 +38,7 @@ def with_examples(table, n):
     return table._replace(
         title=f"{table.title}, with {n:,} examples",
         reference=sized(table.reference),
-        rows={sized(name): what for name, what in table.rows.items()},
+        rows={sized(name): what for name, what in table.rows.items() if name not in without},
         claims=[(text, sized(more), sized(less)) for text, more, less in table.claims],
     )
 
@@ -44,8 +47,8 @@ ALL_SYSTEMS = Table(
     "All systems", column="what is fed, and on which questions", reference="LH+PCA", rows={
         "base":   "nothing",
         "text":   "nothing",
-        "output": "the state, trained on real features; all",
-        "Coconut": "the state, trained by the text alone; all",
+        "output": "the state; real features in training; all",
+        "own states": "the state, fed in training, too; all",
         "LH":     "full head; all",
         "LH+DA":  "full head; those that the base fails",
         "LH+PCA": "PCA head; all",
@@ -86,7 +89,7 @@ SUBSPACE_DA = retained("The same with difficulty-aware data", "LH+DA", "GAP", "G
 # of each study, in their order; a name is that of a section of report.py
 TABLES = {"main": [
     ALL_SYSTEMS,
-    with_examples(ALL_SYSTEMS, 2500),
+    with_examples(ALL_SYSTEMS, 2500, without=("own states",)),
     "by_category",
     Table("What is left without what the latents say", column="", reference="LH+PCA", rows={
         "text":    "the same data without spans",
@@ -98,10 +101,10 @@ TABLES = {"main": [
                               ("/noise", "noise of the same length"),
                               ("/shuffle", "another example's latents"))
            if not (name == "VaLR" and kind == "/mean")},
-        "Coconut":         "",
-        "Coconut/markers": "the span ends at once",
-        "Coconut/noise":   "noise of the same length",
-        "Coconut/shuffle": "another example's latents",
+        "own states":         "",
+        "own states/markers": "the span ends at once",
+        "own states/noise":   "noise of the same length",
+        "own states/shuffle": "another example's latents",
         "AMVL":         "",
         "AMVL/zero":    "no slots",
         "AMVL/noise":   "noise of the same length",

@@ -104,6 +104,8 @@ def find_copies(rows, tests, ours, theirs, near):
 def asked_in(row):
     """A row's question without a benchmark's prompt and options around it, in one spelling."""
     question = re.sub(r"<image\d*>", " ", row.get("asked", row["question"]))
+    # without runs of spaces, over which the patterns below would take long
+    question = "\n".join(" ".join(line.split()) for line in question.splitlines() if line.strip())
     question = INSTRUCTION.sub("", OPTIONS.sub("", question)).strip() or question
     # NFKC: full-width letters, ligatures and the like are one with the plain ones
     return normalise(unicodedata.normalize("NFKC", question))

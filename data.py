@@ -42,9 +42,11 @@ EXPECTED_TAGS = (
     "</think><answer></answer>"
 )
 TAG_ORDER = re.compile(r"<think>(?:<latent></latent>|<parser></parser>)*</think><answer></answer>")
-# Qwen's control tokens: in a question or a response they would break the prompt
+# the control tokens of Qwen, GAP and Monet: in a question they would break the prompt, and in a
+# response they would be learnt
 RESERVED = re.compile(
-    r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad|video_pad|latent_\w+)\|>"
+    r"<\|(?:endoftext|(?:im|vision|image|video|latent|object_ref|box|quad|fim|repo|file)_\w+)\|>"
+    r"|</?abs_vis_token(?:_pad)?>"
 )
 CHUNK = 2**20  # bytes that are read at once
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no UTF-8 can hold it
@@ -352,12 +354,22 @@ def check_text(row):
 
 
 def reserved_in(row):
-    """(field, token) of the first of Qwen's control tokens in a row's texts; two "" for none."""
+    """(field, token) of the first control token in a row's texts; two "" for none."""
     for field in ("question", "response", "system", "options"):
-        found = RESERVED.search(as_one_text(row.get(field, "")))
+        text = as_one_text(row.get(field, ""))
+        # nor one that comes together where a span or a text is stripped
+        found = RESERVED.search(text) or RESERVED.search(strip_parser(strip_latents(text)))
         if found:
             return field, found[0]
     return "", ""
+
+
+def check_prompt_texts(**settings):
+    """Raise SystemExit for a control token in a setting that becomes part of every prompt."""
+    for name, text in settings.items():
+        found = RESERVED.search(text)
+        if found:
+            raise SystemExit(f"{name}={text!r} contains the reserved token {found[0]!r}")
 
 
 def as_one_text(value):
@@ -477,16 +489,22 @@ def open_append(path):
         f.seek(start)
         found = f.read(end - start).rfind(b"\n")
         end = start + found + 1
-    f.truncate(end)
+    # not where nothing is cut off: another process may have added lines since
+    if end < os.fstat(f.fileno()).st_size:
+        f.truncate(end)
     return f
 
 
 def append(f, row):
     """Write one row and flush it to the disk: a finished row survives a kill."""
-    f.write(json_line(row).encode())
-    f.flush()
-    # else a power cut could lose what a resumed run takes for done
-    os.fsync(f.fileno())
+    try:
+        f.write(json_line(row).encode())
+        f.flush()
+        # else a power cut could lose what a resumed run takes for done
+        os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = f.name  # which file found the disk full
+        raise
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Which pictures are the same? Exactly, by their pixels, or nearly, by a perceptual hash."""
 
 import hashlib
-import os
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data import append, key_of, open_append, read_lines
+from data import append, file_digest, open_append, read_lines
 from launch import Progress, claim
 from resume import Reject
 from threads import each
@@ -90,10 +89,7 @@ def content_key(content):
     """What tells a picture's encoded bytes, or its file, from the next without decoding it."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()[:16]
-    # hashing the bytes would mean to read every file again, which is what is to be saved
-    stat = os.stat(content)
-    file = {"path": os.path.realpath(content), "size": stat.st_size, "time": stat.st_mtime_ns}
-    return key_of(file)
+    return file_digest(content)
 
 
 def nearest(ours, theirs, block=128):

@@ -31,6 +31,8 @@ def check_url(url):
         raise SystemExit(
             f"{url!r} is not an endpoint: expected http://... or https://..., up to and with /v1"
         )
+    if parts.username or parts.password:  # which messages and records would show
+        raise SystemExit("the url of an endpoint holds a user or a password; expected a key")
 
 
 def key_in(name):

@@ -42,6 +42,7 @@ from data import (
     Rows,
     append,
     check_fields,
+    check_prompt_texts,
     check_there,
     file_digest,
     file_md5,
@@ -82,6 +83,7 @@ from launch import (
     folder_of,
     hold_together,
     is_alone,
+    lock,
     pick_device,
     rank_and_world,
     show_files,
@@ -648,7 +650,7 @@ def columns_of(row, names):
 
 
 def write_scores(test, graded, scores, n_missing):
-    write_lines(test.out / "scored.jsonl", [columns_of(row, SCORED_COLUMNS) for row in graded])
+    path = test.out / "metrics.json"
     record = {
         "settings": test.settings,
         "key": test.key,
@@ -658,10 +660,12 @@ def write_scores(test, graded, scores, n_missing):
         "limit": limit,
         "versions": versions(),
     }
-    path = test.out / "metrics.json"
-    before = read_json(path) if path.exists() else record
-    if any(before.get(name) != record[name] for name in ("key", "limit")):
-        print(f"{path}: in place of the scores of other settings, whose answers stay")
+    if path.exists():
+        before = read_json(path)
+        if any(before.get(name) != record[name] for name in ("key", "limit")):
+            print(f"{path}: in place of the scores of other settings, whose answers stay")
+        path.unlink()  # a kill leaves no scores beside the answers of others
+    write_lines(test.out / "scored.jsonl", [columns_of(row, SCORED_COLUMNS) for row in graded])
     write_json(path, record | scores, indent=1)
 
 
@@ -908,6 +912,7 @@ def main():
         dtype=("float32", "bfloat16"),
         sheet_order=("wrong", "category"),
     )
+    check_prompt_texts(system=system, instruction=instruction, after_latents=after_latents)
     # before the model is loaded
     reads = [model, data_root if benchmarks else data, donor, bank]
     show_files(reads=reads, writes=[out, sheet])
@@ -926,11 +931,14 @@ def main():
     if missing:
         raise SystemExit(missing)
     claim(out)
+    # rank 0, which has claimed it, may end before the others
+    rank, world = rank_and_world()
+    if not lock(Path(out) / f".rank{rank}.lock"):
+        raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
     # all of them first: a missing file is told now, and not after hours of the first benchmark
     tests = [load_test_set(name) for name in names]
     if judge_url and not any(map(is_judged, tests)):
         raise SystemExit(f"judge_url: of these none has a judge; {', '.join(JUDGED)} have one")
-    rank, world = rank_and_world()
     if not score_only:
         for test in tests:
             check_feed(test)

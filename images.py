@@ -22,6 +22,8 @@ from threads import in_order
 # what Pillow raises for a broken file
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, struct.error)
 IMAGE_ERRORS += (Image.DecompressionBombError, AssertionError)
+# not all that Pillow reads: EPS would start another program
+FORMATS = tuple("JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split())
 MOST_NARROW = 200  # the processor takes no picture whose sides differ more
 ORIENTATION = 0x0112  # EXIF's tag for how a camera was held
 BITS = 0x0102  # TIFF's tag for the bits of a sample
@@ -76,7 +78,7 @@ def open_image(source):
 def image_size(source):
     """(width, height) of a picture as it is shown, from its header alone. Raises as open_image."""
     try:
-        with Image.open(image_file(source)) as image:
+        with Image.open(image_file(source), formats=FORMATS) as image:
             return shown_size(image)
     except IMAGE_ERRORS as e:
         raise SystemExit(f"{name_of(source)}: not a usable image ({e})") from None
@@ -85,7 +87,7 @@ def image_size(source):
 def decode_image(source):
     """As open_image, but raises BadImage with the reason."""
     try:
-        with Image.open(image_file(source)) as image:
+        with Image.open(image_file(source), formats=FORMATS) as image:
             # a picture that cannot be used is refused before its pixels are read
             shown_size(image)
             turn = TURNED.get(orientation(image))

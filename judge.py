@@ -11,7 +11,7 @@ from typing import NamedTuple
 from huggingface_hub import InferenceClient
 
 from answers import extract_final, find_kind, find_letter
-from data import append, key_of, open_append, read_lines
+from data import RESERVED, append, key_of, open_append, read_lines
 from endpoint import hidden, with_retries
 from launch import Progress
 from resume import Refused
@@ -74,7 +74,7 @@ def judge(test, graded, endpoint):
     for row in graded:
         if is_open(row, kind):
             # without the reasoning: the judge is not to solve the question by it
-            said = extract_final(row["raw"])
+            said = RESERVED.sub("", extract_final(row["raw"]))
             prompt = JUDGE_PROMPTS[kind].format(**row | {"said": said})
             asked = {"judge": endpoint.model, "url": endpoint.url, "prompt": prompt}
             prompts[row["id"]] = prompt

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import tokenize
+from datetime import timedelta
 from functools import cache, partial
 from glob import escape
 from pathlib import Path, PurePath
@@ -42,9 +43,11 @@ USERS_ERRORS = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
     errno.EPIPE,  # whoever read our output has gone
+    errno.ELOOP,  # links in a circle
 }
 
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
+TOGETHER = timedelta(minutes=15)  # the ranks of a launch begin
 LINE_SECONDS = 10  # between two lines of progress, where no terminal is
 
 # settings by the least and the largest value that make sense, whatever script has them
@@ -83,8 +86,13 @@ def start(main=None, **commands):
     are no settings go to the command's function. What a user can cause (a missing file, a full
     disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
-        stream.reconfigure(errors="backslashreplace")  # on an ASCII console: as much as it can show
+    for name in ("stdout", "stderr"):
+        if (
+            getattr(sys, name) is None
+        ):  # closed: else the next file that is opened would stand there
+            setattr(sys, name, open(os.devnull, "w"))
+        # on an ASCII console: as much as it can show
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit")
@@ -303,7 +311,8 @@ def help_text(script):
             kind = headings if token.start[1] == 0 else comments
             kind[token.start[0]] = token.string.strip("# -")
     known = settings_of(script)
-    lines = [script["__doc__"].strip(), "", "settings, as --key=value:"]
+    said = script["__doc__"] or ""  # none under python -OO
+    lines = [said.strip(), "", "settings, as --key=value:"]
     lines.append(
         "  --run=NAME".ljust(46) + "default paths lie in out/NAME (out/toy, data and out do)"
     )
@@ -389,15 +398,32 @@ def rank_and_world():
 
 
 def join_ranks(device, longest):
-    """Join the ranks of torchrun, or be the only one; they wait at most `longest` (timedelta)."""
+    """Join the ranks of torchrun, or be the only one; then they wait at most `longest` (timedelta).
+
+    Raises SystemExit where one does not come.
+    """
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
-    alone = {}  # torchrun says where the others are; one process needs no port
-    if rank_and_world()[1] == 1:
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=longest, **alone)
+    rank, world = rank_and_world()
+    store = dist.HashStore() if world == 1 else meet(rank, world)
+    store.set_timeout(longest)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
+
+
+def meet(rank, world):
+    """The store of a launch, once all its ranks have come: one may never, and work takes days."""
+    try:
+        # torchrun says where it is
+        store, _, _ = next(dist.rendezvous("env://", timeout=TOGETHER))
+        store.set(f"here {rank}", "")
+        store.wait([f"here {other}" for other in range(world)], TOGETHER)
+    except dist.DistError as e:
+        said = " ".join(str(e).split())[:200]
+        lacking = f"not all of {world} ranks came within {TOGETHER}"
+        raise SystemExit(f"rank {rank}: {lacking} ({said})") from None
+    return store
 
 
 def leave_ranks():

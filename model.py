@@ -685,11 +685,12 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
 
 def chat_messages(row):
     """A row's question as a chat; without `system` in the row the template's own stands."""
-    # an image stands at its mark in the text, or before the text
-    text = question_text(row)
-    pieces = text.split(IMAGE_MARK)
+    # an image stands at its mark in the question, or before it; in an option a mark is text
+    question, text = row["question"], question_text(row)
+    pieces = question.split(IMAGE_MARK)
     if len(pieces) != len(row["images"]) + 1:
-        pieces = [""] * len(row["images"]) + [text]
+        pieces = [""] * len(row["images"]) + [question]
+    pieces[-1] += text[len(question) :]
     content = []
     for n, piece in enumerate(pieces):
         if n > 0:

@@ -279,7 +279,11 @@ def mean_sd(numbers, digits=3):
 def markdown(head, rows):
     """A table as lines, a blank one before and after it."""
     rule = ["---"] * len(head)
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, rule, *rows]]
+    lines = []
+    for row in [head, rule, *rows]:
+        # a category may have any name
+        cells = [" ".join(str(cell).replace("|", r"\|").split()) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
     return ["", *lines, ""]
 
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from answers import extract_answer, is_correct
 from data import (
     append,
+    check_prompt_texts,
     check_there,
     key_of,
     load_examples,
@@ -345,6 +346,7 @@ def check_drawn(merged):
 
 
 def main():
+    check_prompt_texts(instruction=instruction)
     check_choices(globals(), rule=RULES, dtype=("float32", "bfloat16"))
     show_files(reads=[base, data], writes=[out])
     check_there(Path(base) / "config.json")

@@ -85,11 +85,11 @@ def ask(served, messages, n, seed):
     )
     texts = [choice.message.content for choice in reply.choices]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"an answer without text: {hidden(str(reply)[:200], served.key)}")
+        raise ValueError(f"an answer without text: {hidden(str(reply), served.key)[:200]}")
     # not all servers count
     tokens = round(reply.usage.completion_tokens / len(texts)) if reply.usage else 0
     finished = [choice.finish_reason != "length" for choice in reply.choices]
-    return [Reply(text, end, tokens) for text, end in zip(texts, finished)]
+    return [Reply(hidden(text, served.key), end, tokens) for text, end in zip(texts, finished)]
 
 
 def ask_all(work, rows, workers, give_up, url, has_answered=False):

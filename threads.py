@@ -3,6 +3,8 @@
 Reading a picture, or waiting for a server, keeps no other thread from computing.
 """
 
+import os
+import sys
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 
@@ -28,9 +30,15 @@ def each(work, items, workers):
             yield from results(ended)
     except GeneratorExit:  # the caller takes no more
         raise
-    except BaseException:  # Ctrl-C while it waits, too: what is under way may have been paid for
-        begun = [future for future in running if not future.cancel()]
-        yield from (f.result() for f in as_completed(begun) if not f.exception())
+    except BaseException as e:  # Ctrl-C while it waits, too
+        try:
+            begun = [future for future in running if not future.cancel()]
+            if isinstance(e, KeyboardInterrupt):  # what is under way may have been paid for
+                said = f"waiting for the {len(begun)} that are under way; Ctrl-C again ends at once"
+                print(f"\n{said}", file=sys.stderr, flush=True)
+            yield from (f.result() for f in as_completed(begun) if not f.exception())
+        except KeyboardInterrupt:
+            os._exit(130)  # Python would wait for the threads, and these for a server
         raise
     finally:  # what has not begun never does
         pool.shutdown(cancel_futures=True)

@@ -413,6 +413,8 @@ def save_checkpoint(model, optimizer, step, settings):
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=tmp)
     except CheckpointException as e:
+        if any(isinstance(error, KeyboardInterrupt) for error, _ in e.failures.values()):
+            raise KeyboardInterrupt from None
         reason = str(e).strip().splitlines()[-1]  # the last line of a whole traceback
         raise SystemExit(f"{tmp}: no checkpoint could be written ({reason}); full disk?") from None
     # torch would not notice a flipped bit
@@ -452,17 +454,16 @@ def load_checkpoint(model, optimizer, settings):
 
 def checkpoint_fault(folder):
     """What is wrong with a checkpoint's files, of which each rank reads a share; "" for nothing."""
-    if not (folder / "settings.json").is_file():
-        return f"{folder}: not a whole checkpoint"
     checksums = sorted(folder.glob("checksums.*.json"))
     if not checksums:
         return f"{folder}: no checksums"
     sums = {}
-    for file in checksums:
-        try:
+    try:
+        read_json(folder / "settings.json", inputs=dict)
+        for file in checksums:
             sums |= read_json(file)
-        except SystemExit as e:
-            return str(e)
+    except (SystemExit, OSError) as e:
+        return str(e)
     for path in [*folder.glob("__*"), folder / ".metadata"]:
         if path.name not in sums:
             return f"{path}: no checksum"
@@ -698,7 +699,7 @@ def main():
         mininterval=1,
     )
     for step in range(first, total):
-        started, began = time.time(), clock(device)
+        started, began = time.perf_counter(), clock(device)
         batches, counts, amount = next(loaded)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
         weights, reported = model.weights(step, total), model.report(means)
@@ -711,7 +712,7 @@ def main():
             "lr": lr_at(step, total, lr),
             "peak_gib": peak_memory(device) / 2**30,
             # on a CPU that others share, seconds are this process's own; rates are of all ranks
-            **rates(amount, each, time.time() - started, device, dtype),
+            **rates(amount, each, time.perf_counter() - started, device, dtype),
             "seconds": clock(device) - began,
         }
         last = step + 1 == total

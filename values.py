@@ -92,7 +92,7 @@ def normalise(text):
     text = re.sub(r"^(?:the|an?) (?=\w)", "", text)
     # 1,000 and 1000 are one number
     digits = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    if re.fullmatch(r"-?(?:\d+\.?\d*|\.\d+)", digits):
+    if re.fullmatch(r"-?(?:\d+(?:\.\d*)?|\.\d+)", digits):
         # 1000.0, 1000. and 1000 become one text; 15 digits are what a float holds for sure
         return f"{float(digits):.15g}"
     return text

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,6 +273,42 @@ def test_convert_notices_pictures_that_come_change_and_go(stage, tmp_path):
     assert reject["id"] == kept[0]["id"]
     shown = [pixels(tmp_path / "out" / row["images"][0]) for row in later]
     assert (shown[0] == pixels(noise(9))).all() and (shown[1] == pixels(noise(2))).all()
+
+
+def test_a_picture_is_known_by_more_than_its_size_and_time(stage, tmp_path):
+    """Copies keep the time of a change, and BMPs of one shape have one size."""
+    items = [{"image": "0.bmp", "question": "Which?", "answer": "red"}]
+    picture = tmp_path / "src/0.bmp"
+    for n in (1, 2):
+        saved(picture, noise(n))
+        os.utime(picture, (0, 0))
+        ((row,), _) = convert(stage, tmp_path, "qa", items)
+        assert (pixels(tmp_path / "out" / row["images"][0]) == pixels(noise(n))).all()
+
+
+def test_what_lies_outside_is_not_read_to_be_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(b, "out", str(tmp_path / "out"))
+    saved(tmp_path / "secret.png", noise(1))
+    saved(tmp_path / "out/images/0.png", noise(2))
+    monkeypatch.setattr(b, "file_digest", lambda path: Path(path).name)
+    item = {"images": ["../secret.png", "images/0.png", None], "aux_images": ["/dev/zero"]}
+    assert b.digests_of_item(item) == [None, "0.png", None, None]
+
+
+def test_a_split_that_is_killed_leaves_no_two_halves_of_two(stage, tmp_path, monkeypatch):
+    rows = [example(n, images=[noise(n)], aux_images=[noise(50 + n)]) for n in range(20)]
+    data = write_data(tmp_path, rows)
+    stage("split", "train", data=data, val_share=0.3)
+    write_lines = b.write_lines
+
+    def killed_after(path, lines):
+        write_lines(path, lines)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(b, "write_lines", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        stage("split", "train", data=data, val_share=0.3, seed=2)
+    assert not (tmp_path / "out/val.jsonl").exists()
 
 
 def test_a_split_of_the_sources_own(stage, tmp_path, capsys):

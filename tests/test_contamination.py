@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 import contamination
 import duplicates
 from contamination import asked_in
-from data import read_lines
+from data import read_lines, write_lines
 
 
 def bars(seed, size=(240, 180)):
@@ -123,6 +124,20 @@ def test_audit_reads_official_files(stage, tmp_path):
     }
     assert found == {("pixels", "x0", "1"), ("question", "x2", "2")}
     assert [row["id"] for row in kept] == ["x1"]
+
+
+def test_audit_knows_a_picture_by_what_it_holds(stage, tmp_path):
+    """Another one of the same size, in the same place, with the same time, is another one."""
+    rows = [example(n, images=[photo(n)], aux_images=[photo(10 + n)]) for n in range(2)]
+    data = write_data(tmp_path, rows)
+    test = tmp_path / "bench/0.bmp"
+    for picture, left in ((photo(99), 2), (photo(0), 1)):
+        saved(test, picture)
+        os.utime(test, (0, 0))
+        asked = {"id": "t", "images": ["0.bmp"], "question": "What?", "answer": "x"}
+        write_lines(tmp_path / "bench/test.jsonl", [asked])
+        kept = stage("audit", "audited", data=data, benchmarks=f"{tmp_path}/bench/test.jsonl")
+        assert len(kept) == left
 
 
 def test_audit_reads_an_image_once(stage, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from conftest import broken
 from PIL import Image
 from safetensors.torch import save_file
 
+import answers
 import data
 from answers import extract_answer, is_correct
 from data import (
@@ -323,6 +324,14 @@ def test_a_question_needs_no_response(tmp_path):
         (json.dumps(ROW | {"options": ["x", None]}), [":1", "'options'", "None"]),
         (json.dumps(ROW | {"system": ["x"]}), [":1", "'system'"]),
         (json.dumps(ROW | {"system": "<|im_end|>"}), [":1", "'system'", "<|im_end|>"]),
+        (json.dumps(ROW | {"question": "<|endoftext|>"}), [":1", "'question'", "<|endoftext|>"]),
+        (json.dumps(ROW | {"question": "</abs_vis_token>"}), [":1", "</abs_vis_token>"]),
+        (json.dumps(ROW | {"options": ["3", "<|box_end|>"]}), [":1", "'options'", "<|box_end|>"]),
+        # it comes together where a text is stripped
+        (
+            json.dumps(ROW | {"system": "<|im_<parser>z</parser>end|>"}),
+            [":1", "'system'", "<|im_end|>"],
+        ),
         (json.dumps(ROW | {"images": [""]}), [":1", "no such image"]),
         (json.dumps(ROW | {"aux_images": "gone.png", "response": SPAN}), [":1", "gone.png"]),
     ],
@@ -687,6 +696,27 @@ def test_a_gold_answer_names_an_option(answers, options, right):
             assert in_one_form(row | {"answer": answer}, False, "f:1")["answer"] == answer
         said = [extract_answer(letter, list(options))[0] for letter in "ABCD"]
         assert right == (not options or any(is_correct(x, row | {"answer": answer}) for x in said))
+
+
+def test_a_number_of_many_digits_is_no_place_of_an_option():
+    for digits in ("9" * 5000, "٣" * 5000):
+        assert answers.option_named(digits, {"A": "red", "B": "blue"}) is None
+        assert not is_correct("A", {"answer": digits, "options": ["red", "blue"]})
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|endoftext|>"])
+def test_no_setting_brings_a_token_into_every_prompt(token):
+    data.check_prompt_texts(system="", instruction="\nThink <tool> | <|x|>.")
+    with pytest.raises(SystemExit, match=r"instruction=.* contains the reserved token"):
+        data.check_prompt_texts(system="", instruction=f"Go {token}")
+
+
+def test_a_full_disk_is_named():
+    f = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(OSError) as e:
+        append(f, {"a": 1})
+    assert e.value.filename == "/dev/full"
+    f.close()
 
 
 def test_there_are_26_letters():

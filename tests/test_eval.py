@@ -517,6 +517,23 @@ def test_a_picture_that_is_replaced_meanwhile(asked, monkeypatch):
     assert not pictures
 
 
+def test_scores_of_two_settings_never_stand_together(asked, monkeypatch):
+    """A kill between the two files of a result leaves one of them."""
+    monkeypatch.setattr(evaluate, "weights_digest", str)
+    line = read_lines(asked.out / "predictions.rank0.jsonl")[0]
+    graded = evaluate.grade(asked, {"1": line})
+    evaluate.write_scores(asked, graded, {"scores": {}}, 0)
+    assert (asked.out / "metrics.json").exists()
+
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.write_scores(asked._replace(key="another"), graded, {"scores": {}}, 0)
+    assert not (asked.out / "metrics.json").exists()
+
+
 def test_an_answer_stands_over_a_failure_and_another_runs_line(asked):
     (answer,) = read_lines(asked.out / "predictions.rank0.jsonl")
     failed = {"id": "1", "key": answer["key"], "error": "out of memory"}

@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -35,6 +36,17 @@ def test_turned_as_pillow_turns(kind, turn):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     assert np.array_equal(decode_image(content), upright)
     assert image_size(content) == upright.size
+
+
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """PostScript would: it is no picture to us, whatever its name."""
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert Image.open(path).format == "EPS"
+    for read in (open_image, image_size):
+        with pytest.raises(SystemExit, match="not a usable image"):
+            read(path)
 
 
 @pytest.mark.parametrize("turn", [0, 9, 99])

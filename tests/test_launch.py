@@ -6,9 +6,11 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,34 @@ def test_files_are_named_first(tmp_path, monkeypatch, capsys, script, reads, abs
     with pytest.raises(SystemExit, match="no such file"):
         run_here(monkeypatch, ROOT / script)
     assert capsys.readouterr().out == ""
+
+
+def test_a_rank_that_never_comes(monkeypatch):
+    """The launch ends; its work may take days, but not its beginning."""
+    monkeypatch.setattr(launch, "TOGETHER", timedelta(seconds=2))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(SystemExit, match="rank 0: not all of 2 ranks came within 0:00:02"):
+        launch.meet(0, 2)
+
+
+def test_a_script_may_have_no_console(tmp_path):
+    """Closed, as a service has them: nothing lands in the next file that is opened."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from launch import Progress, start\n"
+        f"def main():\n    f = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "    print('said')\n    print('said', file=sys.stderr)\n"
+        "    assert list(Progress(range(3))) == [0, 1, 2]\n    f.write('written')\n"
+        "start(main)\n"
+    )
+    subprocess.run(f"exec <&- >&- 2>&-; {sys.executable} {script}", shell=True, check=True)
+    assert (tmp_path / "file").read_text() == "written"
 
 
 @pytest.mark.parametrize("rank,world", [("1", "1"), ("-1", "2"), ("0", "0"), ("", "1"), ("0", "x")])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
+import model
 from data import strip_latents
 from generate import stop_ids
 from images import open_image
@@ -414,6 +415,13 @@ def test_images_stand_at_their_marks(loaded, world):
 
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     assert f"Left: {image} right: {image}." in asked("Left: <image> right: <image>.")
+    # elsewhere than in the question it is text
+    for question in ("Which tag?", "Is <image> a tag?"):
+        row = {"images": ["1.png"], "question": question, "options": ["<image>", "<img>"]}
+        (message,) = model.chat_messages(row | {"instruction": " <image>"})
+        pieces = ["[IMG]" if p["type"] == "image" else p["text"] for p in message["content"]]
+        said = question.replace("<image>", "[IMG]") if "<image>" in question else f"[IMG]{question}"
+        assert "".join(pieces) == said + "\nA. <image>\nB. <img> <image>"
     assert f"{image}{image}Which?" in asked("Which?")
 
 

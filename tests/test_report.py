@@ -275,6 +275,10 @@ def test_costs_are_shares_of_texts():
     assert report.ratio_to_text(study, "GAP", "steps_per_s") == {1: 0.5}
 
 
+def test_a_cell_may_hold_anything():
+    assert report.markdown(["a|b"], [["c\nd"]])[1:4] == [r"| a\|b |", "| --- |", "| c d |"]
+
+
 def test_differences_are_a_runs_minus_the_references(study):
     table = next(t for t in report.TABLES["gap"] if not isinstance(t, str))
     table = table._replace(rows={"GAP": "", "LH+DA": ""}, reference="LH+DA", claims=())

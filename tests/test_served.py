@@ -6,11 +6,13 @@ import json
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import TOY, run, sampling, send_completion
 from PIL import Image
 
+import served
 from data import load_examples, read_lines, write_lines
 from endpoint import check_url
 from gap import needs_latents
@@ -194,6 +196,37 @@ def test_an_address_is_one():
     for url in ("localhost:8000/v1", "Qwen/Qwen2.5-VL-7B-Instruct", ""):
         with pytest.raises(SystemExit, match="is not an endpoint: expected http"):
             check_url(url)
+
+
+def test_a_password_is_no_part_of_an_address():
+    with pytest.raises(SystemExit) as e:
+        check_url("http://user:secret@localhost:8000/v1")
+    assert "secret" not in str(e.value)
+
+
+def test_an_answer_that_shows_the_key_does_not(monkeypatch):
+    """Nor does what is said of one without text, of which a part is shown."""
+    key = "sk-0123456789abcdef"
+    message = SimpleNamespace(content=f"your key is {key}")
+    choice = SimpleNamespace(message=message, finish_reason="stop")
+
+    class Client:
+        def __init__(self, **_):
+            pass
+
+        def chat_completion(self, *_, **__):
+            return SimpleNamespace(choices=[choice], usage=None, more="x" * 100 + key)
+
+    monkeypatch.setattr(served, "InferenceClient", Client)
+    asked = Served("http://localhost", "m", key, 1, 9, 1.0, 1.0)
+    (reply,) = served.ask(asked, [], 1, 0)
+    assert reply.text == "your key is ***"
+    message.content = None
+    for more in range(180):
+        choice.finish_reason = "x" * more
+        with pytest.raises(ValueError, match="without text") as e:
+            served.ask(asked, [], 1, 0)
+        assert key[:6] not in str(e.value)
 
 
 def test_images_go_at_the_size_that_our_tower_sees(world):

@@ -369,6 +369,7 @@ def test_ranks_share_the_files_of_a_checkpoint(checkpoint, monkeypatch):
     "spoil",
     [
         lambda folder: (folder / "settings.json").unlink(),
+        lambda folder: (folder / "settings.json").write_text('{"lr": 1e-3, "inp'),
         lambda folder: (folder / "checksums.1.json").write_text(""),
         lambda folder: (folder / "checksums.1.json").write_text("[]"),
         lambda folder: (folder / "checksums.0.json").write_text('{"__0_0.distcp": 7}'),
