@@ -95,9 +95,9 @@ OTHERS = {
     "VaLR": VALR | {"K": 1, "layout": "steps", "min_pixels": 784, "rollout": 2},
     "AMVL": AMVL | {"K": 8, "lr": 3e-4, "write_parser": False},
 }
-# output as input that is fed its own states in training, too, where the text alone trains them: VaLR
-# without alignment on the others' data, Coconut without its curriculum. "output" is as LVR's: it is
-# fed the real features, and regressed on them
+# output as input that is fed its own states in training, too, where the text alone trains them:
+# VaLR without alignment on the others' data, Coconut without its curriculum. "output" is as LVR's:
+# it is fed the real features, and regressed on them
 OWN_STATES = {"method": "valr", "K": 4, "lambda_align": 0.0, "whole_gradient": True}
 # where VaLR learns: each move is named before its picture, the rollout is exact, gradients go
 # through all of it, and psi learns more slowly
