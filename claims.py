@@ -210,7 +210,7 @@ TABLES = {"main": [
         "base":       "57.66, 52.62",
         "text":       "59.40, 47.24",
         "output":     "Monet 59.58, 47.99; LVR 60.75, 47.66",
-        "output/EMA": "",
+        "output/EMA": "Monet on HRBench4K 70.75 -> 71.63, MathVista 61.30 -> 63.30",
         "LH":         "59.03, 49.15",
         "LH+DA":      "59.68, 50.05",
         "LH+PCA":     "60.40, 52.48",

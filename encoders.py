@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Resampling
 
 from data import check_finite, read_json
 from model import encode_pixels, read_weights, said_of
@@ -21,16 +21,17 @@ HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # fmt: off
-# by model_type: mean and deviation of its pixels, where preprocessor_config.json has none, and the
-# side of the square that it sees (0: the only one that it takes, its config's)
+# by model_type: mean and deviation of its pixels and how it is resized, where the folder's
+# preprocessor_config.json does not say, and the side of the square that it sees (0: the only one
+# that it takes, its config's)
 KINDS = {
-    "dinov3_vit":            (IMAGENET, 224),
-    "dinov2":                (IMAGENET, 224),
-    "dinov2_with_registers": (IMAGENET, 224),
-    "siglip":                (HALF, 0),  # folders of a whole model: its vision part is used
-    "siglip_vision_model":   (HALF, 0),
-    "clip":                  (CLIP, 0),
-    "clip_vision_model":     (CLIP, 0),
+    "dinov3_vit":            (IMAGENET, Resampling.BILINEAR, 224),
+    "dinov2":                (IMAGENET, Resampling.BICUBIC, 224),
+    "dinov2_with_registers": (IMAGENET, Resampling.BICUBIC, 224),
+    "siglip":                (HALF, Resampling.BICUBIC, 0),  # of a whole model its vision part
+    "siglip_vision_model":   (HALF, Resampling.BICUBIC, 0),
+    "clip":                  (CLIP, Resampling.BICUBIC, 0),
+    "clip_vision_model":     (CLIP, Resampling.BICUBIC, 0),
 }
 # fmt: on
 
@@ -61,18 +62,20 @@ class FolderEncoder:
         self.module = vision.to(device)
         own = getattr(whole.config, "vision_config", whole.config)
         self.width, self.patch = own.hidden_size, own.patch_size
-        (mean, std), side = KINDS[kind]
+        (mean, std), resample, side = KINDS[kind]
         self.side = (side or own.image_size) // self.patch * self.patch
         file = Path(folder) / "preprocessor_config.json"
         if file.is_file():
             written = read_json(file)
             mean, std = written.get("image_mean", mean), written.get("image_std", std)
+            resample = written.get("resample", resample)
+        self.resample = Resampling(resample)
         self.mean, self.std = np.array(mean), np.array(std)
 
     def pixels(self, images):
         """What `features` reads of n PIL images, on the CPU: (n, 3, side, side)."""
         # the whole picture, squeezed to a square as REPA's are: patches keep to their places
-        squares = [image.resize((self.side, self.side), Image.BICUBIC) for image in images]
+        squares = [image.resize((self.side, self.side), self.resample) for image in images]
         x = np.stack([np.asarray(square) for square in squares]) / 255
         x = (x - self.mean) / self.std
         return torch.from_numpy(x).float().permute(0, 3, 1, 2)

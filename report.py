@@ -371,8 +371,10 @@ DIAGNOSIS_HEAD = [
     "run", "text state / input", "image state / input", "log norm of latents", "of real features",
     "in the subspace", "effective rank", "pairwise cosine", "R2", "retrieval at 1 (chance)",
 ]
-# measured on Monet-7B and HRBench4K, and before the final norm only; the norm of latents is GAP's
-DIAGNOSIS_OF_PAPER = ["paper, 7B", "546; -", "8.7; -", "3.53", "3.94 (query)", "1", "", "", "", ""]
+# Monet-7B's on HRBench4K, before the final norm only; the norm of latents is GAP's
+DIAGNOSIS_OF_PAPER = [
+    "paper, 7B", "Monet 546; -", "Monet 8.7; -", "GAP 3.53", "3.94 (query)", "1", "", "", "", "",
+]
 DIAGNOSIS_CLAIMS = [
     ("GAP's latents lie deeper in the subspace than the full head's",
         "GAP", "LH+DA", "probe.predicted.inside"),
@@ -529,10 +531,11 @@ def edits(study):
         "Pairs of questions that differ in one thing. *Followed*: the share of pairs whose answers "
         "change, to whatever, where the right answer does, and stay where it stays. *Both right*: "
         "the share of pairs with two right answers. *Cosine* of the two questions' latents: 1 "
-        "where they are blind to the edit. *Own*: the share of latents nearer to their own "
-        "picture's features than to the other question's, where the two differ; chance is .5.",
+        "where they are blind to the edit; *pooled*, of the means of their latents. *Own*: the "
+        "share of latents nearer to their own picture's features than to the other question's, "
+        "where the two differ; chance is .5.",
     ]
-    for measure in ("followed", "both_right", "cosine", "own"):
+    for measure in ("followed", "both_right", "cosine", "pooled", "own"):
         rows = [[name, *cells(name, measure)] for name in there]
         rows = [row for row in rows if any(row[1:])]
         if rows:
