@@ -903,75 +903,60 @@ def check_served():
         raise SystemExit(f"{model} has latents, which no server writes; drop `url`")
 
 
-def main():
-    global out
-    out = out or folder_of("eval", model)
-    check_choices(
-        globals(),
-        intervention=INTERVENTIONS,
-        dtype=("float32", "bfloat16"),
-        sheet_order=("wrong", "category"),
-    )
-    check_prompt_texts(system=system, instruction=instruction, after_latents=after_latents)
-    # before the model is loaded
-    reads = [model, data_root if benchmarks else data, donor, bank]
-    show_files(reads=reads, writes=[out, sheet])
-    check_there(Path(model) / "config.json")
-    memory = None
-    if url:
-        check_served()
-    elif sheet and (Path(model) / HEAD_FILE).is_file():
-        if not save_latents:
-            raise SystemExit("--sheet draws the latents that a run keeps: give --save_latents=1")
-        memory = bank_of(model, bank)
-    if judge_url:
-        check_url(judge_url)
+def bank_to_show():
+    """The bank of imagined pictures that the page needs (imagine.py); None where it needs none."""
+    if url or not sheet or not (Path(model) / HEAD_FILE).is_file():
+        return None
+    if not save_latents:
+        raise SystemExit("--sheet draws the latents that a run keeps: give --save_latents=1")
+    return bank_of(model, bank)
+
+
+def claim_rank():
+    """Keep other launches out of <out>, and of this rank's files: rank 0 may end before others."""
+    claim(out)
+    rank, _ = rank_and_world()
+    if not lock(Path(out) / f".rank{rank}.lock"):
+        raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
+
+
+def load_test_sets():
+    """All of them first: a missing file is told now, and not after hours of the first benchmark."""
     names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
     missing = missing_files(filter(None, names), data_root)
     if missing:
         raise SystemExit(missing)
-    claim(out)
-    # rank 0, which has claimed it, may end before the others
-    rank, world = rank_and_world()
-    if not lock(Path(out) / f".rank{rank}.lock"):
-        raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
-    # all of them first: a missing file is told now, and not after hours of the first benchmark
+    claim_rank()
     tests = [load_test_set(name) for name in names]
     if judge_url and not any(map(is_judged, tests)):
         raise SystemExit(f"judge_url: of these none has a judge; {', '.join(JUDGED)} have one")
-    if not score_only:
-        for test in tests:
-            check_feed(test)
+    return tests
 
-    answering = hold_together(Path(out) / ".answering.lock")
-    vlm = head = None  # not needed to score, nor for a page without imagined pictures
-    answers_here = not (score_only or url)
-    if memory or answers_here:
-        vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
-        head = load_head(model, vlm, tokenizer, latent_size)
-    if answers_here:
+
+def answer_tests(tests, vlm, tokenizer, head):
+    """Answer this rank's share of all test sets."""
+    if not url:
         if head is None and intervention != "clean":
             raise SystemExit(
                 f"{model} has no {HEAD_FILE}: the intervention {intervention!r} needs a model "
                 "with latents"
             )
         check_intervention(intervention, head)
-    if not score_only:
-        for test in tests:
-            # one per test set: their pixel limits differ, and change HRBench and V* most
-            limits = test.settings["min_pixels"], test.settings["max_pixels"]
-            say_other_limits(model, *limits)
-            processor = load_processor(model, *limits)
-            if url:
-                answerer = ServedAnswerer(test, processor)
-            else:
-                answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
-            answer_all(test, answerer)
+    for test in tests:
+        # one per test set: their pixel limits differ, and change HRBench and V* most
+        limits = test.settings["min_pixels"], test.settings["max_pixels"]
+        say_other_limits(model, *limits)
+        processor = load_processor(model, *limits)
+        if url:
+            answerer = ServedAnswerer(test, processor)
+        else:
+            answerer = Answerer(test, vlm, tokenizer, processor, head, donor_files())
+        answer_all(test, answerer)
 
-    # the rank that finishes last sees all answers and scores them; no rank waits for another
-    if not is_alone(answering):
-        print(f"rank {rank} is done; the last one scores")
-        return
+
+def score_tests(tests, vlm, head, memory):
+    """Score the test sets that are answered, and write the page and the tables."""
+    rank, world = rank_and_world()
     scored = False
     for test in tests:
         predictions = read_predictions(test)
@@ -985,6 +970,43 @@ def main():
         scored = True
     if benchmarks and scored:
         published_tables()
+
+
+def main():
+    global out
+    out = out or folder_of("eval", model)
+    check_choices(
+        globals(),
+        intervention=INTERVENTIONS,
+        dtype=("float32", "bfloat16"),
+        sheet_order=("wrong", "category"),
+    )
+    check_prompt_texts(system=system, instruction=instruction, after_latents=after_latents)
+    show_files(reads=[model, data_root if benchmarks else data, donor, bank], writes=[out, sheet])
+    check_there(Path(model) / "config.json")
+    if url:
+        check_served()
+    if judge_url:
+        check_url(judge_url)
+    memory = bank_to_show()
+    tests = load_test_sets()
+    if not score_only:
+        for test in tests:
+            check_feed(test)
+
+    answering = hold_together(Path(out) / ".answering.lock")
+    vlm = tokenizer = head = None  # not needed to score, nor for a page without imagined pictures
+    if memory or not (score_only or url):
+        vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
+        head = load_head(model, vlm, tokenizer, latent_size)
+    if not score_only:
+        answer_tests(tests, vlm, tokenizer, head)
+
+    # the rank that finishes last sees all answers and scores them; no rank waits for another
+    if is_alone(answering):
+        score_tests(tests, vlm, head, memory)
+    else:
+        print(f"rank {rank_and_world()[0]} is done; the last one scores")
 
 
 if __name__ == "__main__":
