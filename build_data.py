@@ -55,6 +55,7 @@ from data import (
     IMAGE_FIELDS,
     LATENT_SPAN,
     file_digest,
+    folder_digest,
     in_one_form,
     load_examples,
     open_append,
@@ -62,7 +63,6 @@ from data import (
     question_text,
     read_json,
     read_lines,
-    weights_digest,
     write_json,
     write_lines,
     write_then_rename,
@@ -263,7 +263,7 @@ def work_through(name, rows, work, uses, rejects, contents=digests_of, has_answe
     """
     settings = {setting: globals()[setting] for setting in uses}
     if settings.get("base"):
-        settings["base"] = weights_digest(base)
+        settings["base"] = folder_digest(base)
     return run_stage(
         name, rows, work, settings, out, workers, give_up, rejects, contents, has_answered
     )

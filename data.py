@@ -654,10 +654,10 @@ def file_md5(path):
 
 def tensors_digest(path):
     """A hash of a safetensors file's tensors and metadata, whatever their order; remembered."""
-    return remembered(path, "tensors", digest_tensors)
+    return remembered(path, "tensors", hash_tensors)
 
 
-def digest_tensors(path):
+def hash_tensors(path):
     digest = hashlib.sha256()
     try:
         with safe_open(path, "pt") as f:
@@ -682,7 +682,7 @@ FOLDER_FILES = (
 # fmt: on
 
 
-def weights_digest(folder):
+def folder_digest(folder):
     """A hash of what a model folder computes: its weights, configuration, tokenizer and template.
 
     Copied or touched it is the same.

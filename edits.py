@@ -28,12 +28,12 @@ from data import (
     check_fields,
     check_there,
     file_md5,
+    folder_digest,
     is_made,
     load_examples,
     read_json,
     read_lines,
     read_safetensors,
-    weights_digest,
     write_json,
 )
 from generate import latents_name
@@ -74,7 +74,7 @@ def read_answers():
         check_there(file, "eval.py writes it, with --save_latents=1")
     made = read_json(record, settings=dict)
     settings = made["settings"]
-    if made.get("weights") != weights_digest(model):
+    if made.get("weights") != folder_digest(model):
         raise SystemExit(f"{answers} has the answers of another model than {model}")
     if settings.get("md5") != file_md5(data):
         raise SystemExit(f"{answers} has no answers to {data} as it is now; run eval.py on it")

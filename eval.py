@@ -46,6 +46,7 @@ from data import (
     check_there,
     file_digest,
     file_md5,
+    folder_digest,
     is_made,
     key_of,
     load_examples,
@@ -55,7 +56,6 @@ from data import (
     read_lines,
     seed_of,
     versions,
-    weights_digest,
     write_json,
     write_lines,
 )
@@ -203,9 +203,9 @@ def load_test_set(name):
     # keeps more of an answer changes none
     others = ("model", "donor", "data", "md5", "save_latents")
     made_by = {k: v for k, v in settings.items() if k not in others}
-    made_by["weights"] = weights_digest(model)
+    made_by["weights"] = folder_digest(model)
     if donor:
-        made_by["donor"] = weights_digest(donor)
+        made_by["donor"] = folder_digest(donor)
     if name:
         made_by["md5"] = md5  # its pictures lie in the file
     # after the whole file was read: a short run finds the same faults in it as a full one
@@ -654,7 +654,7 @@ def write_scores(test, graded, scores, n_missing):
     record = {
         "settings": test.settings,
         "key": test.key,
-        "weights": weights_digest(model),
+        "weights": folder_digest(model),
         "questions": len(test.rows),
         "missing": n_missing,
         "limit": limit,
@@ -723,7 +723,7 @@ def print_scores(title, scores):
 
 def headlines():
     """{metric: percent} of the benchmarks that <out> holds for this model and setting."""
-    found, digest = {}, weights_digest(model)
+    found, digest = {}, folder_digest(model)
     for name, benchmark in BENCHMARKS.items():
         path = Path(out) / name / "metrics.json"
         if not path.exists():

@@ -22,13 +22,13 @@ from data import (
     check_there,
     each_line,
     file_digest,
+    folder_digest,
     key_of,
     question_key,
     read_json,
     seed_of,
     strip_parser,
     tensors_digest,
-    weights_digest,
 )
 from images import usable_rows
 from launch import check_choices, check_each
@@ -274,7 +274,7 @@ class GAP(Method):
         examples = usable_rows(examples, self.settings["skip_unusable"], ("aux_images",))
         if training and self.settings["difficulty"]:
             counts = read_counts(self.settings["difficulty"])
-            base = weights_digest(self.settings["base"])
+            base = folder_digest(self.settings["base"])
             self.solved = solved_by(counts, examples, base, self.settings)
         return super().rows(examples, training)
 

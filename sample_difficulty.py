@@ -30,12 +30,12 @@ from data import (
     append,
     check_prompt_texts,
     check_there,
+    folder_digest,
     key_of,
     load_examples,
     open_append,
     question_key,
     seed_of,
-    weights_digest,
     write_lines,
 )
 from endpoint import check_url, key_in
@@ -107,7 +107,7 @@ class Tally:
         return {
             "id": self.row["id"],
             "key": key,
-            "base": weights_digest(base),
+            "base": folder_digest(base),
             "row": self.asked,
             # N, not how many were drawn: where sampling stopped, the accuracy is a lower bound
             "n": n_samples,
@@ -145,7 +145,7 @@ def run_key():
     if early_stop:  # a full count fits every tau and rule
         names += ["tau", "rule"]
     settings = {name: globals()[name] for name in names}
-    return key_of(settings | {"weights": weights_digest(base)})
+    return key_of(settings | {"weights": folder_digest(base)})
 
 
 def part_files():

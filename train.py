@@ -51,6 +51,7 @@ from data import (
     check_fields,
     check_there,
     example_key,
+    folder_digest,
     hash_file,
     key_of,
     load_examples,
@@ -58,7 +59,6 @@ from data import (
     read_json,
     read_lines,
     versions,
-    weights_digest,
     write_json,
     write_lines,
 )
@@ -245,7 +245,7 @@ def run_batch(model, batches, counts, device, weights=None):
     """
     world = rank_and_world()[1]
     n = {name: max(count, 1) for name, count in counts.items()}
-    total = torch.zeros(len(n), device=device)
+    logged = torch.zeros(len(n), device=device)
     for batch in batches:
         sums = model(to_device(batch, model.vlm, device))
         sums = {name: sums[name] * batch["weight"] for name in n}
@@ -253,9 +253,9 @@ def run_batch(model, batches, counts, device, weights=None):
             # FSDP averages over ranks: world / count over the whole global batch
             loss = sum(weight * sums[name] / n[name] for name, weight in weights.items())
             (world * loss).backward()
-        total += torch.stack([x.detach() for x in sums.values()])
-    dist.all_reduce(total)  # once a batch, for the log
-    means = (total / torch.tensor(list(n.values()), device=device)).tolist()
+        logged += torch.stack([x.detach() for x in sums.values()])
+    dist.all_reduce(logged)  # once a batch
+    means = (logged / torch.tensor(list(n.values()), device=device)).tolist()
     return {name: mean for name, mean in zip(n, means) if counts[name]}
 
 
@@ -349,8 +349,28 @@ def train_step(model, optimizer, batches, counts, step, total, device):
     return means, float(norm)
 
 
+def check_step(step, numbers):
+    """Raise SystemExit at a loss or gradient that is not finite, before it reaches a weight."""
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise SystemExit(
+            f"step {step + 1}: {', '.join(bad)} not finite; lr={lr} may be too high. The last "
+            f"checkpoint in {out}/ckpt, if there is one, is finite"
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # checkpoints and export
+
+
+def is_due(step, every):
+    """Is it time, every so many steps? 0 is never."""
+    return every > 0 and (step + 1) % every == 0
+
+
+def is_saved(step, total):
+    """Is a checkpoint written after this step? After the last one always is."""
+    return step + 1 == total or is_due(step, save_every)
 
 
 def check_weights(model, step):
@@ -606,26 +626,6 @@ def report_lengths(model, rows):
             )
 
 
-def is_due(step, every):
-    """Is it time, every so many steps? 0 is never."""
-    return every > 0 and (step + 1) % every == 0
-
-
-def is_saved(step, total):
-    """Is a checkpoint written after this step? After the last one always is."""
-    return step + 1 == total or is_due(step, save_every)
-
-
-def check_step(step, numbers):
-    """Raise SystemExit at a loss or gradient that is not finite, before it reaches a weight."""
-    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-    if bad:
-        raise SystemExit(
-            f"step {step + 1}: {', '.join(bad)} not finite; lr={lr} may be too high. The last "
-            f"checkpoint in {out}/ckpt, if there is one, is finite"
-        )
-
-
 def main():
     settings = settings_of(globals())
     check_choices(globals(), method=METHODS, dtype=("float32", "bfloat16"))
@@ -666,7 +666,7 @@ def main():
     each = flops_each(vlm)
     shard(model, device)
     settings["inputs"] = {
-        "base": weights_digest(base),
+        "base": folder_digest(base),
         "data": key_of([example_key(row) for row in rows]),
         "val_data": key_of([example_key(row) for row in val_rows]),
         **model.inputs(),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import LATENT_SPAN, Rows, file_digest, key_of, weights_digest
+from data import LATENT_SPAN, Rows, file_digest, folder_digest, key_of
 from encoders import FolderEncoder, OwnEncoder
 from images import open_image, usable_rows
 from launch import names_in, pick_device
@@ -83,7 +83,7 @@ class VaLR(Method):
 
     def inputs(self):
         names = names_in(self.settings["encoders"])  # in their order, which is that of the psi
-        digests = [name if name == "own" else weights_digest(name) for name in names]
+        digests = [name if name == "own" else folder_digest(name) for name in names]
         return {
             "encoders": key_of(digests),
             "aux_images": key_of(self.pictures),

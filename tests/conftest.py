@@ -34,7 +34,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 import build_data
 import toy
-from data import load_examples, question_key, read_lines, weights_digest, write_lines
+from data import folder_digest, load_examples, question_key, read_lines, write_lines
 from decoder import Decoder
 from generate import stream
 from images import open_image
@@ -296,7 +296,7 @@ def gap_args(tmp_path_factory, base, world, pca):
     counts = []
     for i, row in enumerate(load_examples(world / "train.jsonl")):
         correct = int(i % 3 == 0)
-        line = {"id": row["id"], "key": "", "base": weights_digest(base), "row": question_key(row)}
+        line = {"id": row["id"], "key": "", "base": folder_digest(base), "row": question_key(row)}
         line |= {"n": 8, "correct": correct, "accuracy": correct / 8}
         counts.append(line | {"lower_bound": False, "n_options": 0, "answers": []})
     write_lines(folder / "difficulty.jsonl", counts)

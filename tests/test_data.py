@@ -27,6 +27,7 @@ from data import (
     append,
     check_fields,
     example_key,
+    folder_digest,
     in_one_form,
     load_examples,
     memory,
@@ -41,7 +42,6 @@ from data import (
     seed_of,
     strip_parser,
     tensors_digest,
-    weights_digest,
     write_json,
     write_lines,
     write_then_rename,
@@ -224,14 +224,14 @@ def test_identity_is_content(tmp_path):
     ):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors", meta)
-    one = weights_digest(tmp_path / "one")
-    assert weights_digest(tmp_path / "two") == one
+    one = folder_digest(tmp_path / "one")
+    assert folder_digest(tmp_path / "two") == one
     os.utime(tmp_path / "one" / "model.safetensors", (1e9, 1e9))
-    assert weights_digest(tmp_path / "one") == one
+    assert folder_digest(tmp_path / "one") == one
     shutil.move(tmp_path / "one", tmp_path / "moved")
-    assert weights_digest(tmp_path / "moved") == one
+    assert folder_digest(tmp_path / "moved") == one
     save_file({"a": a, "b": b + 1}, tmp_path / "two" / "model.safetensors", {"x": "1", "y": "2"})
-    assert weights_digest(tmp_path / "two") != one
+    assert folder_digest(tmp_path / "two") != one
 
     (tmp_path / "p.png").write_bytes(b"1")
     (tmp_path / "q.png").write_bytes(b"1")
@@ -665,12 +665,12 @@ def test_all_files_are_as_readable_as_others(tmp_path):
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "merges.txt"])
 def test_what_is_read_of_a_folder_makes_a_base(base, tmp_path, name):
     shutil.copytree(base, tmp_path / "base")
-    before = weights_digest(tmp_path / "base")
+    before = folder_digest(tmp_path / "base")
     (tmp_path / "base" / "my-notes.json").write_text("{}")
-    assert weights_digest(tmp_path / "base") == before
+    assert folder_digest(tmp_path / "base") == before
     with open(tmp_path / "base" / name, "a") as f:
         f.write(" ")
-    assert weights_digest(tmp_path / "base") != before
+    assert folder_digest(tmp_path / "base") != before
 
 
 def test_what_is_taught_at_first_counts(world):

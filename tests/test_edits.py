@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 import edits
 import toy
 from data import (
+    folder_digest,
     load_examples,
     read_json,
     read_safetensors,
-    weights_digest,
     write_json,
     write_lines,
 )
@@ -115,7 +115,7 @@ def test_what_followed_an_edit(tmp_path, trained, monkeypatch):
         save_file({"latents": v.contiguous()}, name, {"key": said[-1]["key"]})
     write_lines(tmp_path / "e" / "scored.jsonl", said)
     md5 = hashlib.md5((tmp_path / "edits.jsonl").read_bytes()).hexdigest()
-    record = {"settings": {"md5": md5, "save_latents": True}, "weights": weights_digest(trained)}
+    record = {"settings": {"md5": md5, "save_latents": True}, "weights": folder_digest(trained)}
     write_json(tmp_path / "e" / "metrics.json", record)
     args = [f"--model={trained}", f"--data={tmp_path}/edits.jsonl", f"--answers={tmp_path}/e"]
     printed = run("edits.py", *args)

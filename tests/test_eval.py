@@ -415,7 +415,7 @@ def test_an_oracles_answer_belongs_to_what_it_was_fed(world, monkeypatch):
 def test_headlines_are_of_whole_benchmarks_in_one_setting(tmp_path, monkeypatch, capsys):
     """And of one model, whatever its folder is called."""
     monkeypatch.setattr(evaluate, "out", str(tmp_path))
-    monkeypatch.setattr(evaluate, "weights_digest", lambda folder: "w")
+    monkeypatch.setattr(evaluate, "folder_digest", lambda folder: "w")
     whole = {"missing": 0, "limit": 0, "weights": "w", "questions": 20}
     whole["scores"] = {"overall": {"accuracy": 0.5, "n": 20}}
     for name, change, settings in (
@@ -519,7 +519,7 @@ def test_a_picture_that_is_replaced_meanwhile(asked, monkeypatch):
 
 def test_scores_of_two_settings_never_stand_together(asked, monkeypatch):
     """A kill between the two files of a result leaves one of them."""
-    monkeypatch.setattr(evaluate, "weights_digest", str)
+    monkeypatch.setattr(evaluate, "folder_digest", str)
     line = read_lines(asked.out / "predictions.rank0.jsonl")[0]
     graded = evaluate.grade(asked, {"1": line})
     evaluate.write_scores(asked, graded, {"scores": {}}, 0)

@@ -76,7 +76,7 @@ def test_what_build_data_keeps(name):
 
 
 def test_what_sample_difficulty_keeps(monkeypatch):
-    monkeypatch.setattr(sample_difficulty, "weights_digest", lambda base: "base")
+    monkeypatch.setattr(sample_difficulty, "folder_digest", lambda base: "base")
     monkeypatch.setattr(sample_difficulty, "url", "http://localhost")
     read = settings_read(sample_difficulty, "sample_all")
     read -= set(f"data out base url batch {SERVER}".split())
@@ -101,7 +101,7 @@ def test_what_fit_pca_keeps(monkeypatch, loaded):
 
 @pytest.mark.parametrize("served", [False, True])
 def test_what_eval_keeps(monkeypatch, served):
-    monkeypatch.setattr(eval, "weights_digest", str)
+    monkeypatch.setattr(eval, "folder_digest", str)
     monkeypatch.setattr(eval, "file_md5", str)
     monkeypatch.setattr(eval, "load_examples", lambda path, training: [])
     monkeypatch.setattr(eval, "usable_rows", lambda rows, skip, fields: rows)

@@ -3,7 +3,7 @@
 from conftest import TOY, broken, run, sampling
 from safetensors.torch import load_file, save_file
 
-from data import read_lines, weights_digest, write_lines
+from data import folder_digest, read_lines, write_lines
 
 
 def training(stages, **change):
@@ -52,7 +52,7 @@ def test_early_stop_at_another_tau_is_refused(tmp_path, world, stages):
     lines = read_lines(out)
     assert any(line["lower_bound"] for line in lines)
     # as if the stages' base, which solves nothing, had been asked
-    write_lines(out, [line | {"base": weights_digest(stages["base"])} for line in lines])
+    write_lines(out, [line | {"base": folder_digest(stages["base"])} for line in lines])
     text = run("train.py", *training(stages, difficulty=out, tau=0.9, out=tmp_path / "x"), ok=False)
     assert "stopped early" in text and "tau=0.9" in text
 
