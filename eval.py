@@ -920,16 +920,23 @@ def claim_rank():
         raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
 
 
-def load_test_sets():
-    """All of them first: a missing file is told now, and not after hours of the first benchmark."""
-    names = benchmarks_named(benchmarks) if benchmarks else [""]  # "": the JSONL file
+def names_asked():
+    """The names of `benchmarks`, or "" for the JSONL file. Raises SystemExit if a file lacks."""
+    names = benchmarks_named(benchmarks) if benchmarks else [""]
     missing = missing_files(filter(None, names), data_root)
     if missing:
         raise SystemExit(missing)
-    claim_rank()
+    return names
+
+
+def load_test_sets(names):
+    """All of them first: a fault is told now, and not after hours of the first benchmark."""
     tests = [load_test_set(name) for name in names]
     if judge_url and not any(map(is_judged, tests)):
         raise SystemExit(f"judge_url: of these none has a judge; {', '.join(JUDGED)} have one")
+    if not score_only:
+        for test in tests:
+            check_feed(test)
     return tests
 
 
@@ -988,11 +995,9 @@ def main():
         check_served()
     if judge_url:
         check_url(judge_url)
-    memory = bank_to_show()
-    tests = load_test_sets()
-    if not score_only:
-        for test in tests:
-            check_feed(test)
+    memory, names = bank_to_show(), names_asked()
+    claim_rank()
+    tests = load_test_sets(names)
 
     answering = hold_together(Path(out) / ".answering.lock")
     vlm = tokenizer = head = None  # not needed to score, nor for a page without imagined pictures

@@ -497,9 +497,8 @@ def stream(
         x = vlm.model.language_model.embed_tokens(token.to(h.device))  # (R, d)
         if inside.any():
             whose = [divmod(row, n_samples) for row in number[inside].tolist()]
-            v = latents.next(
-                h[inside].float(), [(scheduler.asked[q], s) for q, s in whose]
-            )  # (M, d)
+            asked = [(scheduler.asked[q], s) for q, s in whose]
+            v = latents.next(h[inside].float(), asked)  # (M, d)
             x[inside] = v.to(x.dtype)
         for row, t in zip(number[alive].tolist(), token[alive].tolist()):
             q, s = divmod(row, n_samples)

@@ -187,7 +187,7 @@ def math_equal(a, b):
     """
 
     def bare(text):
-        return re.sub(r"\s|\\[,;! ]", "", text).strip("$").rstrip(".").lower()
+        return re.sub(r"\s|\\[,;! ]", "", text).lstrip("$").rstrip("$.").lower()
 
     if bare(a) == bare(b):
         return True
