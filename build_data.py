@@ -106,7 +106,7 @@ crop_side = 448  # pixels: the long side of a smaller crop is enlarged to this
 max_bytes = 64_000_000  # of an image file
 bomb_pixels = 50_000_000  # an image with more is taken for a decompression bomb
 follow_links = False  # image paths may be links that lead out of root
-min_side = 28  # pixels: one merged vision token
+min_side = 8  # pixels: smaller shows nothing; what is small is enlarged by the processor [ours]
 
 # synthesise
 teacher_url = "http://localhost:8000/v1"  # + /chat/completions

@@ -6,6 +6,7 @@ Each check raises Reject(reason, number, detail): the number is what a threshold
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 from PIL import ImageStat
 
@@ -136,11 +137,12 @@ def check_length(text, words_min, words_max):
 
 def check_lines(text):
     """No line or sentence of a parser text is empty or comes again."""
-    # a model that runs in circles repeats a line, or a sentence within one
-    lines = [line.strip() for line in re.split(r"\n|(?<=[.!?])\s+", text.strip())]
-    empty = lines.count("")
+    lines = [line.strip() for line in text.strip().split("\n")]
+    empty = sum(not line and not after for line, after in pairwise(lines))  # one parts paragraphs
     if empty:
         raise Reject("parser has empty lines", empty)
+    # a model that runs in circles repeats a line, or a sentence within one
+    lines = [line for line in re.split(r"\n|(?<=[.!?])\s+", "\n".join(lines)) if line]
     again = len(lines) - len(set(lines))
     if again:
         raise Reject("parser repeats lines", again)

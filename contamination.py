@@ -24,6 +24,7 @@ INSTRUCTION = re.compile(  # as prompts end
     r"\s*(?:please )?(?:answer (?:with|the question using|yes or no)|put your final answer)\b.*$",
     re.IGNORECASE,
 )
+OUR_TEMPLATE = 5  # a question that we ask of so many pictures is a template, "Find x." [ours]
 FINDINGS = ("pixels", "question", "template", "near")
 
 
@@ -68,25 +69,32 @@ def find_copies(rows, tests, ours, theirs, near):
     # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
 
-    def is_template(asked):
-        """Does one of the test sets ask it of several pictures? HRBench asks each four times."""
+    our_pictures = defaultdict(set)  # by the question that is asked of them
+    for row in rows:
+        pixels = frozenset(ours[name][0] for name in row["images"] if name in ours)
+        our_pictures[asked_in(row)].add(pixels)
+
+    def is_template(question, asked):
+        """Does a test set ask it of several pictures (HRBench of each four times), or do we?"""
         pictures = defaultdict(set)
         for key in asked:
             pictures[key[0]].add(frozenset(pictures_of[key]))
-        return any(len(of) > 1 for of in pictures.values())
+        several = any(len(of) > 1 for of in pictures.values())
+        return several or len(our_pictures[question]) >= OUR_TEMPLATE
 
     findings = []
     for row in rows:
         # auxiliary images, too: they are what the latents are trained on
         names = row["images"] + row["aux_images"]
-        asked = by_question.get(asked_in(row))
+        question = asked_in(row)
+        asked = by_question.get(question)
         if asked:
             # "Is there a person in the image?" is a copy of none, unless the picture is
             same = [ours[name][0] for name in names if name in ours]
             same += [theirs[by_hash[name][0]][0] for name in names if name in by_hash]
             shown = set().union(*(rows_of.get(pixels, ()) for pixels in same))
             seen = [key for key in asked if key in shown]
-            kind = "template" if not seen and is_template(asked) else "question"
+            kind = "template" if not seen and is_template(question, asked) else "question"
             benchmark, id = (seen or asked)[-1]
             # the question matched, not an image: None
             findings.append(finding(kind, row, None, (benchmark, id, None), None))

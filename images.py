@@ -44,8 +44,7 @@ NO_PICTURE = (  # where a file's name promises what it does not hold: place, fir
     (
         0,
         b"PAR1",
-        "a parquet table; write it as JSON lines with pandas: "
-        "`read_parquet(FILE).to_json(OUT, orient='records', lines=True)`",
+        "a parquet table; `build_data.py convert` reads it after `pip install pyarrow`",
     ),
     (0, b"PK\x03\x04", "a zip archive; unpack it"),
     (0, b"\x1f\x8b", "a gzip archive; unpack it"),

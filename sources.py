@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import boxed, extract_answer
+from answers import boxed, extract_answer, tagged
 from data import LATENT_SPAN, SURROGATE, is_list
 from images import image_bytes, other_kind
 from resume import Reject
@@ -36,7 +36,7 @@ from resume import Reject
 FIELDS = {
     "images": ("images", "image", "image_path", "query_image", "query_images"),
     "question": ("question", "query", "problem", "prompt"),
-    "answer": ("answer", "gold_answer", "gold", "ground_truth"),
+    "answer": ("answer", "gold_answer", "gold", "ground_truth", "solution"),
     "response": ("response", "teacher_response", "structured_response", "raw", "output",
                  "completion"),
     "aux_images": ("aux_images", "auxiliary_images", "aux_image", "auxiliary_image",
@@ -164,7 +164,7 @@ def read_parquet(path):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        yield 1, None, f"{other_kind(PARQUET)}, or pip install pyarrow"
+        yield 1, None, other_kind(PARQUET)
         return
     n = 0
     try:
@@ -342,6 +342,11 @@ def from_table(item, questions_alone=False):
     if answer is None:  # the gold answer is then the teacher's own
         answer, _ = extract_answer(text_of(row["response"]))
     answer = text_of(answer)
+    _, inside, _ = tagged(answer)
+    if inside is not None:  # "<answer> 145° </answer>", or a solution that ends in a box
+        answer = inside
+    elif answer == item.get("solution"):
+        raise Reject("no answer in the solution", None, answer[-200:])
     question = text_of(row["question"])
     if row["response"] is None:  # questions alone: `synthesise` writes one
         response = wrapped("", answer)
@@ -359,7 +364,12 @@ def from_table(item, questions_alone=False):
     return with_options(example, row["options"])
 
 
-BOXED_SUFFIX = re.compile(r"\s*Put your final answer within \\boxed\{\}\.?\s*$")
+# how Monet asks for a box, where our responses have a tag
+ASKS_FOR_BOXED = re.compile(
+    r"\s*(?:Put your final answer within|Put the letter of your choice within"
+    r"|Given the answer in a single word and put it within) \\boxed\{\}\.?"
+    r"(?: If you cannot see [^.]*\\boxed\{None\}[^.]*\.?)?"
+)
 
 
 def from_monet(item):
@@ -378,14 +388,18 @@ def from_monet(item):
 
     asked, replied = parts_of("user"), parts_of("assistant")
     images, aux = images_in(asked), images_in(replied)
-    question, text = text_in(asked), text_in(replied)
+    # of a question with several images, a mark in the place of each
+    question, text = MARKS.sub("<image>", text_in(asked)), text_in(replied)
     answer = boxed(text)
     if answer is None:
         raise Reject("no \\boxed answer", None, text[-200:])
     answer = answer.strip()
+    # what is observed before a picture is no reading of one
+    thought, *rest = re.split(r"(?=<abs_vis_token>)", text, maxsplit=1)
+    text = re.sub("</?observation>", "", thought) + "".join(rest)
     return {
         "images": images,
-        "question": BOXED_SUFFIX.sub("", question),
+        "question": ASKS_FOR_BOXED.sub("", question).strip(),
         "answer": answer,
         "response": wrapped(text, answer),
         "aux": aux,
@@ -412,9 +426,11 @@ def from_viscot(item):
             folder = "textvqa"
         path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
         width, height = item["width"], item["height"]
-        sides = (width, height, width, height)
-        shares = [v / side for v, side in zip(item["bboxs"][0], sides, strict=True)]
-        box = box_of(shares, shares=True)
+        boxes = [box_of(corners, shares=False) for corners in item["bboxs"]]
+        x1, y1, x2, y2, _ = zip(*boxes)
+        # of several their hull, which the other layout has
+        hull = min(x1) / width, min(y1) / height, max(x2) / width, max(y2) / height
+        box = box_of(hull, shares=True)
     answer = text_of(answer)
     return {
         "images": [path],
@@ -444,6 +460,8 @@ def from_lvr(item):
 ZEBRA_MARK = re.compile(
     r"(?:<image_start>\s*)?\[(problem|reasoning)_image_(\d+)\](?:\s*<image_end>)?"
 )
+# where a trace has these, a name alone is a word of it
+ZEBRA_TAGGED = re.compile(r"<image_start>\s*\[(problem|reasoning)_image_(\d+)\]\s*<image_end>")
 
 
 def from_zebra(item):
@@ -453,9 +471,13 @@ def from_zebra(item):
         return LATENT_SPAN if mark[1] == "reasoning" else ""
 
     trace = re.sub(r"THOUGHT\s+\d+:\s*", "", item["Text Reasoning Trace"])
-    drawn = [k for kind, k in ZEBRA_MARK.findall(trace) if kind == "reasoning"]
-    aux = [item[f"reasoning_image_{k}"] for k in drawn]
-    trace = ZEBRA_MARK.sub(span_or_nothing, trace)
+    mark = ZEBRA_TAGGED if ZEBRA_TAGGED.search(trace) else ZEBRA_MARK
+    drawn = [f"reasoning_image_{k}" for kind, k in mark.findall(trace) if kind == "reasoning"]
+    aux = [item[column] for column in drawn]
+    for column in item:
+        if re.fullmatch(r"reasoning_image_\d+", column) and item[column] and column not in drawn:
+            raise Reject("image that the trace does not name", None, column)
+    trace = mark.sub(span_or_nothing, trace)
     answer = text_of(item["Final Answer"])
     columns = [c for c in item if re.fullmatch(r"problem_image_\d+", c) and item[c]]
     columns.sort(key=lambda c: int(c.removeprefix("problem_image_")))

@@ -50,7 +50,7 @@ def test_hostile_images_and_paths(stage, tmp_path):
         "cut.png": good[: len(good) // 2],
         "cut.jpg": encoded(noise(1), "JPEG")[:-400],
         "bomb.png": bytes(bomb),
-        "tiny.png": encoded(noise(1, (20, 20))),
+        "tiny.png": encoded(noise(1, (6, 6))),
         "narrow.png": encoded(Image.new("RGB", (28 * 201, 28))),
         "moving.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "moving.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
@@ -97,7 +97,7 @@ def test_hostile_images_and_paths(stage, tmp_path):
     of_paths += ["unreadable path"] * 2 + ["no such image"] + ["unreadable path"] * 2
     assert [r["reason"] for r in rejects] == of_bad + of_paths
     numbers = [rejects[i]["number"] for i in (4, 5, 10)]
-    assert numbers == [60_000**2, 20, 200_000]
+    assert numbers == [60_000**2, 6, 200_000]
     for row, (_, wanted) in zip(kept, fine.values(), strict=True):
         image = Image.open(tmp_path / "out" / row["images"][0])
         assert image.mode == "RGB"
@@ -490,10 +490,10 @@ def test_an_items_own_split_counts_alone(item, file, split):
 
 
 def test_a_page_shows_why_a_picture_is_missing(stage, tmp_path):
-    data = write_data(tmp_path, [example(0), example(1, images=[noise(1, (20, 20))])])
+    data = write_data(tmp_path, [example(0), example(1, images=[noise(1, (6, 6))])])
     stage("sheet", data=data, sheet=str(tmp_path / "sheet.html"))
     page = (tmp_path / "sheet.html").read_text()
-    assert page.count("<figure>") == 3 and "query 0: image too small 20 x 20" in page
+    assert page.count("<figure>") == 3 and "query 0: image too small 6 x 6" in page
 
 
 def test_a_file_may_be_named_like_a_pattern(stage, tmp_path):

@@ -47,7 +47,8 @@ from duplicates import largest_difference
         ({"parser": "a red bar"}, "parser too short", 3),
         ({"parser": "a red bar of five words"}, "", None),
         ({"parser": "bar " * 201}, "parser too long", 201),
-        ({"parser": "first a red bar stands\n\nthen a blue one"}, "parser has empty lines", 1),
+        ({"parser": "first a red bar stands\n\nthen a blue one"}, "", None),
+        ({"parser": "first a red bar stands\n\n\nthen a blue one"}, "parser has empty lines", 1),
         ({"parser": "first a red bar stands\nthen a blue one"}, "", None),
         ({"parser": "a red bar stands there\na red bar stands there"}, "parser repeats lines", 1),
         (
@@ -97,7 +98,7 @@ from duplicates import largest_difference
             "auxiliary image is the query image",
             None,
         ),
-        ({"aux_images": [noise(0, (20, 20))]}, "image too small", 20),
+        ({"aux_images": [noise(0, (6, 6))]}, "image too small", 6),
         ({"images": ["images/none.png"]}, "no such image", None),
     ],
 )

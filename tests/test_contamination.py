@@ -225,3 +225,17 @@ def test_a_template_counts_beside_a_near_picture():
     row = {"id": "x", "question": "Q?", "images": ["i.png"], "aux_images": []}
     found = contamination.find_copies([row], tests, {"i.png": ("other", f"{1:064x}")}, theirs, 0)
     assert {f["kind"] for f in found} == {"question", "near"}
+
+
+def test_what_we_ask_of_many_pictures_is_a_template(stage, tmp_path):
+    """Though the test set asks it once; of a few it may be the test's question, copied."""
+    saved(tmp_path / "bench/0.png", photo(99))
+    asked = {"id": "t", "images": ["0.png"], "question": "Find $y$.", "answer": "3"}
+    write_lines(tmp_path / "bench/test.jsonl", [asked])
+    rows = [example(n, images=[photo(n)], aux_images=[photo(50 + n)]) for n in range(6)]
+    for row in rows:
+        row["question"] = "Find y."
+    for n, left in ((6, 6), (4, 0)):
+        data = write_data(tmp_path, rows[:n])
+        kept = stage("audit", "audited", data=data, benchmarks=f"{tmp_path}/bench/test.jsonl")
+        assert len(kept) == left

@@ -81,6 +81,12 @@ def test_all_have_latents_in_the_first_steps(base, world, gap_args, write):
             assert method.encode(row | later)["ids"].equal(text.encode(stripped)["ids"])
 
 
+def test_the_settings_say_the_latents_of_the_targets(base, gap_args):
+    """Whatever train.py's K is: it is what the log holds."""
+    method = gap_of(base, gap_args, K=99)
+    assert method.settings["K"] == method.targets.K == method.head.K != 99
+
+
 def test_what_has_no_targets_has_no_latents_in_the_first_steps(base, world, gap_args):
     method = gap_of(base, gap_args, latents_first=3)
     solved = [row["id"] for row in load_examples(world / "train.jsonl")][::3]

@@ -77,6 +77,70 @@ def test_monet(stage, tmp_path):
     ]
 
 
+def monet_item(question, reply, n_images=1):
+    images = [{"type": "image", "image": f"{n}.png"} for n in range(n_images)]
+    asked = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+    parts = [{"type": "text", "text": reply}, {"type": "image", "image": "aux.png"}]
+    data = [asked, {"role": "assistant", "content": parts}]
+    return {"metadata": {"dataset_name": "x"}, "data": data}
+
+
+BOX = "within \\boxed{}."
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        f"How many?\nPut your final answer {BOX}",
+        f"How many?\nPut your final answer {BOX} If you cannot see relevant visual information to "
+        "infer the answer from the image, just output \\boxed{None} and don't guess the answer.",
+        "How many?\nPut the letter of your choice within \\boxed{}.",
+        "How many?\nGiven the answer in a single word and put it within \\boxed{}.",
+        f"Put your final answer {BOX}\nHow many?",
+    ],
+)
+def test_monet_asks_for_a_box_and_we_do_not(asked):
+    item = monet_item(asked, "<abs_vis_token></abs_vis_token> So \\boxed{3}.")
+    assert sources.from_monet(item)["question"] == "How many?"
+
+
+def test_monet_questions_of_several_images():
+    span = "<abs_vis_token></abs_vis_token>"
+    item = monet_item(f"Is {span} in {span}?", f"{span} \\boxed{{no}}", n_images=2)
+    row = sources.from_monet(item)
+    assert row["question"] == "Is <image> in <image>?" and row["images"] == ["0.png", "1.png"]
+
+
+def test_what_monet_observes_before_a_picture_reads_none():
+    text = "<observation>A table.</observation> Zoom: <abs_vis_token></abs_vis_token>"
+    row = sources.from_monet(monet_item("?", f"{text} <observation>25%</observation> \\boxed{{2}}"))
+    assert row["response"] == (
+        "<think> A table. Zoom: <latent></latent> <parser>25%</parser> \\boxed{2} </think> "
+        "<answer> 2 </answer>"
+    )
+
+
+def test_a_zebra_name_without_its_tags_is_a_word_where_others_have_them():
+    trace = "See <image_start>[reasoning_image_1]<image_end>. As [reasoning_image_1] shows, C."
+    item = {"Question": "?", "Final Answer": "C", "Text Reasoning Trace": trace}
+    row = sources.from_zebra(item | {"reasoning_image_1": "a"})
+    assert row["aux"] == ["a"] and row["response"].count("<latent>") == 1
+
+
+@pytest.mark.parametrize(
+    "cell, answer",
+    [("<answer> 145° </answer>", "145°"), ("Since x = 3, \\boxed{3}", "3"), ("It is 3", None)],
+)
+def test_an_answer_may_stand_in_a_solution(cell, answer):
+    item = {"image": "1.png", "problem": "x?", "solution": cell}
+    if answer is None:
+        with pytest.raises(Reject) as e:
+            sources.from_table(item, questions_alone=True)
+        assert e.value.reason == "no answer in the solution"
+    else:
+        assert sources.from_table(item, questions_alone=True)["answer"] == answer
+
+
 def test_boxes(stage, tmp_path, monkeypatch):
     """Visual-CoT in both of its layouts, and LVR, give the crop that the box says."""
     image = noise(3, (200, 100))
@@ -107,7 +171,7 @@ def test_boxes(stage, tmp_path, monkeypatch):
         "image": "1.png",
         "width": 400,
         "height": 200,
-        "bboxs": [[80, 40, 240, 160], [0, 0, 1, 1]],
+        "bboxs": [[80, 40, 100, 160], [90, 50, 240, 60]],  # their hull
         "dataset": "flickr30k",
         "split": "train",
     }
@@ -316,7 +380,7 @@ def test_items_are_the_same_in_every_kind_of_file(stage, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     stage("convert", "bare", source="chat", files=str(src / "table.parquet"), label="bare")
     (reject,) = read_lines(tmp_path / "out/rejects.bare.jsonl")
-    assert "read_parquet" in reject["detail"] and "pip install pyarrow" in reject["detail"]
+    assert "pip install pyarrow" in reject["detail"]
 
 
 def test_zebra(stage, tmp_path):
@@ -335,8 +399,10 @@ def test_zebra(stage, tmp_path):
         "reasoning_image_2": "p1.png",
     }
     items = [item, item | {"reasoning_image_2": None}, {"Question": "x"}]
+    items.append(item | {"reasoning_image_3": "p1.png"})  # nobody says what it shows
     kept, rejects = convert(stage, tmp_path, "zebra", items, "z.jsonl")
-    assert len(kept) == 1 and len(rejects) == 2
+    assert len(kept) == 1 and len(rejects) == 3
+    assert rejects[2]["reason"] == "image that the trace does not name"
     assert kept[0]["question"] == "Where?" and kept[0]["answer"] == "C"
     first, second = (pixels(tmp_path / "out" / p) for p in kept[0]["images"])
     assert (first == pixels(noise(1))).all() and (second == pixels(noise(2))).all()
