@@ -24,7 +24,7 @@ LEAVE_AT = 0.75  # finished rows leave when no more than this share (below 1) of
 CAPTURE = "cuda"
 LEAVE_CAPTURED_AT = 0.25  # as LEAVE_AT: every new shape is captured anew
 PROMPT_ROOM = 128  # prompts of a cohort are as long as a multiple of this ...
-WIDEN_AT_MOST = 2.0  # ... and become so many times as long for one that takes a place
+WIDEN_AT_MOST = 2.0  # ... and become at most so many times as long for those that take a place
 
 
 class PromptCache(NamedTuple):
@@ -120,6 +120,7 @@ class Cohort:
 
     def __init__(self, cache, n_samples, in_one_part):
         self.cache, self.S = cache, n_samples
+        self.longest = int(WIDEN_AT_MOST * cache.T)  # prompt that may take a place, padding and all
         self.keys = [NewPositions(in_one_part) for _ in cache.layers]
         self.values = [NewPositions(in_one_part) for _ in cache.layers]
         Q = len(cache.last)
@@ -197,7 +198,7 @@ class Cohort:
 
     def can_seat(self, cache, n_samples):
         """Are there enough free places for a PromptCache, and are they long enough?"""
-        fits = rounded_up(cache.T, PROMPT_ROOM) <= WIDEN_AT_MOST * self.cache.T
+        fits = rounded_up(cache.T, PROMPT_ROOM) <= self.longest
         return fits and self.S == n_samples and self.free.sum() >= len(cache.last)
 
     def seat(self, cache):
@@ -300,8 +301,12 @@ class Decoder:
         self.forget_graph()
         if self.captured:
             cache = cache.widened(T)
+        # the shapes change anyway: cohorts that nobody is in go
+        at = index.split([len(cohort) for cohort in self.cohorts])
+        kept = [(cohort, at) for cohort, at in zip(self.cohorts, at) if not cohort.free.all()]
+        self.cohorts = [cohort for cohort, _ in kept]
         self.cohorts.append(Cohort(cache, n_samples, in_one_part=self.captured))
-        return h, torch.cat([index, begun])
+        return h, torch.cat([*(at for _, at in kept), begun])
 
     def step(self, x):
         """Feed x (R, d), one embedding per row; returns h_bar (R, d), after the final norm.
@@ -338,11 +343,12 @@ class Decoder:
             return self.forward(self.x, self.ts.split(sizes))
         self.x.copy_(x)
         self.ts.copy_(torch.cat(ts))
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.h = self.forward(self.x, self.ts.split(sizes))
-        self.graph.replay()
+        with torch.cuda.device(x.device):  # a capture is of the current one's stream
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.h = self.forward(self.x, self.ts.split(sizes))
+            self.graph.replay()
         return self.h
 
     def forward(self, x, ts):

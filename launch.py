@@ -404,7 +404,6 @@ def join_ranks(device, longest):
     """
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo"
     rank, world = rank_and_world()
     store = dist.HashStore() if world == 1 else meet(rank, world)
@@ -524,7 +523,9 @@ def idle_cores(before, after, cores):
 def pick_device():
     """The CUDA device of this local rank, else the CPU, with a thread for each idle core."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # what is captured is of the current one, and NCCL uses it
+        return device
     use_idle_cores()
     return torch.device("cpu")
 

@@ -1,6 +1,6 @@
 """How rows go on together: replayed steps against usual ones, places in memory."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -152,6 +152,7 @@ def test_a_replayed_step_is_the_step(ending, head, monkeypatch, seated, waves):
     monkeypatch.setattr(decoder.Decoder, "forward", noted)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(decoder, "CAPTURE", "cpu")
     assert_same(answers_that_end(vlm, head, tokenizer, prompts, 4, waves=waves), usual)
     # who takes a place is not as far as its neighbours, and may be longer
@@ -202,3 +203,29 @@ def test_a_cohort_that_has_ended_leaves(loaded, world):
     alive[3] = alive[6] = False  # of four questions one has ended, and half of another
     assert rows.leave(alive).tolist() == [0, 1, 4, 5, 7, 6]
     assert rows.leave(torch.zeros(6, dtype=torch.bool)).tolist() == [] and not rows.cohorts
+
+
+def test_cohorts_keep_to_their_width_and_go_when_nobody_is_in(loaded, monkeypatch):
+    """Else each longer prompt would widen all others' caches, again and again."""
+    monkeypatch.setattr(decoder, "PROMPT_ROOM", 1)
+    monkeypatch.setattr(decoder, "CAPTURE", "cpu")
+    rows = decoder.Decoder(loaded[0], 0)
+
+    def cache(n, T):
+        layer = torch.zeros(n, rows.H, T, rows.D), torch.zeros(n, rows.H, T, rows.D)
+        last = torch.zeros(n, 8)
+        return decoder.PromptCache([layer], None, torch.zeros(n).long(), last, last)
+
+    rows.begin(cache(3, 4), 1)
+    (cohort,) = rows.cohorts
+    cohort.free[:] = True
+    assert [cohort.can_seat(cache(1, T), 1) for T in (4, 8, 9)] == [True, True, False]
+    _, index = rows.begin(cache(1, 8), 1)
+    assert cohort.cache.T == 8 and index.tolist() == [3, 1, 2]
+    assert not cohort.can_seat(cache(1, 9), 1)  # twice its first width, whatever it has become
+    # one row is in the first cohort: it stays beside that of a longer prompt
+    _, index = rows.begin(cache(2, 20), 1)
+    assert [len(c) for c in rows.cohorts] == [3, 2] and index.tolist() == [0, 1, 2, 3, 4]
+    rows.cohorts[0].free[:] = True
+    _, index = rows.begin(cache(1, 100), 1)
+    assert [len(c) for c in rows.cohorts] == [2, 1] and index.tolist() == [3, 4, 5]

@@ -188,6 +188,18 @@ def test_files_are_named_first(tmp_path, monkeypatch, capsys, script, reads, abs
     assert capsys.readouterr().out == ""
 
 
+def test_a_local_rank_has_a_gpu_of_its_own(monkeypatch):
+    """And it is the current one: a CUDA graph is captured on the current one's stream."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    launch.pick_device.cache_clear()
+    assert launch.pick_device() == torch.device("cuda", 3)
+    launch.pick_device.cache_clear()
+    assert current == [torch.device("cuda", 3)]
+
+
 def test_a_rank_that_never_comes(monkeypatch):
     """The launch ends; its work may take days, but not its beginning."""
     monkeypatch.setattr(launch, "TOGETHER", timedelta(seconds=2))
