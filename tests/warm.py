@@ -14,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 
 def becomes(job):
     """Of a fork: all that a script sees of the process that it was started in."""
@@ -45,6 +47,8 @@ def next_job():
 
 
 def run_script(path):
+    # after a fork torch makes its thread pool anew, and of two threads at it one may find none
+    torch.set_num_threads(torch.get_num_threads())
     runpy.run_path(path, run_name="__main__")
 
 
