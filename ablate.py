@@ -593,8 +593,6 @@ def run_all():
         # other sample_args are refused
         files = {"base": base, "data": data, "out": work / "difficulty.jsonl"}
         call("sample_difficulty.py", sample_args, **files, early_stop=False)
-    for _, seed, key in finished():  # of a run that was killed after its line
-        shutil.rmtree(work / f"{key}-{seed}", ignore_errors=True)
     with open_append(results + ".jsonl") as f:
         bar = Progress(todo, unit="run", desc="ablate")
         for job in bar:

@@ -95,7 +95,8 @@ LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
 SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?°?"
 # options that are named together; of "A, B is" only the last one is
 AND = r"(?: (?:and|or|nor|to|&) (?:option |choice |the |an? )?| ?(?:和|与|及|或|还是) ?)"
-COMMA = rf"(?:,{AND}|, ?(?:the |an? )?| ?/ ?| )"
+# an article joins what goes on so, "a cat, a dog and ..."; but "Left, the right side is empty"
+COMMA = rf"(?:,{AND}|, ?|, (?:the|an?) (?={SIGN}(?:[.,;!\n]|{AND}|\Z))| ?/ ?| )"
 TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b))+")
 
 # after what is part of a number: "5√3", "3 1/2", "two thirds"
@@ -139,6 +140,7 @@ WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen"
 ).split()
+ORDINALS = "first|second|third|(?:four|fif|six|seven|eigh|nin)th"
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 # {word: digits} of 0 to 99
 COUNT_WORDS = {word: str(n) for n, word in enumerate(WORDS)}
@@ -146,6 +148,13 @@ COUNT_WORDS |= {tens: str(10 * t) for t, tens in enumerate(TENS, 2)}
 COUNT_WORDS |= {
     f"{tens}-{WORDS[n]}": str(10 * t + n) for t, tens in enumerate(TENS, 2) for n in range(1, 10)
 }
+
+
+# "twenty" is neither in "twenty-five" nor in "two hundred and twenty"
+BEGINS_NUMBER = "".join(rf"(?<!{tens}[- ])" for tens in TENS) + "".join(
+    rf"(?<!{large} )(?<!{large} and )" for large in ("hundred", "thousand", "million")
+)
+ENDS_NUMBER = rf"(?![- ](?:{'|'.join(WORDS[1:10])})\b|-[a-z])"
 
 
 def marked(text, options):
@@ -199,7 +208,11 @@ def option_pattern(letter, options):
         return ""
     parts = re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_", option)
     said = [NO if option == "no" else r"\s?".join(map(re.escape, parts))]
-    said += [word for word, digit in COUNT_WORDS.items() if digit == option and word != "one"]
+    said += [
+        BEGINS_NUMBER + word.replace("-", "[- ]") + ENDS_NUMBER
+        for word, digit in COUNT_WORDS.items()
+        if digit == option and word != "one"
+    ]
     said = [pattern.replace("°", r"(?:°|degrees?\b)") for pattern in said]
     # "yes" stands for the one option that opens with it, as in "Yes, it is"
     if parts[0] in ("yes", "no"):
@@ -311,12 +324,13 @@ CONCLUSION = any_pattern(
 )
 
 # of two that are declared, the other one counts: "C is also correct", "C is plausible"
-HALF_DECLARED = any_pattern(rf"\balso\b|\bwould be\b|\b(?:plausible|likely)(?: one| {NOUN})?\Z")
+HALF_DECLARED = any_pattern(rf"\balso\b|\b(?:plausible|likely)(?: one| {NOUN})?\Z")
 
 CLAUSE = r"(?:[^.,;\n]|[.,](?=\d))*"  # to its end: "1,250.5" is within
 # what is only supposed, or what others do
 SUPPOSED = any_pattern(
-    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)(?:[^.,;\n]|[.,](?=\d)))*",
+    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)(?:[^.,;\n]|[.,](?=\d)))*"
+    rf"(?:(?<!\bif so), the (?:\w+ )?{NOUN} would be{CLAUSE})?",
     rf"\b(?:might|may|could|would|some) (?:think|say)\b{CLAUSE}",
     rf"\b(?:many|some|others|people|they) (?:\w+ )?(?:choose|chose|select|pick|go with)\b{CLAUSE}",
     rf"\bmistake\b(?: \w+){{0,2}} to\b{CLAUSE}",
@@ -332,7 +346,7 @@ IT_IS = any_pattern(rf"\bit(?:'s| is) {RUN}(?!,? (?:that|which|who))")
 REASON = any_pattern(rf"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为){CLAUSE}")
 # what the one that is meant is compared with
 COMPARED = any_pattern(
-    rf"\b(?:than|compared (?:to|with)|comparing|in contrast to)(?: the| an?)? {RUN}"
+    rf"(?<!other )\b(?:than|compared (?:to|with)|comparing|in contrast to)(?: the| an?)? {RUN}"
 )
 NAME = rf"(?!(?:{NOUN}|letter|is|was|are|be|so|and|or|nor|thus|hence|then|that)\b)[a-z]+"
 PLACE = any_pattern(rf"\b{BESIDE}(?: {NAME}){{0,2}} {LETTERS}")
@@ -349,7 +363,9 @@ SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\be\.g)[.!?;](?=\s|\Z)|\n|\Z")
 # how a text opens: with all of an option, "C. blue." and "No, it is", or with C alone on a line ...
 OPENING = any_pattern(rf"\(?{LETTER}?{TEXT}\)?(?=[.,;:!\n]|\Z)", rf"\(?{LETTER}\)?(?=[.:]?\n)")
 # ... and goes on to others, "Blue, or maybe green"
-AND_OTHERS = any_pattern(rf", (?:(?:and|or|then|maybe|perhaps|also|an?|the) ){{0,3}}{RUN}")
+AND_OTHERS = any_pattern(
+    rf", (?:(?:and|or|then|maybe|perhaps|also|an?|the) ){{0,3}}{RUN}(?=[.,;:!\n]|\Z)"
+)
 # ... or with a letter, as a mark, "C. It is", or as the subject, "C is"
 LEADING = any_pattern(rf"(?:{NOUN} )?\(?{LETTER}(?P<mark>[).:,]{{1,2}})?(?=\s)")
 
@@ -578,7 +594,8 @@ REASONS = any_pattern(REASON.pattern, rf"\b(?:which|after|before)\b{CLAUSE}")
 # two, and "the left one" counts nothing
 COUNTED = re.compile(
     r"\bone of\b|\bthe (?:\w+ )?one\b|\b(?:no|another|every|each|some|any) one\b"
-    rf"|\b(?:{'|'.join(TENS)})(?:-[a-z]+| (?:{'|'.join(WORDS[1:10])})\b)"
+    r"|\b(?:hundred|thousand|million)s?(?: and)?[ -][a-z-]+"
+    rf"|\b(?:{'|'.join(TENS)})(?:-[a-z]+| (?:{'|'.join(WORDS[1:10])}|{ORDINALS})\b)"
     r"|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))",
     re.ASCII,
 )
@@ -648,10 +665,9 @@ def find_number(text, finished=True):
             return None
         kept = REASONS.sub(" ", part)
         found = STATED.findall(kept)
-        if not found and RANGE.search(part):  # which is no number
-            found = STATED.findall(part)
-        elif not found:
-            found = NUMBERS.findall(kept) or NUMBERS.findall(part)
+        if not found:  # a range is no number
+            kept, part = (RANGE.sub(" ", said) for said in (kept, part))
+            found = NUMBERS.findall(kept) or STATED.findall(part) or NUMBERS.findall(part)
     return found[-1].replace(",", "") if found else None
 
 

@@ -483,14 +483,15 @@ def open_append(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "ab+")  # not "r+": every write goes to the end, whoever else writes
     # everything up to the last newline is a finished row; it is looked for from the end
-    end, found = f.seek(0, os.SEEK_END), -1
+    end = size = f.seek(0, os.SEEK_END)
+    found = -1
     while end and found < 0:
         start = max(0, end - CHUNK)
         f.seek(start)
         found = f.read(end - start).rfind(b"\n")
         end = start + found + 1
-    # not where nothing is cut off: another process may have added lines since
-    if end < os.fstat(f.fileno()).st_size:
+    # not what another process has added since
+    if end < size == os.fstat(f.fileno()).st_size:
         f.truncate(end)
     return f
 

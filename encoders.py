@@ -68,8 +68,9 @@ class FolderEncoder:
         if file.is_file():
             written = read_json(file)
             mean, std = written.get("image_mean", mean), written.get("image_std", std)
-            resample = written.get("resample", resample)
-        self.resample = Resampling(resample)
+            resample = written.get("resample") or resample
+        with said_of(folder, "no usable preprocessor_config.json"):
+            self.resample = Resampling(resample)
         self.mean, self.std = np.array(mean), np.array(std)
 
     def pixels(self, images):

@@ -76,6 +76,7 @@ from imagine import bank_of, imagine
 from intervals import paired_difference, wilson
 from judge import JUDGED, Endpoint, judge
 from launch import (
+    HELD,
     Progress,
     check_choices,
     claim,
@@ -916,12 +917,13 @@ def claim_rank():
     """Keep other launches out of <out>, and of this rank's files: rank 0 may end before others."""
     claim(out)
     rank, _ = rank_and_world()
-    if not lock(Path(out) / f".rank{rank}.lock"):
+    held = (Path(out) / f".rank{rank}.lock").absolute()
+    if held not in HELD and not lock(held):
         raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
 
 
 def names_asked():
-    """The names of `benchmarks`, or "" for the JSONL file. Raises SystemExit if a file lacks."""
+    """The names of `benchmarks`, or "" for the JSONL file. Raises SystemExit if one has no file."""
     names = benchmarks_named(benchmarks) if benchmarks else [""]
     missing = missing_files(filter(None, names), data_root)
     if missing:

@@ -234,6 +234,7 @@ class GAP(Method):
     """Latents fed and regressed by a head (4.1), on the questions that the base fails (4.3)."""
 
     reads = ("pca", "difficulty")
+    free = ("K",)  # that of the targets, which are compared
 
     @classmethod
     def check(cls, settings):

@@ -106,8 +106,8 @@ def from_all(p, u):
 def from_nucleus(p, top_p, u, k=NUCLEUS):
     """The same, from the likeliest tokens alone that together reach top_p.
 
-    They are looked for among the k likeliest, and rows of more among 16 times as many: to sort the
-    whole vocabulary takes ten times as long as to draw from it.
+    They are looked for among the k likeliest, of rows of more among 16 times as many, and so on: to
+    sort the whole vocabulary takes ten times as long as to draw from it.
     """
     V = p.shape[-1]
     tokens = torch.arange(V, device=p.device).expand_as(p)

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 
 from data import (
     Row,
+    check_prompt_texts,
     check_text,
     check_there,
     load_examples,
@@ -281,6 +282,7 @@ def main():
     check_choices(globals(), intervention=INTERVENTIONS, dtype=("float32", "bfloat16"))
     show_files(reads=[model, images, aux, donor, bank], writes=[show, latents])
     check_there(Path(model) / "config.json")
+    check_prompt_texts(system=system)
     check_apart([*paths_of(images), *paths_of(aux)], [show, latents])
     check_feed()
     row = row_to_ask(paths_of(images))

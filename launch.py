@@ -86,10 +86,12 @@ def start(main=None, **commands):
     are no settings go to the command's function. What a user can cause (a missing file, a full
     disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
     """
+    # closed ones: else the next files that are opened would stand in their places
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
     for name in ("stdout", "stderr"):
-        if (
-            getattr(sys, name) is None
-        ):  # closed: else the next file that is opened would stand there
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         # on an ASCII console: as much as it can show
         getattr(sys, name).reconfigure(errors="backslashreplace")
@@ -418,10 +420,11 @@ def meet(rank, world):
         store, _, _ = next(dist.rendezvous("env://", timeout=TOGETHER))
         store.set(f"here {rank}", "")
         store.wait([f"here {other}" for other in range(world)], TOGETHER)
-    except dist.DistError as e:
+    except (dist.DistError, ValueError) as e:  # or an address that lacks, or is none
         said = " ".join(str(e).split())[:200]
-        lacking = f"not all of {world} ranks came within {TOGETHER}"
-        raise SystemExit(f"rank {rank}: {lacking} ({said})") from None
+        raise SystemExit(
+            f"rank {rank} did not meet all {world} within {TOGETHER}: {said}"
+        ) from None
     return store
 
 

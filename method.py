@@ -32,6 +32,7 @@ class Method(nn.Module):
 
     latent_id = None  # the token at whose places latents are fed
     reads = ()  # settings with the files and folders that it reads, beside base and data
+    free = ()  # settings that say nothing to it: a resume does not compare them
 
     def __init__(self, vlm, tokenizer, processor, settings):
         """settings: those of train.py by name, with --key=value applied."""

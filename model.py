@@ -160,7 +160,7 @@ class FullHead(LatentHead):
 
 
 class OutputHead(LatentHead):
-    """Output as input (Coconut, Monet, LVR): the post-final-norm state itself is fed back."""
+    """Output as input, trained as LVR's: the post-final-norm state itself is fed back."""
 
     kind = "output"
 
@@ -576,7 +576,6 @@ def load_processor(folder, min_pixels, max_pixels):
         limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         processor.size = type(processor.size)(**limits)
         here = processor.size["shortest_edge"], processor.size["longest_edge"]
-        processor(images=[Image.new("RGB", (56, 56))])  # a mean of three numbers, and all the rest
         tower = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True).vision_config
     sizes = {
         "patch_size": tower.patch_size,
@@ -589,6 +588,8 @@ def load_processor(folder, min_pixels, max_pixels):
             raise SystemExit(f"{folder}/preprocessor_config.json: {found}")
     if here != (min_pixels, max_pixels):
         raise SystemExit(f"{folder}: pixel limits {here} in force, not {min_pixels}, {max_pixels}")
+    with said_of(folder, "no usable preprocessor_config.json"):
+        processor(images=[Image.new("RGB", (56, 56))], do_resize=False)  # a trial of all the rest
     return processor
 
 
@@ -685,12 +686,14 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
 
 def chat_messages(row):
     """A row's question as a chat; without `system` in the row the template's own stands."""
-    # an image stands at its mark in the question, or before it; in an option a mark is text
-    question, text = row["question"], question_text(row)
-    pieces = question.split(IMAGE_MARK)
-    if len(pieces) != len(row["images"]) + 1:
-        pieces = [""] * len(row["images"]) + [question]
-    pieces[-1] += text[len(question) :]
+    # an image stands at its mark, or before the text. In an option a mark is text, "A. <image>",
+    # unless all images are options
+    n_images, text, question = len(row["images"]), question_text(row), row["question"]
+    marked = text if text.count(IMAGE_MARK) == n_images > 1 else question
+    pieces = marked.split(IMAGE_MARK)
+    if len(pieces) != n_images + 1:
+        pieces = [""] * n_images + [marked]
+    pieces[-1] += text[len(marked) :]
     content = []
     for n, piece in enumerate(pieces):
         if n > 0:

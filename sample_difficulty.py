@@ -122,9 +122,8 @@ class Tally:
 def waves():
     """How many samples are drawn at a time: at first as few as can solve a question."""
     few = n_samples
-    if (
-        early_stop
-    ):  # without options both rules are the paper's, which at a small tau needs the fewest
+    if early_stop:
+        # without options both rules are the paper's, which at a small tau needs the fewest
         few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))
     return [few, n_samples - few] if few < n_samples else [n_samples]
 

@@ -44,6 +44,7 @@ FIELDS = {
     "options": ("options", "choices"),
     "category": ("data_source", "category", "dataset", "source"),
 }
+SHORT_SOLUTION = 5  # words: of a longer one only what a tag or a box holds is the answer
 NEEDED = {  # without a column for each of these a file is not what its source says
     "gap": ("images", "question", "response", "category"),
     "teacher": ("images", "question", "response"),
@@ -329,24 +330,28 @@ def with_options(example, options):
 
 def from_table(item, questions_alone=False):
     """gap (the authors' release), teacher (raw responses), qa (questions alone): see FIELDS."""
-    row = {}
+    row, taken = {}, {}
     for field, columns in FIELDS.items():
         # a table export's NaN, which is unlike itself, is no value either
-        cells = [item[c] for c in columns if item.get(c) is not None and item[c] == item[c]]
-        filled = [cell for cell in cells if cell not in ("", [])]
-        row[field] = next(iter(filled or cells), None)
+        there = [c for c in columns if item.get(c) is not None and item[c] == item[c]]
+        filled = [c for c in there if item[c] not in ("", [])]
+        taken[field] = next(iter(filled or there), None)
+        row[field] = item.get(taken[field])
     if row["response"] is None and not questions_alone:
         raise Reject("no response")
 
     answer = row["answer"]
-    if answer is None:  # the gold answer is then the teacher's own
+    if answer is not None:
+        answer = text_of(answer)
+        inside = tagged(answer)[1]
+        if inside is not None:  # "<answer> 145° </answer>", or a solution that ends in a box
+            answer = inside
+        elif taken["answer"] == "solution" and len(answer.split()) > SHORT_SOLUTION:
+            answer = None
+    if answer is None and row["response"] is not None:  # the gold answer is the teacher's own
         answer, _ = extract_answer(text_of(row["response"]))
-    answer = text_of(answer)
-    _, inside, _ = tagged(answer)
-    if inside is not None:  # "<answer> 145° </answer>", or a solution that ends in a box
-        answer = inside
-    elif answer == item.get("solution"):
-        raise Reject("no answer in the solution", None, answer[-200:])
+    if answer is None:
+        raise Reject("no answer", None, text_of(row["answer"] or "")[-200:])
     question = text_of(row["question"])
     if row["response"] is None:  # questions alone: `synthesise` writes one
         response = wrapped("", answer)
@@ -426,7 +431,7 @@ def from_viscot(item):
             folder = "textvqa"
         path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
         width, height = item["width"], item["height"]
-        boxes = [box_of(corners, shares=False) for corners in item["bboxs"]]
+        boxes = [box_of(corners, shares=False) for corners in item["bboxs"] if any(corners)]
         x1, y1, x2, y2, _ = zip(*boxes)
         # of several their hull, which the other layout has
         hull = min(x1) / width, min(y1) / height, max(x2) / width, max(y2) / height
@@ -471,7 +476,8 @@ def from_zebra(item):
         return LATENT_SPAN if mark[1] == "reasoning" else ""
 
     trace = re.sub(r"THOUGHT\s+\d+:\s*", "", item["Text Reasoning Trace"])
-    mark = ZEBRA_TAGGED if ZEBRA_TAGGED.search(trace) else ZEBRA_MARK
+    tagged_too = any(kind == "reasoning" for kind, _ in ZEBRA_TAGGED.findall(trace))
+    mark = ZEBRA_TAGGED if tagged_too else ZEBRA_MARK
     drawn = [f"reasoning_image_{k}" for kind, k in mark.findall(trace) if kind == "reasoning"]
     aux = [item[column] for column in drawn]
     for column in item:

@@ -501,7 +501,7 @@ def check_same_run(folder, settings):
     path = folder / "settings.json"
     saved = read_json(path, inputs=dict)
     advice = "choose another `out`, or delete it to start over"
-    free = (*FREE, *PATHS, *METHODS[method].reads, "inputs")
+    free = (*FREE, *PATHS, *METHODS[method].reads, *METHODS[method].free, "inputs")
     differ = {
         name: (saved.get(name), value)
         for name, value in settings.items()

@@ -118,7 +118,14 @@ def form_of(text):
     text = METRIC.sub(symbol, text)
     text = re.sub(r"(?<![\d./])(\d+) (\d+/\d+)\b", r"(\1+\2)", text)  # "3 1/2"
     text = re.sub(r" ?([^a-z ]) ?", r"\1", text)
-    return re.sub(r"\^\{(\w+)\}", r"^\1", text).strip().rstrip(" .")  # .5 is a number
+    return without_dots(re.sub(r"\^\{(\w+)\}", r"^\1", text))
+
+
+def without_dots(text):
+    """A text without the spaces and full stops around it; but .5 is a number."""
+    text = text.rstrip(" .")
+    bare = text.lstrip(" .")
+    return "." + bare if re.match(r" *\.\d", text) else bare
 
 
 @cached
@@ -187,12 +194,12 @@ def math_equal(a, b):
     """
 
     def bare(text):
-        return re.sub(r"\s|\\[,;! ]", "", text).lstrip("$").rstrip("$.").lower()
+        return without_dots(without_dots(re.sub(r"\s|\\[,;! ]", "", text)).strip("$")).lower()
 
     if bare(a) == bare(b):
         return True
     # 6.28 is right where 2\pi is: rounded, as the official script does
-    x, y = latex_value(a.strip().rstrip(" .")), latex_value(b.strip().rstrip(" ."))
+    x, y = latex_value(without_dots(a)), latex_value(without_dots(b))
     return x is not None and y is not None and round(x, 2) == round(y, 2)
 
 

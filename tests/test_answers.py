@@ -344,6 +344,17 @@ ANIMALS = ["cat", "dog", "bird", "fish"]
         ("Dog, or maybe fish.", ANIMALS, None),
         ("Left, then right.", ["left", "right"], None),
         ("C, since a dog has no wings", ANIMALS, "C"),
+        # but what goes on to something else does
+        ("Cat, the dog is behind the fence.", ANIMALS, "A"),
+        ("Left, the right side is empty.", ["left", "right"], "A"),
+        ("The answer is A at first glance. The correct answer would be B.", ANIMALS, "B"),
+        ("Other than the dog, nothing is visible.", ANIMALS, "B"),
+        # a word of a number is no number
+        ("There are twenty-five.", ["20", "25", "30", "5"], "B"),
+        ("thirty one", ["1", "31", "30"], "B"),
+        ("one hundred and twelve", ["12", "112"], None),
+        ("the twenty-first", ["20", "21"], None),
+        ("There are twenty chairs.", ["20", "25"], "A"),
     ],
 )
 def test_named_beside_another(text, options, letter):
@@ -447,6 +458,14 @@ def test_a_truncated_thought_says_so():
         ("Twenty-five", "number", "25"),
         ("thirty one people", "number", "31"),
         ("the twenty-first", "number", None),
+        ("twenty first", "number", None),
+        ("twenty with a hat", "number", "20"),
+        ("two hundred and twenty", "number", None),
+        ("There are one hundred twelve", "number", None),
+        # and what stands beside a range may be one
+        ("In the 2019-20 season he scored 31 goals.", "number", "31"),
+        ("The 18-24 bar shows 40.", "number", "40"),
+        ("Over the years 2000 to 2005 it rose by 5.", "number", "5"),
         ("x = 4 or x = 5", "number", None),
         ("4\n\nThere are 2 on the left and 2 on the right.", "number", "4"),
         ("12 cm\n\nExplanation: 3 rows of 4.", "number", "12"),

@@ -711,6 +711,26 @@ def test_no_setting_brings_a_token_into_every_prompt(token):
         data.check_prompt_texts(system="", instruction=f"Go {token}")
 
 
+def test_what_another_process_adds_is_not_cut_off(tmp_path, monkeypatch):
+    """Though the last line was half-written when this one looked."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    fstat = os.fstat
+
+    def added_to(file):
+        with open(path, "ab") as f:
+            f.write(b": 2}\n")
+        return fstat(file)
+
+    monkeypatch.setattr(data.os, "fstat", added_to)
+    open_append(path).close()
+    monkeypatch.undo()
+    assert [row["a"] for row in read_lines(path)] == [1, 2]
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    open_append(path).close()
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
 def test_a_full_disk_is_named():
     f = open("/dev/full", "ab", buffering=0)
     with pytest.raises(OSError) as e:

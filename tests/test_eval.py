@@ -517,6 +517,12 @@ def test_a_picture_that_is_replaced_meanwhile(asked, monkeypatch):
     assert not pictures
 
 
+def test_a_process_may_claim_again_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "out", str(tmp_path))
+    evaluate.claim_rank()
+    evaluate.claim_rank()
+
+
 def test_scores_of_two_settings_never_stand_together(asked, monkeypatch):
     """A kill between the two files of a result leaves one of them."""
     monkeypatch.setattr(evaluate, "folder_digest", str)

@@ -209,7 +209,10 @@ def test_a_rank_that_never_comes(monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with pytest.raises(SystemExit, match="rank 0: not all of 2 ranks came within 0:00:02"):
+    with pytest.raises(SystemExit, match="rank 0 did not meet all 2 within 0:00:02"):
+        launch.meet(0, 2)
+    monkeypatch.setenv("MASTER_PORT", "x")
+    with pytest.raises(SystemExit, match="rank 0 did not meet all 2"):
         launch.meet(0, 2)
 
 
@@ -219,7 +222,8 @@ def test_a_script_may_have_no_console(tmp_path):
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from launch import Progress, start\n"
-        f"def main():\n    f = open({str(tmp_path / 'file')!r}, 'w')\n"
+        f"def main():\n    f = open({str(tmp_path / 'file')!r}, 'w')\n    import os\n"
+        "    os.write(2, b'said by a library')\n"
         "    print('said')\n    print('said', file=sys.stderr)\n"
         "    assert list(Progress(range(3))) == [0, 1, 2]\n    f.write('written')\n"
         "start(main)\n"

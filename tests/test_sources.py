@@ -129,16 +129,25 @@ def test_a_zebra_name_without_its_tags_is_a_word_where_others_have_them():
 
 @pytest.mark.parametrize(
     "cell, answer",
-    [("<answer> 145° </answer>", "145°"), ("Since x = 3, \\boxed{3}", "3"), ("It is 3", None)],
+    [
+        ("<answer> 145° </answer>", "145°"),
+        ("Since x = 3, \\boxed{3}", "3"),
+        ("B", "B"),
+        ("We add both sides, and so it is 3", None),
+    ],
 )
 def test_an_answer_may_stand_in_a_solution(cell, answer):
     item = {"image": "1.png", "problem": "x?", "solution": cell}
     if answer is None:
         with pytest.raises(Reject) as e:
             sources.from_table(item, questions_alone=True)
-        assert e.value.reason == "no answer in the solution"
+        assert e.value.reason == "no answer"
+        response = "<think> x </think> <answer> 3 </answer>"
+        assert sources.from_table(item | {"response": response})["answer"] == "3"
     else:
         assert sources.from_table(item, questions_alone=True)["answer"] == answer
+    long = "a sign of red and white that says stop"
+    assert sources.from_table(item | {"answer": long}, questions_alone=True)["answer"] == long
 
 
 def test_boxes(stage, tmp_path, monkeypatch):

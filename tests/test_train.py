@@ -396,6 +396,7 @@ def test_a_copied_checkpoint_is_whole(checkpoint, tmp_path):
         ({}, ""),
         ({"out": "b"}, ""),  # a path; what lies there is in `inputs`
         ({"save_every": 7, "token_budget": 1}, ""),
+        ({"K": 36}, ""),  # GAP's is that of its targets
         ({"lr": 2e-3}, "'lr': (0.001, 0.002)"),
         ({"tau": 0.5}, "'tau': (None, 0.5)"),
         ({"inputs": {"data": "2"}}, "the contents of data"),

@@ -81,3 +81,11 @@ def test_equality_is_one_of_values(a, b):
 )
 def test_values_with_and_without_units(a, b, equal):
     assert values.same_value(a, b) == equal == values.same_value(b, a)
+
+
+@pytest.mark.parametrize(
+    "text, bare",
+    [(".5", ".5"), (" .5.", ".5"), ("...5", "5"), ("... 12", "12"), (r". \frac12", r"\frac12")],
+)
+def test_a_point_before_a_digit_is_one(text, bare):
+    assert values.without_dots(text) == bare
