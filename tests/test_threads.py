@@ -82,7 +82,7 @@ from threads import each
 
 def work(i):
     print("begun", flush=True)
-    time.sleep(0.5 if sys.argv[2] == "soon" else 60)
+    time.sleep(3 if sys.argv[2] == "soon" else 60)
     return i
 
 for found in each(work, range(9), 1):
@@ -96,6 +96,7 @@ def test_ctrl_c_waits_for_what_is_under_way_and_twice_for_nothing(ends):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "begun\n"
+        time.sleep(1)  # until it waits
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
         assert "1 that are under way" in process.stderr.readline()
