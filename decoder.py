@@ -302,8 +302,8 @@ class Decoder:
         if self.captured:
             cache = cache.widened(T)
         # the shapes change anyway: cohorts that nobody is in go
-        at = index.split([len(cohort) for cohort in self.cohorts])
-        kept = [(cohort, at) for cohort, at in zip(self.cohorts, at) if not cohort.free.all()]
+        rows = index.split([len(cohort) for cohort in self.cohorts])
+        kept = [(cohort, at) for cohort, at in zip(self.cohorts, rows) if not cohort.free.all()]
         self.cohorts = [cohort for cohort, _ in kept]
         self.cohorts.append(Cohort(cache, n_samples, in_one_part=self.captured))
         return h, torch.cat([*(at for _, at in kept), begun])
