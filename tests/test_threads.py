@@ -76,9 +76,10 @@ def test_what_raises_takes_no_finished_work_away():
 
 
 HANGING = """
-import sys, time
+import signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from threads import each
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 
 def work(i):
     print("begun", flush=True)
