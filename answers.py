@@ -326,10 +326,11 @@ CONCLUSION = any_pattern(
 # of two that are declared, the other one counts: "C is also correct", "C is plausible"
 HALF_DECLARED = any_pattern(rf"\balso\b|\b(?:plausible|likely)(?: one| {NOUN})?\Z")
 
-CLAUSE = r"(?:[^.,;\n]|[.,](?=\d))*"  # to its end: "1,250.5" is within
+IN_CLAUSE = r"(?:[^.,;\n]|[.,](?=\d))"  # "1,250.5" is within one
+CLAUSE = f"{IN_CLAUSE}*"  # to its end
 # what is only supposed, or what others do
 SUPPOSED = any_pattern(
-    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b)(?:[^.,;\n]|[.,](?=\d)))*"
+    rf"\bif\b(?: the {NOUN})?(?:(?! the (?:\w+ )?{NOUN}\b){IN_CLAUSE})*"
     rf"(?:(?<!\bif so), the (?:\w+ )?{NOUN} would be{CLAUSE})?",
     rf"\b(?:might|may|could|would|some) (?:think|say)\b{CLAUSE}",
     rf"\b(?:many|some|others|people|they) (?:\w+ )?(?:choose|chose|select|pick|go with)\b{CLAUSE}",

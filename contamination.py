@@ -69,10 +69,11 @@ def find_copies(rows, tests, ours, theirs, near):
     # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
 
+    our_questions = [asked_in(row) for row in rows]
     our_pictures = defaultdict(set)  # by the question that is asked of them
-    for row in rows:
+    for question, row in zip(our_questions, rows):
         pixels = frozenset(ours[name][0] for name in row["images"] if name in ours)
-        our_pictures[asked_in(row)].add(pixels)
+        our_pictures[question].add(pixels)
 
     def is_template(question, asked):
         """Does a test set ask it of several pictures (HRBench of each four times), or do we?"""
@@ -83,10 +84,9 @@ def find_copies(rows, tests, ours, theirs, near):
         return several or len(our_pictures[question]) >= OUR_TEMPLATE
 
     findings = []
-    for row in rows:
+    for question, row in zip(our_questions, rows):
         # auxiliary images, too: they are what the latents are trained on
         names = row["images"] + row["aux_images"]
-        question = asked_in(row)
         asked = by_question.get(question)
         if asked:
             # "Is there a person in the image?" is a copy of none, unless the picture is

@@ -76,15 +76,14 @@ from imagine import bank_of, imagine
 from intervals import paired_difference, wilson
 from judge import JUDGED, Endpoint, judge
 from launch import (
-    HELD,
     Progress,
     check_choices,
     claim,
     clock,
     folder_of,
     hold_together,
+    holds,
     is_alone,
-    lock,
     pick_device,
     rank_and_world,
     show_files,
@@ -917,8 +916,7 @@ def claim_rank():
     """Keep other launches out of <out>, and of this rank's files: rank 0 may end before others."""
     claim(out)
     rank, _ = rank_and_world()
-    held = (Path(out) / f".rank{rank}.lock").absolute()
-    if held not in HELD and not lock(held):
+    if not holds(Path(out) / f".rank{rank}.lock"):
         raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
 
 

@@ -559,6 +559,12 @@ def lock(path):
     return True
 
 
+def holds(path):
+    """Does this process hold a lock file, since before or from now on?"""
+    path = Path(path).absolute()
+    return path in HELD or lock(path)
+
+
 def hold_together(path):
     """Hold a lock file together with other processes; waits while one holds it alone."""
     file = open(path, "w")
@@ -591,8 +597,7 @@ def claim(folder, file=""):
     if rank_and_world()[0] > 0:
         folder.mkdir(parents=True, exist_ok=True)
         return
-    held = folder.absolute() / (f".{file}.lock" if file else ".lock")
-    if held not in HELD and not lock(held):
+    if not holds(folder / (f".{file}.lock" if file else ".lock")):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"):
