@@ -327,7 +327,7 @@ def pairs_file():
 def settings_for(name, pairs=True):
     """What determines a run beside seed and files; pairs=False leaves out what edits.py asks."""
     run = next(group[name] for group in RUNS[study] if name in group)
-    # named where there are some: what was run without them keeps its line
+    # left out where empty: the setting is newer than some lines, whose keys stay so
     probing = {"probe_args": probe_args} if probe_args else {}
     return probing | {
         "run": run,

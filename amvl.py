@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import LATENT_SPAN, seed_of
-from method import Method, tensors_of
+from method import Method, head_of
 from model import (
     IGNORE,
     SlotHead,
@@ -168,7 +168,7 @@ class AMVL(Method):
     def save(self, folder, trained):
         """latent_head.safetensors: the prior and the map into the slots. No posterior."""
         meta = {"tower": tower_fingerprint(self.vlm)}
-        save_head(folder, self.head, tensors_of("head", trained), meta)
+        save_head(folder, self.head, head_of(trained), meta)
 
 
 def grown(done, begin, end):

@@ -940,7 +940,7 @@ def main(file):
 
     A line is "=" where they agree, "-" where nothing is read and "!" where something else is.
     """
-    from tables import read_json_rows  # which reads what this file is not to know of
+    from tables import read_json_rows  # for this command alone: tables.py builds on this file
 
     right = defaultdict(list)  # by rule
     rows, _ = read_json_rows(Path(file))

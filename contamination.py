@@ -59,7 +59,7 @@ def find_copies(rows, tests, ours, theirs, near):
     """
     by_question = defaultdict(list)
     for key, row in tests.items():
-        by_question[asked_in(row)].append(key)
+        by_question[bare_question(row)].append(key)
     # where test rows share an image, the last stands for all; `rows_of` has them all
     by_pixels = {pixels: where for where, (pixels, _) in theirs.items()}
     rows_of, pictures_of = defaultdict(set), defaultdict(set)
@@ -69,7 +69,7 @@ def find_copies(rows, tests, ours, theirs, near):
     # copies are looked up; near copies need every pair of images
     by_hash = near_copies(ours, theirs, near)
 
-    our_questions = [asked_in(row) for row in rows]
+    our_questions = [bare_question(row) for row in rows]
     our_pictures = defaultdict(set)  # by the question that is asked of them
     for question, row in zip(our_questions, rows):
         pixels = frozenset(ours[name][0] for name in row["images"] if name in ours)
@@ -109,7 +109,7 @@ def find_copies(rows, tests, ours, theirs, near):
     return findings
 
 
-def asked_in(row):
+def bare_question(row):
     """A row's question without a benchmark's prompt and options around it, in one spelling."""
     question = re.sub(r"<image\d*>", " ", row.get("asked", row["question"]))
     # without runs of spaces, over which the patterns below would take long

@@ -215,6 +215,25 @@ class Cohort:
         self.free[places] = False
         return places
 
+    def set_free(self, alive):
+        """The places of questions without a living row (R) can be taken."""
+        self.free = ~alive.view(-1, self.S).any(1)
+        self.t[self.free] = 0  # until they are taken they write to their first position
+
+    def shrink(self, alive, leave_at):
+        """Drop rows that are not alive (R), if no more than the share `leave_at` is still needed.
+
+        Returns the index (R') of those that stay: a rectangle, so that some that have ended may
+        have to stay, too.
+        """
+        rows = torch.arange(len(self)).view(-1, self.S)
+        q, s = still_needed(alive.view(-1, self.S))
+        if s.numel() <= leave_at * len(self):
+            rows = rows[q[:, None], s]
+            if len(q):
+                self.keep(q, s)
+        return rows.flatten()
+
     def keep(self, q, s):
         """Keep questions q (Q') and, of each, samples s (Q', S')."""
         self.cache, self.S = self.cache.at(q), s.shape[1]
@@ -284,29 +303,36 @@ class Decoder:
         what is row i now was row index[i] of the rows before, followed by these.
         """
         h = cache.last.repeat_interleave(n_samples, 0)
-        before = sum(map(len, self.cohorts))
-        index, begun = torch.arange(before), before + torch.arange(len(h))
-        T = rounded_up(cache.T, PROMPT_ROOM)
-        first = 0
-        for cohort in self.cohorts:
-            if self.captured and cohort.can_seat(cache, n_samples):
-                if T > cohort.cache.T:
-                    self.forget_graph()
-                    cohort.cache = cohort.cache.widened(T)
-                places = cohort.seat(cache)
-                taken = first + places[:, None] * n_samples + torch.arange(n_samples)
-                index[taken.flatten()] = begun
-                return h, index
-            first += len(cohort)
-        self.forget_graph()
+        index = torch.arange(sum(map(len, self.cohorts)))
+        begun = len(index) + torch.arange(len(h))
         if self.captured:
-            cache = cache.widened(T)
+            places = self.take_places(cache, n_samples)
+            if places is not None:
+                index[places] = begun
+                return h, index
+            cache = cache.widened(rounded_up(cache.T, PROMPT_ROOM))
+        self.forget_graph()
         # the shapes change anyway: cohorts that nobody is in go
         rows = index.split([len(cohort) for cohort in self.cohorts])
         kept = [(cohort, at) for cohort, at in zip(self.cohorts, rows) if not cohort.free.all()]
         self.cohorts = [cohort for cohort, _ in kept]
         self.cohorts.append(Cohort(cache, n_samples, in_one_part=self.captured))
         return h, torch.cat([*(at for _, at in kept), begun])
+
+    def take_places(self, cache, n_samples):
+        """Seat prompts where others have ended: their rows; None where no cohort has the room."""
+        T = rounded_up(cache.T, PROMPT_ROOM)
+        first = 0
+        for cohort in self.cohorts:
+            if cohort.can_seat(cache, n_samples):
+                if T > cohort.cache.T:
+                    self.forget_graph()
+                    cohort.cache = cohort.cache.widened(T)
+                places = cohort.seat(cache)
+                rows = first + places[:, None] * n_samples + torch.arange(n_samples)
+                return rows.flatten()
+            first += len(cohort)
+        return None
 
     def step(self, x):
         """Feed x (R, d), one embedding per row; returns h_bar (R, d), after the final norm.
@@ -370,11 +396,11 @@ class Decoder:
             qk = qk * cos + self.rotate_half(qk) * sin
             # (R, H, G, D) queries, (R, H, 1, D) keys and values
             q, k = qk[:, : -self.H].view(len(y), self.H, -1, self.D), qk[:, -self.H :]
-            parts = zip(q.split(sizes), k[:, :, None].split(sizes), v[:, :, None].split(sizes))
-            o = [
-                cohort.attend(i, *part, t, attention.scaling, mask)
-                for (cohort, t), part, mask in zip(cohorts, parts, masks)
-            ]
+            qs, ks, vs = (part.split(sizes) for part in (q, k[:, :, None], v[:, :, None]))
+            o = []
+            for c, (cohort, t) in enumerate(cohorts):
+                of_cohort = qs[c], ks[c], vs[c], t
+                o.append(cohort.attend(i, *of_cohort, attention.scaling, masks[c]))
             x = x + attention.o_proj(o[0] if len(o) == 1 else torch.cat(o))
             y = layer.post_attention_layernorm(x)
             gate, up = F.linear(y, *self.gate_up[i]).chunk(2, -1)
@@ -387,39 +413,32 @@ class Decoder:
         While steps are captured and others may come, none is dropped: their places are used again.
         Returns the index (R') of those that stay; None where all do.
         """
-        leave_at = LEAVE_CAPTURED_AT if self.captured else LEAVE_AT
-        sizes = [len(cohort) for cohort in self.cohorts]
-        parts = [
-            (cohort, living.view(-1, cohort.S))
-            for cohort, living in zip(self.cohorts, alive.split(sizes))
-        ]
+        parts = alive.split([len(cohort) for cohort in self.cohorts])
+        parts = list(zip(self.cohorts, parts))
+        leave_at = LEAVE_AT
         if self.captured:
+            leave_at = LEAVE_CAPTURED_AT
             for cohort, living in parts:
-                cohort.free = ~living.any(1)
-                cohort.t[cohort.free] = 0  # until they are taken they write to their first position
+                cohort.set_free(living)
             if others_may_come:
                 return None
         # the usual case, found out cheaply: too many are alive for any cohort to become smaller
         if all(living.sum() > leave_at * len(cohort) for cohort, living in parts):
             return None
-        index, cohorts, before = [], [], 0
+        index, cohorts, first = [], [], 0
         for cohort, living in parts:
-            at = torch.arange(before, before + len(cohort)).view(-1, cohort.S)
-            before += len(cohort)
-            # a cohort stays a rectangle: some that have ended may have to stay, too
-            q, s = still_needed(living)
-            if s.numel() <= leave_at * len(cohort):
-                at = at[q[:, None], s]
-                if len(q):
-                    cohort.keep(q, s)
-            index.append(at.flatten())
-            if len(q):
+            n_rows = len(cohort)
+            staying = cohort.shrink(living, leave_at)
+            index.append(first + staying)
+            first += n_rows
+            if len(staying):
                 cohorts.append(cohort)
-        if before == sum(len(at) for at in index):
+        index = torch.cat(index)
+        if len(index) == len(alive):
             return None
         self.forget_graph()
         self.cohorts = cohorts
-        return torch.cat(index)
+        return index
 
 
 def joined(*linears):

@@ -6,6 +6,7 @@ import random
 import time
 from urllib.parse import urlsplit
 
+from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from resume import Refused, Unanswered
@@ -42,6 +43,12 @@ def key_in(name):
     if not key.isascii() or not key.isprintable():
         raise SystemExit(f"{name}: the key in it has characters that no request can carry")
     return key or NO_KEY
+
+
+def complete(server, messages, timeout, **settings):
+    """A server's reply to a chat: one request. server: has `url`, `model` ("": its own), `key`."""
+    client = InferenceClient(base_url=server.url, api_key=server.key, timeout=timeout)
+    return client.chat_completion(messages, model=server.model or None, **settings)
 
 
 def with_retries(call, url, tries, first_pause=0.5, key=""):

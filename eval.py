@@ -74,7 +74,7 @@ from generate import (
 from images import open_image, usable_rows
 from imagine import bank_of, imagine
 from intervals import paired_difference, wilson
-from judge import JUDGED, Endpoint, judge
+from judge import JUDGED, Judge, judge
 from launch import (
     Progress,
     check_choices,
@@ -199,15 +199,6 @@ def load_test_set(name):
     low, high = settings["min_pixels"], settings["max_pixels"]
     if low > high:  # of which one may be the benchmark's own
         raise SystemExit(f"{name or data}: min_pixels={low} is above max_pixels={high}; give both")
-    # of contents, not of paths, and of a data file only the question itself, in row_key; what only
-    # keeps more of an answer changes none
-    others = ("model", "donor", "data", "md5", "save_latents")
-    made_by = {k: v for k, v in settings.items() if k not in others}
-    made_by["weights"] = folder_digest(model)
-    if donor:
-        made_by["donor"] = folder_digest(donor)
-    if name:
-        made_by["md5"] = md5  # its pictures lie in the file
     # after the whole file was read: a short run finds the same faults in it as a full one
     return TestSet(
         name=name or Path(data).stem,
@@ -215,8 +206,22 @@ def load_test_set(name):
         out=folder,
         benchmark=benchmark,
         settings=settings,
-        key=key_of(made_by),
+        key=run_key(name, settings),
     )
+
+
+def run_key(name, settings):
+    """The key of all that changes an answer but the question: by content, never by a path."""
+    # of a data file only the question itself counts, in row_key; what only keeps more of an answer
+    # changes none
+    others = ("model", "donor", "data", "md5", "save_latents")
+    made_by = {k: v for k, v in settings.items() if k not in others}
+    made_by["weights"] = folder_digest(model)
+    if donor:
+        made_by["donor"] = folder_digest(donor)
+    if name:
+        made_by["md5"] = settings["md5"]  # its pictures lie in the file
+    return key_of(made_by)
 
 
 def settings_for(benchmark):
@@ -363,8 +368,8 @@ class Answerer:
                     raise
                 n = len(under_way)
                 print(f"{failure(e)['error']}: the {n} questions under way are asked one by one")
-            # whose failure is it? Too many for the memory also end here, and what they held of it
-            # is free only after that block
+            # one by one, so that only the faulty one fails. Not in the `except`: its traceback
+            # holds the tensors of a batch that was too large for the memory
             for row, prompt, *_ in under_way.values():
                 try:
                     yield from list(self.answer_together(Waiting([(row, prompt)]), {}))
@@ -632,8 +637,8 @@ def judged_scores(test, graded):
     """The scores with a judge's reading of what no rule could read."""
     # beside the rule's scores, not in their place: another judge gives other numbers
     key = key_in(judge_key)
-    endpoint = Endpoint(judge_url, judge_model, key, judge_workers, judge_tries, give_up)
-    judged = judge(test, graded, endpoint)
+    asked = Judge(judge_url, judge_model, key, judge_workers, judge_tries, give_up)
+    judged = judge(test, graded, asked)
     return {
         "scores_judged": summaries(test.benchmark.score(judged)),
         "judge": {
@@ -833,11 +838,11 @@ def read_grades(path):
 class Imaginer:
     """Shows the latents that a run kept as pictures, beside the real ones."""
 
-    def __init__(self, test, vlm, head, memory):
+    def __init__(self, test, vlm, head, bank):
         self.folder = test.out / "latents"
         self.head = head
-        self.memory = memory  # a bank of imagine.py; None: no picture goes with these latents
-        self.features = real_features(model, vlm) if memory else None
+        self.bank = bank  # of imagine.py; None: no picture goes with these latents
+        self.features = real_features(model, vlm) if bank else None
 
     def figures(self, row):
         """An answer's spans as HTML: what each imagined, beside the real auxiliary images."""
@@ -845,7 +850,7 @@ class Imaginer:
         figures = []
         for i, (latents, picture) in enumerate(zip_longest(self.spans(row), real), 1):
             if latents is not None:
-                drawn, cosine = imagine(latents, self.memory)
+                drawn, cosine = imagine(latents, self.bank)
                 caption = f"imagined {i}: cosine {mean(cosine.tolist()):.2f} with its patches"
                 if picture is not None:
                     (v,) = self.features([picture])
@@ -859,7 +864,7 @@ class Imaginer:
     def spans(self, row):
         """The kept latents of an answer, (m, K, d); none where it opened no whole span."""
         path = self.folder / latents_name(row["id"])
-        if self.memory is None or not is_made(path, row.get("key")):
+        if self.bank is None or not is_made(path, row.get("key")):
             return []
         return load_latents_file(path, self.head)
 
@@ -961,7 +966,7 @@ def answer_tests(tests, vlm, tokenizer, head):
         answer_all(test, answerer)
 
 
-def score_tests(tests, vlm, head, memory):
+def score_tests(tests, vlm, head, bank):
     """Score the test sets that are answered, and write the page and the tables."""
     rank, world = rank_and_world()
     scored = False
@@ -973,7 +978,7 @@ def score_tests(tests, vlm, head, memory):
             continue
         graded = score(test, predictions)
         if sheet:
-            answer_sheet(test, graded, Imaginer(test, vlm, head, memory))
+            answer_sheet(test, graded, Imaginer(test, vlm, head, bank))
         scored = True
     if benchmarks and scored:
         published_tables()
@@ -995,13 +1000,13 @@ def main():
         check_served()
     if judge_url:
         check_url(judge_url)
-    memory, names = bank_to_show(), names_asked()
+    its_bank, names = bank_to_show(), names_asked()
     claim_rank()
     tests = load_test_sets(names)
 
     answering = hold_together(Path(out) / ".answering.lock")
     vlm = tokenizer = head = None  # not needed to score, nor for a page without imagined pictures
-    if memory or not (score_only or url):
+    if its_bank or not (score_only or url):
         vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
         head = load_head(model, vlm, tokenizer, latent_size)
     if not score_only:
@@ -1009,7 +1014,7 @@ def main():
 
     # the rank that finishes last sees all answers and scores them; no rank waits for another
     if is_alone(answering):
-        score_tests(tests, vlm, head, memory)
+        score_tests(tests, vlm, head, its_bank)
     else:
         print(f"rank {rank_and_world()[0]} is done; the last one scores")
 

@@ -25,6 +25,7 @@ import math
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data import (
+    Rows,
     check_finite,
     check_there,
     file_digest,
@@ -160,15 +162,27 @@ def random_basis(covariance):
 # targets: the same vectors v, K an auxiliary image, in files of `shard` examples
 
 
+class TargetFile(NamedTuple):
+    """A file of targets, of some examples of a split."""
+
+    path: Path
+    rows: Rows  # the examples that it is of
+    key: str  # of their pictures and of the settings
+
+    @property
+    def is_train(self):
+        return self.path.name.startswith("train-")
+
+
 def split_to_shards(splits, made_by):
-    """[(path, rows, key)]: the target files of all splits, their examples, and what they are of."""
+    """The TargetFiles of all splits."""
     shards = []
     for split, rows in splits.items():
         for i in range(0, len(rows), shard):
             path = Path(out) / "targets" / f"{split}-{i // shard:05}.safetensors"
             part = rows[i : i + shard]
             pictures = [(row["id"], pictures_of(row)) for row in part]
-            shards.append((path, part, key_of([made_by, pictures])))
+            shards.append(TargetFile(path, part, key_of([made_by, pictures])))
     return shards
 
 
@@ -193,7 +207,7 @@ def check_indexed():
 
 def check_unchanged(shards, now):
     """Raise SystemExit, on every rank, if a picture was replaced while targets were made."""
-    changed = [path for (path, _, key), (_, _, key_now) in zip(shards, now) if key != key_now]
+    changed = [before.path for before, after in zip(shards, now) if before.key != after.key]
     for path in changed:  # of the old picture, or of the new one
         path.unlink(missing_ok=True)
     if any(gathered(changed)):
@@ -203,7 +217,7 @@ def check_unchanged(shards, now):
 
 def forget_index(shards):
     """Remove the index where a file is to be made anew: a killed run leaves no wrong one."""
-    if not all(is_made(path, key) for path, _, key in shards):
+    if not all(is_made(file.path, file.key) for file in shards):
         (Path(out) / "targets" / "index.json").unlink(missing_ok=True)
 
 
@@ -297,7 +311,7 @@ def read_shards(shards):
     """All targets as {id: file name}, the rejected ids, a count of thin images, and mean norms."""
     files, rejected, thin = {}, [], 0
     norms = {"target_norm": [], "query_norm": []}  # of (sum, count), one per file
-    for path, _, _ in shards:
+    for path in (file.path for file in shards):
         with safe_open(path, "pt") as f:
             meta = f.metadata()
             files |= dict.fromkeys(f.keys(), path.name)
@@ -354,8 +368,8 @@ def finish(shards, total, outer, n, made_by):
     index = made_by | {
         "rejected": rejected,
         "files": files,
-        "pictures": {row["id"]: pictures_of(row) for _, rows, _ in shards for row in rows},
-        "shards": {path.name: tensors_digest(path) for path, _, _ in shards},
+        "pictures": {row["id"]: pictures_of(row) for file in shards for row in file.rows},
+        "shards": {file.path.name: tensors_digest(file.path) for file in shards},
     }
     write_json(index_path, index)
 
@@ -380,18 +394,19 @@ def finish(shards, total, outer, n, made_by):
 def sample_targets(shards, rejected):
     """[(row, its targets (m, K, d))] of n_bank training examples, evenly spread over them."""
     places = [  # not the rows, which stay on the disk
-        (path, rows, i)
-        for path, rows, _ in shards
-        if path.name.startswith("train-")
-        for i, row in enumerate(rows)
+        (file, i)
+        for file in shards
+        if file.is_train
+        for i, row in enumerate(file.rows)
         if row["aux_images"] and row["id"] not in rejected
     ]
     n = min(n_bank, len(places))
     examples = []
     for j in range(n):
-        path, rows, i = places[j * len(places) // n]
-        with safe_open(path, "pt") as f:  # reads a header and these targets, not the whole shard
-            examples.append((rows[i], f.get_tensor(rows[i]["id"])))
+        file, i = places[j * len(places) // n]
+        row = file.rows[i]
+        with safe_open(file.path, "pt") as f:  # reads a header and these targets, not all of it
+            examples.append((row, f.get_tensor(row["id"])))
     return examples
 
 
@@ -443,7 +458,7 @@ def main():
 
     # 1. targets: a file that is there, of the same examples, pictures and settings, is kept
     shards = split_to_shards(splits, made_by)
-    check_same_everywhere("the data", [key for _, _, key in shards])
+    check_same_everywhere("the data", [file.key for file in shards])
     note = Path(out) / "targets" / "made_by.json"
     check_provenance(note, made_by)
     check_indexed()
@@ -462,7 +477,7 @@ def main():
     check_unchanged(shards, split_to_shards(splits, made_by))
 
     # 2. moments of the training split, summed over ranks
-    train = [path for path, _, _ in shards if path.name.startswith("train-")]
+    train = [file.path for file in shards if file.is_train]
     total, outer, n = moments(train[rank::world], made_by["d"], device)
     n = torch.tensor(float(n), dtype=torch.float64, device=device)
     for x in (total, outer, n):

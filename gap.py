@@ -32,7 +32,7 @@ from data import (
 )
 from images import usable_rows
 from launch import check_choices, check_each
-from method import Method, idle, tensors_of
+from method import Method, head_of, idle
 from model import (
     HEADS,
     add_latent_tokens,
@@ -64,14 +64,21 @@ def is_solved(correct, n, n_options, tau, rule):
     return correct / n > tau
 
 
-def needs_latents(row, tau, rule):
+def needs_latents(line, tau, rule):
     """The assignment of one line of difficulty.jsonl."""
-    return not is_solved(row["correct"], row["n"], row["n_options"], tau, rule)
+    return not is_solved(line["correct"], line["n"], line["n_options"], tau, rule)
 
 
 # what training needs of a line of difficulty.jsonl
-COUNTED = {"id": str, "base": str, "row": str, "n": int, "correct": int, "n_options": int}
-COUNTED |= {"lower_bound": bool}
+COUNTED = {
+    "id": str,
+    "base": str,
+    "row": str,
+    "n": int,
+    "correct": int,
+    "n_options": int,
+    "lower_bound": bool,
+}
 
 
 def read_counts(path):
@@ -327,31 +334,35 @@ class GAP(Method):
         The state at <|latent_start|> predicts latent 1, the state at latent i latent i + 1: h is
         taken one position before each pad.
         """
-        # targets are inputs, too (teacher forcing): one forward trains all latents at once
         v = batch["latents"]  # (M, d)
-        at = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1)
-        fed = v
-        if not self.head.targets_fed:  # a control's own vector, whatever v is
-            fed = self.head(v)
-        elif self.settings["scheduled_sampling"]:
-            # on every rank, with latents or not: FSDP gathers the decoder twice
-            with torch.no_grad():
-                fed = self.head(self.states(batch, v)[at])
-        h = self.states(batch, fed)  # (B, T - 1, d)
+        before = batch["ids"][:, 1:] == self.latent_id  # (B, T - 1): states before a latent
+        h = self.states(batch, self.fed(batch, before))  # (B, T - 1, d)
         ce = self.cross_entropy(h, batch)
         if not len(v):
             zero = ce.new_zeros(())
             ce = ce + idle(self.head)
             return {"ce": ce, "latent": zero, "norm_predicted": zero, "norm_target": zero}
+        h_bar = h[before]  # (M, d)
         with torch.no_grad():  # logged, not trained
-            norm_predicted = self.head(h[at]).float().norm(dim=-1).sum()
+            norm_predicted = self.head(h_bar).float().norm(dim=-1).sum()
             norm_target = v.float().norm(dim=-1).sum()
         return {
             "ce": ce,
-            "latent": self.head.squared_error(h[at], v).sum(),
+            "latent": self.head.squared_error(h_bar, v).sum(),
             "norm_predicted": norm_predicted,
             "norm_target": norm_target,
         }
+
+    def fed(self, batch, before):
+        """What stands at the latents in training (M, d)."""
+        v = batch["latents"]
+        if not self.head.targets_fed:  # a control's own vector, whatever v is
+            return self.head(v)
+        if self.settings["scheduled_sampling"]:
+            # on every rank, with latents or not: FSDP gathers the decoder twice
+            with torch.no_grad():
+                return self.head(self.states(batch, v)[before])
+        return v  # teacher forcing: one forward trains all latents at once
 
     def latent_scale(self):
         """What makes L_latent of the mean of ||v_hat - v||^2: 1/d, 1, or 1/variance of targets."""
@@ -391,4 +402,4 @@ class GAP(Method):
         # `folder` is one that is renamed to `out` once it is whole
         beside = os.path.relpath(bank, Path(self.settings["out"]).resolve())
         meta = self.meta | {"bank": str(bank), "bank_beside": beside}
-        save_head(folder, self.head, tensors_of("head", trained), meta)
+        save_head(folder, self.head, head_of(trained), meta)

@@ -262,19 +262,19 @@ class Latents:
 
     def next(self, h, rows):
         """The next latents (M, d) of M rows (question, sample), whose states are h (M, d)."""
-        noise = given = None
+        noise = fed = None
         if self.intervention == "noise":
             d, k = self.head.basis.shape
             draws = [torch.randn(k or d, generator=question.generators[s]) for question, s in rows]
             noise = torch.stack(draws).to(h.device)
         if self.intervention in OF_OTHERS:
-            given = torch.stack([question.stand_in(s) for question, s in rows]).to(h.device)
+            fed = torch.stack([question.stand_in(s) for question, s in rows]).to(h.device)
         if self.head.before_answer:
             planned = [question.planned[s, len(question.latents[s])] for question, s in rows]
             v_hat = torch.stack(planned)
         else:
             v_hat = self.head(h)
-        v = intervene(self.intervention, self.head, v_hat, noise, given)
+        v = intervene(self.intervention, self.head, v_hat, noise, fed)
         n_bar = [question.n_bar for question, _ in rows]
         if any(n_bar):
             v = calibrate(v, torch.tensor(n_bar, device=h.device))
@@ -319,9 +319,10 @@ class Scheduler:
     What servers call continuous batching.
     """
 
-    def __init__(self, more, at_once, read, refill_at):
-        self.more, self.at_once, self.read, self.refill_at = more, at_once, read, refill_at
-        self.asked = {}  # {q: Question} of those that have not ended
+    def __init__(self, more, at_once, n_samples, read, refill_at):
+        self.more, self.at_once, self.n_samples = more, at_once, n_samples
+        self.read, self.refill_at = read, refill_at
+        self.under_way = {}  # {q: Question} of those that have not ended
         self.waiting = {}  # lists of them, each of one prefill and one wave
         self.n_read = 0
         self.others_may_come = True  # not, once `more` gave none
@@ -334,13 +335,13 @@ class Scheduler:
             return []
         groups = list(self.waiting.values())
         self.waiting.clear()
-        room = self.at_once - len(self.asked)
+        room = self.at_once - len(self.under_way)
         prompts = self.more(room) if room else []
         self.others_may_come = bool(prompts) or not room
         if prompts:
             group = self.read(prompts, self.n_read)
             self.n_read += len(group)
-            self.asked |= {question.q: question for question in group}
+            self.under_way |= {question.q: question for question in group}
             groups.append(group)
         self.n_busy += sum(len(group) for group in groups)
         self.full = self.n_busy
@@ -350,11 +351,28 @@ class Scheduler:
         """Its wave's last row has ended. Returns whether the question has, too, or only waits."""
         self.n_busy -= 1
         if question.dropped or question.begun == len(question.ids):
-            del self.asked[question.q]
+            del self.under_way[question.q]
             return True
         key = id(question.cache), question.begun
         self.waiting.setdefault(key, []).append(question)
         return False
+
+    def samples(self, number):
+        """[(Question, its sample)] of rows with these numbers (R)."""
+        places = [divmod(row, self.n_samples) for row in number.tolist()]
+        return [(self.under_way[q], s) for q, s in places]
+
+
+class Span(NamedTuple):
+    """What a latent span forces: its start, K latents, its end and the text after it."""
+
+    ids: torch.Tensor  # (1 + K + after); (0) where none can open
+    K: int
+    after: int  # positions from its end on
+
+    def is_latent(self, left):
+        """Is a row's next position a latent? `left` (R): how many of its span are left."""
+        return (left > self.after) & (left <= self.after + self.K)
 
 
 class RowStates(NamedTuple):
@@ -420,18 +438,16 @@ def stream(
     """
     check_intervention(intervention, head)
     start, latent_pad, end = latent_ids(tokenizer)
-    # the base and text models write text only
-    closed = head is None or intervention == "zero"  # no span can open
+    closed = head is None or intervention == "zero"  # no span can open: text only
     ends_early = not closed and not head.fixed_length
+    before_answer = not closed and head.before_answer
     stops = stop_ids(vlm, tokenizer)
 
-    # what a span forces: its start, latents, its end, the text after it
-    after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
     K = 0 if closed or intervention == "markers" else head.K
-    span = torch.tensor([] if closed else [start] + [latent_pad] * K + after_span)
-    # slots that are filled before the answer: the prompt is read with them
-    before_answer = not closed and head.before_answer
-    ahead = [start] + [latent_pad] * K if before_answer else []
+    slots = [] if closed else [start] + [latent_pad] * K
+    after_span = [end, *tokenizer(after, add_special_tokens=False)["input_ids"]]
+    span = Span(torch.tensor([] if closed else slots + after_span), K, len(after_span))
+    ahead = slots if before_answer else []  # what the prompt is read with
 
     # pads stand for pictures and latents, of which a written one would have none
     never = [vlm.config.image_token_id, latent_pad, end, *suppress]
@@ -459,13 +475,13 @@ def stream(
             latents.plan(group, temperature)
         return group
 
-    scheduler = Scheduler(more, at_once, read, refill_at)
+    scheduler = Scheduler(more, at_once, n_samples, read, refill_at)
     rows = RowStates.none(max_new_tokens)
     h = vlm.lm_head.weight.new_zeros(0, vlm.lm_head.in_features)  # (R, d)
 
     while True:
         # 0. where there is room, questions begin their next wave, and others their first
-        forced = len(span) if before_answer else 0
+        forced = len(span.ids) if before_answer else 0
         for group in scheduler.due():
             begun, states, index = begin(decoder, group, waves, forced)
             rows, h = rows.and_then(begun).at(index), torch.cat([h, states])[index]
@@ -473,36 +489,33 @@ def stream(
             return
 
         # 1. a row writes text, a latent, or what is forced after a span's latents
-        number, n, left, alive, u = rows
-        # (R) draws of this token; a row that has ended may have none left
-        u = u.gather(1, n.clamp(max=max_new_tokens - 1)[:, None])[:, 0]
+        number, n, left, alive, draws = rows
+        # (R) the draw of this token; a row that has ended may have none left
+        u = draws.gather(1, n.clamp(max=max_new_tokens - 1)[:, None])[:, 0]
         text = alive & (left == 0)
-        inside = alive & is_latent(left, K, len(after_span))
+        inside = alive & span.is_latent(left)
         if ends_early and inside.any():
             # Monet's way: the LM head is asked at every latent
-            ended = tokens.would_write(end, h[inside], u[inside])
-            left[inside] = torch.where(ended, len(after_span), left[inside])
-            inside = alive & is_latent(left, K, len(after_span))
+            would_end = tokens.would_write(end, h[inside], u[inside])
+            left[inside] = torch.where(would_end, span.after, left[inside])
+            inside = alive & span.is_latent(left)
 
         # 2. its token, forced or drawn
         # what a finished row is fed does not matter
         token = torch.full_like(number, tokenizer.pad_token_id)
         in_span = alive & (left > 0)
         if in_span.any():
-            token[in_span] = span[-left[in_span]]
+            token[in_span] = span.ids[-left[in_span]]
         if text.any():
             token[text] = tokens.next(h[text], u[text])
 
         # 3. what is fed: the token's embedding, or a latent in its place
         x = vlm.model.language_model.embed_tokens(token.to(h.device))  # (R, d)
         if inside.any():
-            whose = [divmod(row, n_samples) for row in number[inside].tolist()]
-            asked = [(scheduler.asked[q], s) for q, s in whose]
-            v = latents.next(h[inside].float(), asked)  # (M, d)
+            v = latents.next(h[inside].float(), scheduler.samples(number[inside]))  # (M, d)
             x[inside] = v.to(x.dtype)
-        for row, t in zip(number[alive].tolist(), token[alive].tolist()):
-            q, s = divmod(row, n_samples)
-            scheduler.asked[q].ids[s].append(t)
+        for (question, s), t in zip(scheduler.samples(number[alive]), token[alive].tolist()):
+            question.ids[s].append(t)
         if on_step:
             on_step(number[alive], token[alive], x[alive], h[alive])
 
@@ -510,28 +523,26 @@ def stream(
         left = (left - 1).clamp(min=0)
         if not closed:
             # the start was just written: its span is still to come
-            left[text & (token == start)] = len(span) - 1
+            left[text & (token == start)] = len(span.ids) - 1
         n = n + 1
         # a stop token ends a row in text only
         done = text & torch.isin(token, stops) | alive & (n == max_new_tokens)
         alive = alive & ~done
-        ended = [divmod(row, n_samples) for row in number[done].tolist()]
-        for q, s in ended:
-            question = scheduler.asked[q]
-            if on_finish and on_finish(q, s, question.ids[s]):
+        ended = scheduler.samples(number[done])
+        for question, s in ended:
+            if on_finish and on_finish(question.q, s, question.ids[s]):
                 question.dropped = True
-        for q in dict.fromkeys(q for q, _ in ended):
-            question = scheduler.asked[q]
-            mine = number // n_samples == q
+        for question in dict.fromkeys(question for question, _ in ended):
+            mine = number // n_samples == question.q
             if question.dropped:
                 alive = alive & ~mine
             if (alive & mine).any():
                 continue
             if scheduler.end_wave(question):
-                yield q, question.answers(stops.tolist())
+                yield question.q, question.answers(stops.tolist())
 
         # 5. finished rows leave once they are many; the others read what they wrote
-        rows = RowStates(number, n, left, alive, rows.u)
+        rows = RowStates(number, n, left, alive, draws)
         staying = decoder.leave(alive, scheduler.others_may_come)
         if staying is not None:
             rows, x, h = rows.at(staying), x[staying], h[staying]
@@ -566,11 +577,6 @@ def begin(decoder, group, waves, forced):
         u=u,
     )
     return begun, h, index
-
-
-def is_latent(left, K, n_after):
-    """Is a row's next position a latent? `left`: how many of its span, start to end, are left."""
-    return (left > n_after) & (left <= n_after + K)
 
 
 def check_intervention(intervention, head):

@@ -231,11 +231,11 @@ def fitted(picture):
     return picture.resize([max(1, round(x * scale)) for x in picture.size])
 
 
-def line_of(latents, memory, pictures, visions, grids, real):
+def line_of(latents, bank, pictures, visions, grids, real):
     """What is shown of one span, [(caption, picture)]: imagined, real, and where in each image."""
     panels = []
-    if memory is not None:
-        drawn, cosine = imagine(latents, memory)
+    if bank is not None:
+        drawn, cosine = imagine(latents, bank)
         panels.append((f"imagined, cosine {cosine.min():.2f} to {cosine.max():.2f}", drawn))
     if real is not None:
         panels.append(("real", real))
@@ -266,12 +266,12 @@ def draw(path, lines):
     write_then_rename(path, lambda tmp: canvas.save(tmp, format="PNG"))
 
 
-def show_spans(path, vlm, processor, spans, pictures, memory):
+def show_spans(path, vlm, processor, spans, pictures, bank):
     """Draw each span's latents (K, d): what they imagine, the real picture, and where they look."""
     visions, grids = embed_pictures(vlm, processor, pictures)
     real = [open_image(path) for path in paths_of(aux)]
     real += [None] * len(spans)  # of none, or of fewer spans than the model opened
-    lines = [line_of(s, memory, pictures, visions, grids, r) for s, r in zip(spans, real)]
+    lines = [line_of(s, bank, pictures, visions, grids, r) for s, r in zip(spans, real)]
     draw(path, lines)
 
 
@@ -288,7 +288,7 @@ def main():
     row = row_to_ask(paths_of(images))
     if show and not row["images"]:
         raise SystemExit("--show needs a query image")
-    memory = bank_of(model, bank) if show else None  # before the weights: it may not be there
+    its_bank = bank_of(model, bank) if show else None  # before the weights: it may not be there
 
     vlm, tokenizer = load_vlm(model, getattr(torch, dtype), pick_device())
     say_other_limits(model, min_pixels, max_pixels)
@@ -339,7 +339,7 @@ def main():
         print(f"wrote {latents}: {sum(map(len, spans))} latents")
     if show:
         pictures = [open_image(path) for path in row["images"]]
-        show_spans(show, vlm, processor, spans, pictures, memory)
+        show_spans(show, vlm, processor, spans, pictures, its_bank)
         print(f"wrote {show}")
 
 

@@ -8,11 +8,9 @@ grades beside the rule, never in its place: eval.py prints both.
 import re
 from typing import NamedTuple
 
-from huggingface_hub import InferenceClient
-
 from answers import extract_final, find_kind, find_letter
 from data import RESERVED, append, key_of, open_append, read_lines
-from endpoint import hidden, with_retries
+from endpoint import complete, hidden, with_retries
 from launch import Progress
 from resume import Refused
 from served import ask_all
@@ -50,7 +48,7 @@ LONGEST_REPLY = 512  # tokens
 TIMEOUT = 120  # seconds for a reply
 
 
-class Endpoint(NamedTuple):
+class Judge(NamedTuple):
     """Where a judge is served, and how it is asked."""
 
     url: str  # http://localhost:8000/v1
@@ -150,16 +148,12 @@ def replies_to(test, prompts, keys, endpoint):
 
 def ask_judge(prompt, endpoint):
     """One reply of the judge. Raises Unanswered when it gives none: no rule takes its place."""
-    client = InferenceClient(base_url=endpoint.url, api_key=endpoint.key, timeout=TIMEOUT)
+    messages = [{"role": "user", "content": prompt}]
+    # greedy: who asks again should read the same
+    settings = {"temperature": 0, "max_tokens": LONGEST_REPLY}
 
     def call():
-        # greedy: who asks again should read the same
-        reply = client.chat_completion(
-            [{"role": "user", "content": prompt}],
-            model=endpoint.model or None,
-            temperature=0,
-            max_tokens=LONGEST_REPLY,
-        )
+        reply = complete(endpoint, messages, TIMEOUT, **settings)
         # a judge that refuses may send none; an empty reply chooses nothing
         return reply.choices[0].message.content or ""
 

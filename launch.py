@@ -86,15 +86,7 @@ def start(main=None, **commands):
     are no settings go to the command's function. What a user can cause (a missing file, a full
     disk, Ctrl-C) ends in one sentence and an exit code; a programming error shows its traceback.
     """
-    # closed ones: else the next files that are opened would stand in their places
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        # on an ASCII console: as much as it can show
-        getattr(sys, name).reconfigure(errors="backslashreplace")
+    open_streams()
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit")
@@ -106,12 +98,7 @@ def start(main=None, **commands):
     if {"--help", "-h"} & set(args):
         print(help_text(script))
         return
-    command = main
-    # --compare A B, or --compare=A,B
-    name, equals, given = (args or [""])[0].removeprefix("--").partition("=")
-    if name in commands and not (equals and name in settings_of(script)):
-        command = commands[name]
-        args[:1] = given.split(",") if equals else []
+    command, args = command_of(args, main, commands, settings_of(script))
     if command is None:
         name = Path(script["__file__"]).name
         usage = f"usage: python {name} {' | '.join(commands)} [--key=value ...]"
@@ -128,6 +115,31 @@ def start(main=None, **commands):
         if not sentence:
             raise
         raise SystemExit(sentence) from None
+
+
+def open_streams():
+    """Standard streams that are open, and show as much as their console can."""
+    # else the next files that are opened would stand in the places of closed ones
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def command_of(args, main, commands, settings):
+    """(the function that the first argument names, `main` if none; the arguments after it)."""
+    if not args:
+        return main, []
+    first, *rest = args
+    name, equals, given = first.removeprefix("--").partition("=")
+    # --sheet=FILE is a setting where there is one of a command's name
+    if name not in commands or equals and name in settings:
+        return main, args
+    words = given.split(",") if equals else []  # --compare=A,B is --compare A B
+    return commands[name], words + rest
 
 
 def users_error(e):

@@ -157,10 +157,10 @@ class Method(nn.Module):
         """Write the method's own files beside the exported model; trained: {full name: tensor}."""
 
 
-def tensors_of(name, trained):
-    """The tensors of the submodule `name`, by their names in it, of those that `save` is given."""
-    prefix = f"{name}."
-    return {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
+def head_of(trained):
+    """The weights of `self.head`, by their names in it, among those that `save` is given."""
+    names = (name for name in trained if name.startswith("head."))
+    return {name.removeprefix("head."): trained[name] for name in names}
 
 
 def idle(module):

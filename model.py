@@ -95,7 +95,27 @@ class LatentHead(nn.Module):
         return (v_hat - v.float()).pow(2).sum(-1)
 
 
-class PCAHead(LatentHead):
+class SubspaceHead(LatentHead):
+    """v_hat = P_k c + mu: a head says what `coefficients` c (M, k) it predicts of h (M, d)."""
+
+    def forward(self, h):
+        return self.reconstruct(self.coefficients(h))
+
+    def squared_error(self, h, v):
+        """As above, with a gradient of k numbers per latent instead of d.
+
+        P_k is orthonormal: ||P_k c + mu - v||^2 = ||c - P_k^T (v - mu)||^2 + a constant, which is
+        what the subspace cannot reach of v.
+        """
+        P_k, mu = self.basis, self.mean
+        centred = v.float() - mu  # (M, d)
+        target = centred @ P_k  # (M, k)
+        within = (self.coefficients(h).float() - target).pow(2).sum(-1)
+        beyond = (centred - target @ P_k.T).pow(2).sum(-1)
+        return within + beyond
+
+
+class PCAHead(SubspaceHead):
     """GAP: c = F(h_bar), v_hat = P_k c + mu.
 
     F is a linear d -> k that starts as P_k^T, then a residual SwiGLU on the k coefficients. The
@@ -121,22 +141,6 @@ class PCAHead(LatentHead):
         # 3 k^2 weights beside the projection's d k
         swiglu = F.silu(self.gate(c)) * self.up(c)
         return c + self.down(swiglu)
-
-    def forward(self, h):
-        return self.reconstruct(self.coefficients(h))
-
-    def squared_error(self, h, v):
-        """As above, with a gradient of k numbers per latent instead of d.
-
-        P_k is orthonormal: ||P_k c + mu - v||^2 = ||c - P_k^T (v - mu)||^2 + a constant, which is
-        what the subspace cannot reach of v.
-        """
-        P_k, mu = self.basis, self.mean
-        centred = v.float() - mu  # (M, d)
-        target = centred @ P_k  # (M, k)
-        within = (self.coefficients(h).float() - target).pow(2).sum(-1)
-        beyond = (centred - target @ P_k.T).pow(2).sum(-1)
-        return within + beyond
 
 
 class FullHead(LatentHead):
@@ -168,13 +172,10 @@ class OutputHead(LatentHead):
         return h
 
 
-class FrozenHead(PCAHead):
+class FrozenHead(SubspaceHead):
     """A control: c = P_k^T h_bar, where GAP's head starts, with nothing to learn."""
 
     kind = "frozen"
-
-    def __init__(self, pca, K):
-        LatentHead.__init__(self, pca, K)  # without F's weights
 
     def coefficients(self, h):
         return h.float() @ self.basis
@@ -402,12 +403,7 @@ def load_head(folder, vlm, tokenizer, latent_size=10):
     tensors, meta = read_safetensors(path, Head.tensors, Head.fields)
     if "basis" in tensors:
         check_pca(path, tensors)
-    fits = K.isdecimal() and Head.fewest <= int(K) <= MOST_LATENTS
-    if fits and Head.square:
-        fits = math.isqrt(int(K)) ** 2 == int(K)
-    if not fits:
-        wanted = "a square up to" if Head.square else "a number up to"
-        raise SystemExit(f"{path}: K is {K!r}, expected {wanted} {MOST_LATENTS}")
+    check_K(path, K, Head)
     d = vlm.config.text_config.hidden_size
     if "mean" in tensors and len(tensors["mean"]) != d:
         width = len(tensors["mean"])
@@ -423,6 +419,14 @@ def load_head(folder, vlm, tokenizer, latent_size=10):
         reason = " ".join(str(e).split())[:300]
         raise SystemExit(f"{path}: not a whole head of kind {kind!r}: {reason}") from None
     return head.to(vlm.device).eval()
+
+
+def check_K(path, K, Head):
+    """Raise SystemExit for a K (text) that is no number of latents of such a head's span."""
+    fits = K.isdecimal() and Head.fewest <= int(K) <= MOST_LATENTS
+    if not fits or Head.square and math.isqrt(int(K)) ** 2 != int(K):
+        wanted = "a square up to" if Head.square else "a number up to"
+        raise SystemExit(f"{path}: K is {K!r}, expected {wanted} {MOST_LATENTS}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -686,16 +690,8 @@ def encode(vlm, tokenizer, processor, row, K=0, response=None):
 
 def chat_messages(row):
     """A row's question as a chat; without `system` in the row the template's own stands."""
-    # an image stands at its mark, or before the text. In an option a mark is text, "A. <image>",
-    # unless all images are options
-    n_images, text, question = len(row["images"]), question_text(row), row["question"]
-    marked = text if text.count(IMAGE_MARK) == n_images > 1 else question
-    pieces = marked.split(IMAGE_MARK)
-    if len(pieces) != n_images + 1:
-        pieces = [""] * n_images + [marked]
-    pieces[-1] += text[len(marked) :]
     content = []
-    for n, piece in enumerate(pieces):
+    for n, piece in enumerate(text_between_images(row)):
         if n > 0:
             content.append({"type": "image"})
         if piece:
@@ -704,6 +700,19 @@ def chat_messages(row):
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
     return messages
+
+
+def text_between_images(row):
+    """The pieces of a row's text, some of them empty: an image stands between each two."""
+    text, n_images = question_text(row), len(row["images"])
+    # in an option a mark is text, "A. <image>", unless all images are options
+    options_are_images = n_images > 1 and text.count(IMAGE_MARK) == n_images
+    marked = text if options_are_images else row["question"]
+    pieces = marked.split(IMAGE_MARK)
+    if len(pieces) != n_images + 1:  # no marks, or some that are text: images before the text
+        pieces = [""] * n_images + [marked]
+    after = text[len(marked) :]  # options and instruction, which follow the question
+    return [*pieces[:-1], pieces[-1] + after]
 
 
 def prompt_ids(vlm, tokenizer, processor, row, grids):

@@ -51,7 +51,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # 
 STYLES = ("-", "--", ":", "-.", (0, (1, 3)))
 WORST = -1  # R2 of the first steps can be hugely negative, and would flatten what follows
 # inches: of a panel, of the room for names beside it, of what is above, below and to the left
-PANEL, BESIDE, BETWEEN, LEFT, KEY = (2.2, 1.6), 1.4, 0.55, 0.5, 0.3
+PANEL, BESIDE, BETWEEN, LEFT, LEGEND = (2.2, 1.6), 1.4, 0.55, 0.5, 0.3
 WINDOWS = 50  # a curve is the mean of so many windows of steps, over what each step was
 
 
@@ -216,7 +216,8 @@ def draw_curves(folders, path):
     for ax, (title, fields) in zip(axes, panels.items()):
         ax.set_xlim(0, 1.02 * last)  # the same in each panel, whatever a run has of it
         draw_panel(ax, title, fields, logs)
-    key(fig, names_of(folders), any(field.startswith("val_") for log in logs for field in log))
+    validated = any(field.startswith("val_") for log in logs for field in log)
+    legend(fig, names_of(folders), validated)
     save(fig, path)
     plt.close(fig)
 
@@ -226,12 +227,12 @@ def grid(plt, n):
     columns = min(3, n)
     rows = math.ceil(n / columns)
     (width, height), step = PANEL, PANEL[1] + BETWEEN
-    whole = (LEFT + columns * (width + BESIDE), KEY + rows * step + 0.2)
+    whole = (LEFT + columns * (width + BESIDE), LEGEND + rows * step + 0.2)
     fig = plt.figure(figsize=whole)
     axes = []
     for i in range(n):
         x = LEFT + i % columns * (width + BESIDE)
-        y = whole[1] - KEY - 0.25 - height - i // columns * step
+        y = whole[1] - LEGEND - 0.25 - height - i // columns * step
         inches = zip((x, y, width, height), whole * 2)
         axes.append(fig.add_axes([inch / of for inch, of in inches]))
         if i + columns >= n:  # none below it
@@ -240,7 +241,7 @@ def grid(plt, n):
     return fig, axes
 
 
-def key(fig, names, validated):
+def legend(fig, names, validated):
     """One line above the panels: the colours of the runs, and what a dot is."""
     from matplotlib.lines import Line2D
 

@@ -70,7 +70,7 @@ TEXT, IMAGE, LATENT = range(3)
 # what is measured
 
 
-def layer_norms(vlm, x, pos):
+def log_norms(vlm, x, pos):
     """log ||.|| of the states of one sequence x (1, T, d): (L + 2, T).
 
     The rows are the inputs, the states after each of L layers, and those after the final norm.
@@ -238,7 +238,7 @@ def norms_of_answer(vlm, prompt, answer, pad):
     The latents are fed as they were written: one forward gives the states of generation.
     """
     ids, x, pos = inputs_of(vlm, prompt, answer["ids"], answer["latents"], pad)
-    return ids, layer_norms(vlm, x, pos)
+    return ids, log_norms(vlm, x, pos)
 
 
 def said_of_real(vlm, head, prompt, ids, real, pad):

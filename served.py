@@ -8,10 +8,9 @@ own tower would see it, so that the server's own pixel limits change nothing.
 from functools import partial
 from typing import NamedTuple
 
-from huggingface_hub import InferenceClient
 from PIL import Image
 
-from endpoint import hidden, image_part, with_retries
+from endpoint import complete, hidden, image_part, with_retries
 from images import open_image, png_of
 from model import chat_messages, image_grid
 from resume import Patience, Unanswered
@@ -73,10 +72,10 @@ def draw_answers(served, messages, n, seed):
 
 def ask(served, messages, n, seed):
     """The Replies that one request gives: at least one, else ValueError."""
-    client = InferenceClient(base_url=served.url, api_key=served.key, timeout=TIMEOUT)
-    reply = client.chat_completion(
+    reply = complete(
+        served,
         messages,
-        model=served.model,
+        TIMEOUT,
         n=n,
         seed=seed % 2**31,  # what all servers take
         max_tokens=served.max_tokens,

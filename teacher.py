@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import InferenceClient
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from data import SURROGATE, append, key_of, open_append, read_lines
-from endpoint import hidden, image_part, with_retries
+from endpoint import complete, hidden, image_part, with_retries
 from resume import Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs, and into one of replies
@@ -99,16 +98,12 @@ def edit_image(server, prompt, png):
 def ask_teacher(server, prompt, pngs, max_tokens, temperature):
     """What a teacher writes who sees images (PNGs), then a prompt. One request; raises Reject."""
     content = [*map(image_part, pngs), {"type": "text", "text": prompt}]
-    client = InferenceClient(base_url=server.url, api_key=server.key, timeout=server.timeout)
+    messages = [{"role": "user", "content": content}]
+    settings = {"max_tokens": max_tokens, "temperature": temperature}
     # None where the request fails: seconds are known then, tokens are not
     start, usage = time.monotonic(), None
     try:
-        reply = client.chat_completion(
-            [{"role": "user", "content": content}],
-            model=server.model,
-            max_tokens=max_tokens,
-            temperature=temperature,
-        )
+        reply = complete(server, messages, server.timeout, **settings)
         usage = reply.usage
     finally:
         log_cost(server, start, usage)

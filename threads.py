@@ -33,9 +33,8 @@ def each(work, items, workers):
     except BaseException as e:  # Ctrl-C while it waits, too
         try:
             begun = [future for future in running if not future.cancel()]
-            if begun and isinstance(
-                e, KeyboardInterrupt
-            ):  # what is under way may have been paid for
+            # what is under way may have been paid for
+            if begun and isinstance(e, KeyboardInterrupt):
                 said = f"waiting for the {len(begun)} that are under way; Ctrl-C again ends at once"
                 print(f"\n{said}", file=sys.stderr, flush=True)
             yield from (f.result() for f in as_completed(begun) if not f.exception())

@@ -614,15 +614,15 @@ def report_lengths(model, rows):
     # as in the first step, where rows may be longer than later (latents_first)
     parts = gathered([len(model.encode(rows[i] | {"step": 0})["ids"]) for i in bar])
     lengths = [parts[i % world][i // world] for i in range(len(rows))]
-    length = max(lengths)
-    row = rows[lengths.index(length)]
+    longest = max(lengths)
+    row = rows[lengths.index(longest)]
     context = model.vlm.config.text_config.max_position_embeddings
     for what, limit in {"token_budget": token_budget, "the model's context": context}.items():
         n = sum(length > limit for length in lengths)
         if n and rank == 0:
             print(
                 f"{n} rows are longer than {what}={limit}; the longest, {row['id']!r} at "
-                f"{row.where}, has {length} tokens"
+                f"{row.where}, has {longest} tokens"
             )
 
 
@@ -703,8 +703,7 @@ def main():
         batches, counts, amount = next(loaded)
         means, norm = train_step(model, optimizer, batches, counts, step, total, device)
         weights, reported = model.weights(step, total), model.report(means)
-        # a line of log.jsonl
-        row = {
+        line = {  # of log.jsonl
             "step": step + 1,
             "loss": sum(weight * means.get(name, 0.0) for name, weight in weights.items()),
             **reported,
@@ -719,14 +718,14 @@ def main():
         if val_rows and (last or is_due(step, eval_every)):
             validated = validate(model, val_rows, device)
             check_step(step, validated)
-            row |= validated
+            line |= validated
         if rank == 0:
-            append(log, row)
+            append(log, line)
             if wandb_run:
-                wandb_run.log(row, step=step + 1)
+                wandb_run.log(line, step=step + 1)
             bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in list(reported.items())[:3]))
-            if "val_ce" in row:
-                bar.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if "val_ce" in line:
+                bar.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         bar.update()
         if is_saved(step, total):
             save_checkpoint(model, optimizer, step + 1, settings)

@@ -217,7 +217,8 @@ class VaLR(Method):
         # the last part of each row, the only one where there is no latent
         part = part.masked_fill(part == part[:, -1:], most if to_end else -1)
         padding = (labels != IGNORE).flip(1).cumsum(1).flip(1) == 0  # after the last label
-        return part.masked_fill(padding, -1), most + 1 if to_end else max(1, most)
+        n_parts = most + 1 if to_end else max(1, most)
+        return part.masked_fill(padding, -1), n_parts
 
     def most_latents(self, is_latent):
         """The most latents of a row, over the micro-batches of all ranks: the same on each."""

@@ -150,7 +150,7 @@ def without_unit(value):
 
 
 def same_value(a, b):
-    """Is a short text the value b? Units count where both have one: 10 m is not 10 cm."""
+    """Is the short text `a` the value `b`? Units count where both have one: 10 m is not 10 cm."""
     if max(len(a), len(b)) > LONGEST_VALUE:
         return False
     x, y = value_of(a), value_of(b)

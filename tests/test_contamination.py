@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import contamination
 import duplicates
-from contamination import asked_in
+from contamination import bare_question
 from data import read_lines, write_lines
 
 
@@ -162,9 +162,11 @@ def test_questions_are_compared_without_marks_and_options():
         "What is x?\nAnswer with the option's letter from the given choices directly.",
         "what is X? Please answer yes or no.",
     ]
-    assert {asked_in({"question": question}) for question in same} == {"what is x"}
+    assert {bare_question({"question": question}) for question in same} == {"what is x"}
     assert (
-        asked_in({"question": "What is y?"}) != "what is x" != asked_in({"question": "Options: A"})
+        bare_question({"question": "What is y?"})
+        != "what is x"
+        != bare_question({"question": "Options: A"})
     )
 
 

@@ -239,7 +239,7 @@ def test_pictures_that_are_replaced_meanwhile(tmp_path, monkeypatch):
         (tmp_path / f"{n}.png").write_bytes(b"a picture")
     before = fit_pca.split_to_shards({"train": rows}, "settings")
     made = [tmp_path / path.name for path, _, _ in before]
-    before = [(path, *rest) for path, (_, *rest) in zip(made, before)]
+    before = [file._replace(path=path) for path, file in zip(made, before)]
     for path in made:
         path.touch()
     fit_pca.check_unchanged(before, fit_pca.split_to_shards({"train": rows}, "settings"))
@@ -344,7 +344,7 @@ def test_the_bank_is_spread_over_the_examples(tmp_path, monkeypatch):
     rows = [{"id": str(i), "aux_images": ["a"]} for i in range(9)]
     path = tmp_path / "train-00000.safetensors"
     save_file({str(i): torch.full((1, 1, 1), float(i)) for i in range(9)}, path)
-    found = fit_pca.sample_targets([(path, rows, "k")], {"3"})
+    found = fit_pca.sample_targets([fit_pca.TargetFile(path, rows, "k")], {"3"})
     assert [row["id"] for row, _ in found] == ["0", "2", "6"]
 
 

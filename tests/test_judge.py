@@ -100,7 +100,7 @@ def test_paid_judgements_are_kept_whatever_becomes_of_others(tmp_path, monkeypat
     monkeypatch.setattr(judge, "ask_judge", ask)
     test = SimpleNamespace(name="MMStar", out=tmp_path)
     prompts = {f"{n}": f"p{n}" for n in range(40)}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 2, 1, 20)
+    where = judge.Judge("http://localhost:1/v1", "m", "none", 2, 1, 20)
     for _ in range(2):
         with pytest.raises(SystemExit, match="1 answers without a judgement"):
             judge.replies_to(test, prompts, prompts, where)
@@ -116,7 +116,7 @@ def test_a_judge_that_answers_nothing_is_asked_again(tmp_path, monkeypatch, refu
 
     monkeypatch.setattr(judge, "ask_judge", refuse)
     test, prompts = SimpleNamespace(name="MMStar", out=tmp_path), {"1": "p1", "2": "p2"}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 1, 1, 20)
+    where = judge.Judge("http://localhost:1/v1", "m", "none", 1, 1, 20)
     with pytest.raises(SystemExit, match="2 answers without a judgement .*422"):
         judge.replies_to(test, prompts, prompts, where)
     assert read_lines(tmp_path / "judge.jsonl") == []
@@ -165,7 +165,7 @@ def test_a_prompt_that_rows_share_is_paid_for_once(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "ask_judge", lambda prompt, *_: asked.append(prompt) or "B")
     test = SimpleNamespace(name="MMStar", out=tmp_path)
     prompts = {f"{n}": f"p{n % 2}" for n in range(10)}
-    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 2, 1, 20)
+    where = judge.Judge("http://localhost:1/v1", "m", "none", 2, 1, 20)
     assert judge.replies_to(test, prompts, prompts, where) == {"p0": "B", "p1": "B"}
     assert sorted(asked) == ["p0", "p1"]
 
@@ -178,5 +178,5 @@ def test_an_answer_that_was_not_given_is_rated_nothing(tmp_path):
         {"id": "2", "truncated": False, "raw": "", "error": "x"},
         {"id": "3", "truncated": False, "raw": "<think> It shows a dog"},
     ]
-    where = judge.Endpoint("http://localhost:1/v1", "m", "none", 1, 1, 20)
+    where = judge.Judge("http://localhost:1/v1", "m", "none", 1, 1, 20)
     assert [row["rating"] for row in judge.judge(test, graded, where)] == [0, 0, 0]

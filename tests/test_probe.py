@@ -29,7 +29,7 @@ def test_norms_of_a_decoder_without_layers(loaded):
     vlm.model.language_model.norm.weight.data.fill_(3.0)
     lengths = torch.tensor([1.0, 2, 10, 100, 500])
     x = torch.nn.functional.normalize(torch.randn(1, 5, 128), dim=-1) * lengths[None, :, None]
-    logs = probe.layer_norms(vlm, x, torch.arange(5).expand(3, -1))
+    logs = probe.log_norms(vlm, x, torch.arange(5).expand(3, -1))
     assert logs.shape == (4 + 2, 5)
     close(logs[:-1].exp(), lengths.expand(5, -1))
     after_norm = torch.full((5,), 3 * math.sqrt(128))
@@ -39,7 +39,7 @@ def test_norms_of_a_decoder_without_layers(loaded):
 def test_norms_equal_the_states_that_hf_returns(loaded):
     vlm, _, _ = loaded
     x, pos = torch.randn(1, 6, 128), torch.arange(6).expand(3, -1)
-    logs = probe.layer_norms(vlm, x, pos)
+    logs = probe.log_norms(vlm, x, pos)
     lm = vlm.model.language_model
     out = lm(inputs_embeds=x, position_ids=pos[:, None], use_cache=False, output_hidden_states=True)
     hf = out.hidden_states

@@ -12,6 +12,7 @@ import pytest
 from conftest import TOY, run, sampling, send_completion
 from PIL import Image
 
+import endpoint
 import served
 from data import load_examples, read_lines, write_lines
 from endpoint import check_url
@@ -217,7 +218,7 @@ def test_an_answer_that_shows_the_key_does_not(monkeypatch):
         def chat_completion(self, *_, **__):
             return SimpleNamespace(choices=[choice], usage=None, more="x" * 100 + key)
 
-    monkeypatch.setattr(served, "InferenceClient", Client)
+    monkeypatch.setattr(endpoint, "InferenceClient", Client)
     asked = Served("http://localhost", "m", key, 1, 9, 1.0, 1.0)
     (reply,) = served.ask(asked, [], 1, 0)
     assert reply.text == "your key is ***"
