@@ -449,6 +449,9 @@ def write_then_rename(path, write):
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())  # on the disk before what it replaces goes
         os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        e.filename = getattr(e, "filename", None) or str(path)  # which file found the disk full
+        raise
     finally:
         tmp.unlink(missing_ok=True)  # of a write that failed
 
@@ -773,7 +776,7 @@ def versions():
     try:
         command = ["git", "rev-parse", "HEAD"]
         git = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
-    except FileNotFoundError:  # no git here
+    except OSError:  # no git here
         git = ""
     return {
         "python": sys.version.split()[0],

@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/pip ] || python3 -m venv .venv
+.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and
+    ".venv has Python %d.%d: delete it, and make it with 3.11 or newer" % sys.version_info[:2])'
 # not all of it compiled, but what is imported, when it first is: half a minute less
 unset PYTHONDONTWRITEBYTECODE
 .venv/bin/pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt

@@ -81,9 +81,9 @@ from launch import (
     claim,
     clock,
     folder_of,
+    hold,
+    hold_alone,
     hold_together,
-    holds,
-    is_alone,
     pick_device,
     rank_and_world,
     show_files,
@@ -921,7 +921,7 @@ def claim_rank():
     """Keep other launches out of <out>, and of this rank's files: rank 0 may end before others."""
     claim(out)
     rank, _ = rank_and_world()
-    if not holds(Path(out) / f".rank{rank}.lock"):
+    if not hold(Path(out) / f".rank{rank}.lock"):
         raise SystemExit(f"{out}: rank {rank} of another launch is still answering here; wait")
 
 
@@ -1013,7 +1013,7 @@ def main():
         answer_tests(tests, vlm, tokenizer, head)
 
     # the rank that finishes last sees all answers and scores them; no rank waits for another
-    if is_alone(answering):
+    if hold_alone(answering):
         score_tests(tests, vlm, head, its_bank)
     else:
         print(f"rank {rank_and_world()[0]} is done; the last one scores")

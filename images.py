@@ -9,14 +9,13 @@ import base64
 import binascii
 import io
 import math
-import os
 import struct
 
 import numpy as np
 from PIL import Image
 
 from data import Rows, file_digest, memory, remembered
-from launch import Progress, faults_among, rank_and_world
+from launch import Progress, cores_allowed, faults_among, rank_and_world
 from threads import in_order
 
 # what Pillow raises for a broken file
@@ -38,17 +37,16 @@ TURNED = {
 }
 
 
-NO_PICTURE = (  # where a file's name promises what it does not hold: place, first bytes, advice
+# where a file's name promises what it does not hold: place, first bytes, advice
+# fmt: off
+NO_PICTURE = (
     (0, b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` where it came from"),
     (4, (b"ftyphei", b"ftyphevc", b"ftypmif1"), "a HEIC photo; save it as JPEG or PNG"),
-    (
-        0,
-        b"PAR1",
-        "a parquet table; `build_data.py convert` reads it after `pip install pyarrow`",
-    ),
+    (0, b"PAR1", "a parquet table; `build_data.py convert` reads it after `pip install pyarrow`"),
     (0, b"PK\x03\x04", "a zip archive; unpack it"),
     (0, b"\x1f\x8b", "a gzip archive; unpack it"),
 )
+# fmt: on
 
 
 class BadImage(ValueError):
@@ -235,7 +233,7 @@ def usable_rows(rows, leave_out, fields=("images",)):
 def image_faults(names):
     """For each picture, in order: why it cannot be used, "" if it can."""
     # Pillow lets other threads run while it decodes
-    faults = in_order(image_fault, names, os.cpu_count())
+    faults = in_order(image_fault, names, cores_allowed())
     shown = {"desc": "pictures", "unit": "image", "leave": False, "delay": 5}
     return Progress(faults, total=len(names), disable=rank_and_world()[0] > 0, **shown)
 

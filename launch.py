@@ -366,10 +366,16 @@ def show_files(reads, writes):
 
 def check_apart(reads, writes):
     """Raise SystemExit for what is read and would be written over."""
-    read = {os.path.realpath(path) for path in reads if path}
-    for path in writes:
-        if path and os.path.realpath(path) in read:
+    for path in filter(None, writes):
+        if any(is_same(path, read) for read in filter(None, reads)):
             raise SystemExit(f"{path} is read, and would be written over: give another")
+
+
+def is_same(a, b):
+    """Do two paths lead to one place? Where a disk knows no capitals two spellings do, too."""
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 class Progress(tqdm):
@@ -420,9 +426,15 @@ def join_ranks(device, longest):
     if device.type == "cuda":
         backend = "cuda:nccl,cpu:gloo"
     rank, world = rank_and_world()
+    if world == 1:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)  # alone it needs no network that others share
     store = dist.HashStore() if world == 1 else meet(rank, world)
     store.set_timeout(longest)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
+    except RuntimeError as e:  # gloo finds no address of this machine
+        said = " ".join(str(e).split())[:200]
+        raise SystemExit(f"rank {rank} found no network to join the others by: {said}") from None
 
 
 def meet(rank, world):
@@ -515,17 +527,39 @@ def use_idle_cores():
     if "OMP_NUM_THREADS" not in os.environ:
         before = cpu_ticks()
         time.sleep(0.1)  # in which this process does nothing
-        torch.set_num_threads(idle_cores(before, cpu_ticks(), torch.get_num_threads()))
+        idle = idle_cores(before, cpu_ticks(), torch.get_num_threads())
+        torch.set_num_threads(min(idle, cores_allowed()))
+
+
+def cores_allowed(limit="/sys/fs/cgroup/cpu.max"):
+    """How many cores this process may use: a job or a container may have fewer than the machine."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path(limit).read_text().split()
+    except OSError:  # no Linux, or an older one
+        return cores
+    if quota == "max":
+        return cores
+    return max(1, min(cores, int(quota) // int(period)))
 
 
 def cpu_ticks(stat="/proc/stat"):
-    """(idle, all) ticks of all cores since the start of the machine; (0, 0) where none says."""
+    """(idle, all) ticks of our cores since the start of the machine; (0, 0) where none says."""
     try:
-        line = Path(stat).read_text().partition("\n")[0]
+        lines = Path(stat).read_text().splitlines()
     except OSError:  # no Linux
         return 0, 0
-    ticks = [int(x) for x in line.split()[1:9]]  # what follows is part of these
-    return ticks[3] + ticks[4], sum(ticks)  # waiting for a disk is idle, too
+    ours = {f"cpu{n}" for n in os.sched_getaffinity(0)}  # others of a node may be another job's
+    idle = total = 0
+    for line in lines:
+        name, *ticks = line.split()
+        if name in ours:
+            ticks = [int(x) for x in ticks[:8]]  # what follows is part of these
+            idle += ticks[3] + ticks[4]  # waiting for a disk is idle, too
+            total += sum(ticks)
+    return idle, total
 
 
 def idle_cores(before, after, cores):
@@ -571,15 +605,15 @@ def lock(path):
     return True
 
 
-def holds(path):
-    """Does this process hold a lock file, since before or from now on?"""
+def hold(path):
+    """Hold a lock file, since before or from now on; False if another process holds it."""
     path = Path(path).absolute()
     return path in HELD or lock(path)
 
 
 def hold_together(path):
     """Hold a lock file together with other processes; waits while one holds it alone."""
-    file = open(path, "w")
+    file = open(path, "a+")  # NFS shares only what is open for reading, and alone what for writing
     try:
         fcntl.flock(file, fcntl.LOCK_SH)
     except OSError as e:  # a network disk without locks
@@ -587,8 +621,8 @@ def hold_together(path):
     return file
 
 
-def is_alone(file):
-    """Has every other process let go of a lock file? Then this one holds it alone."""
+def hold_alone(file):
+    """Hold a lock file alone, once every other process has let go of it; False before that."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -609,7 +643,7 @@ def claim(folder, file=""):
     if rank_and_world()[0] > 0:
         folder.mkdir(parents=True, exist_ok=True)
         return
-    if not holds(folder / (f".{file}.lock" if file else ".lock")):
+    if not hold(folder / (f".{file}.lock" if file else ".lock")):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
     # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
     for tmp in folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"):

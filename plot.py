@@ -15,6 +15,7 @@ Reads log.jsonl of trained folders, or the lines that ablate.py leaves. Writes a
 """
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,14 +58,12 @@ WINDOWS = 50  # a curve is the mean of so many windows of steps, over what each 
 
 def pyplot():
     """matplotlib, drawing without a screen. Raises SystemExit where it is not installed."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's shell names one that is not installed here
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         advice = "pip install matplotlib"
         raise SystemExit(f"no picture: matplotlib is not installed; {advice}") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     return pyplot
 

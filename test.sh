@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv-test/bin/pip ] || python3 -m venv .venv-test
+.venv-test/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and
+    ".venv-test has Python %d.%d: delete it, and make it with 3.11 or newer" % sys.version_info[:2])'
 # not all of it compiled, but what is imported, when it first is: half a minute less
 unset PYTHONDONTWRITEBYTECODE
 .venv-test/bin/pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -313,7 +314,9 @@ def shard(model, device):
     offload = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    policies = {"mp_policy": precision, "offload_policy": offload}
+    # else FSDP takes whatever accelerator the machine has, a Mac's too
+    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
+    policies = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
 
     layers = model.vlm.model.language_model.layers
     for i, layer in enumerate(layers):
@@ -598,8 +601,11 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # not ru_maxrss, which begins at what the parent process held
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak:  # some sandboxes do not say
+            return int(peak[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from launch import (
     SIZES,
     Progress,
     claim,
+    hold_alone,
     hold_together,
-    is_alone,
     lock,
     override,
     settings_of,
@@ -81,7 +81,9 @@ def test_imports_go_from_the_lower_rows_of_the_plan_to_the_upper_ones():
         if line.startswith("|")
     ]
     row_of = {name: n for n, row in enumerate(rows) for name in re.findall(r"`(\w+)\.py`", row)}
-    assert sorted(row_of) == sorted(path.stem for path in ROOT.glob("*.py"))
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert not files - row_of.keys(), "these have no row in CONTRIBUTING.md's table"
+    assert not row_of.keys() - files, "rows of CONTRIBUTING.md's table whose files are not there"
     for name, n in row_of.items():
         for statement in ast.parse((ROOT / f"{name}.py").read_text()).body:
             imported = []
@@ -214,6 +216,17 @@ def test_a_rank_that_never_comes(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "x")
     with pytest.raises(SystemExit, match="rank 0 did not meet all 2"):
         launch.meet(0, 2)
+
+
+def test_one_process_needs_no_network():
+    """A name that a node's shell sets for its jobs, on a node that has no such network."""
+    script = (
+        "import torch\nfrom datetime import timedelta\n"
+        "from launch import join_ranks, leave_ranks\n"
+        "join_ranks(torch.device('cpu'), timedelta(minutes=1))\nleave_ranks()\n"
+    )
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "ib9"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True)
 
 
 def test_a_script_may_have_no_console(tmp_path):
@@ -527,11 +540,18 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_threads_are_the_idle_cores(tmp_path):
-    """Of two readings of /proc/stat; and a script takes what they leave."""
+    """Of two readings of /proc/stat, of the cores that are ours."""
     stat = tmp_path / "stat"
     readings = []
+    ours, other = min(os.sched_getaffinity(0)), 1 + max(os.sched_getaffinity(0))
     for user, idle, disk in ((100, 1000, 10), (110, 1025, 15)):
-        stat.write_text(f"cpu  {user} 0 7 {idle} {disk} 0 0 0 99 99\ncpu0 1 2 3 4\n")
+        lines = [
+            "cpu  1 2 3 4 5 6 7 8 9 10",
+            f"cpu{ours} {user} 0 7 {idle} {disk} 0 0 0 99 99",
+            f"cpu{other} {user} 0 0 1 0 0 0 0 0 0",  # another job's
+            "intr 1",
+        ]
+        stat.write_text("\n".join(lines))
         readings.append(launch.cpu_ticks(stat))
     for cores, want in ((1, 1), (2, 2), (4, 3), (16, 12)):  # 30 of 40 ticks idle
         assert launch.idle_cores(*readings, cores) == want
@@ -541,6 +561,14 @@ def test_threads_are_the_idle_cores(tmp_path):
     assert launch.idle_cores(nowhere, nowhere, 8) == 8
     idle, total = launch.cpu_ticks()
     assert 0 < idle < total
+
+
+def test_a_container_may_have_fewer_cores_than_the_machine(tmp_path):
+    limit, ours = tmp_path / "cpu.max", len(os.sched_getaffinity(0))
+    assert launch.cores_allowed(limit) == ours
+    for text, want in (("max 100000", ours), ("150000 100000", 1), ("9900000 100000", ours)):
+        limit.write_text(f"{text}\n")
+        assert launch.cores_allowed(limit) == want
 
 
 def test_a_users_own_number_of_threads_wins(monkeypatch):
@@ -560,5 +588,6 @@ def test_a_users_own_number_of_threads_wins(monkeypatch):
 
 def test_who_is_alone_with_a_lock_is_the_last(tmp_path):
     first, second = (hold_together(tmp_path / ".answering.lock") for _ in range(2))
-    assert not is_alone(first)
-    assert is_alone(second)  # the first has let go when it was not
+    assert first.readable() and first.writable()  # as NFS asks
+    assert not hold_alone(first)
+    assert hold_alone(second)  # the first has let go when it was not

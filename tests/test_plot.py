@@ -77,6 +77,14 @@ def test_without_matplotlib(tmp_path, stages, script):
     assert (tmp_path / "m" / "model.safetensors").exists() == (script == "train.py")
 
 
+def test_a_notebooks_shell_names_a_backend_that_is_not_here(tmp_path):
+    folder = write_log(tmp_path / "a", rows_of(3, ce=float))
+    picture = tmp_path / "curves.png"
+    backend = {"MPLBACKEND": "module://no_such_backend"}
+    run("plot.py", f"--runs={folder}", f"--out={picture}", env=backend)
+    assert Image.open(picture).size[0] > 0
+
+
 def test_logs_that_can_not_be_drawn(tmp_path):
     for folder, said in (
         (tmp_path, "no such file; train.py writes it"),

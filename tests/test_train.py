@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_more_ranks_than_rows(tmp_path, gap_args):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(
             a["grad_norm"], rel=1e-4
         )
+
+
+def test_an_accelerator_that_is_not_used(tmp_path, gap_args):
+    """A Mac's, which torch names as the machine's: training is on the CPU all the same."""
+    script = (
+        "import runpy, sys, torch\n"
+        "torch._C._get_accelerator = lambda *_: torch.device('mps')\n"
+        "sys.path.insert(0, sys.argv.pop(1))\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    args = [str(ROOT), *gap_args, f"--out={tmp_path}", "--max_steps=1", "--curves=0"]
+    subprocess.run([sys.executable, "-c", script, *args], cwd=ROOT, check=True)
+    assert logged(tmp_path)[1]["step"] == 1
 
 
 def test_a_clip_of_zero_clips_nothing(tmp_path, gap_args):
