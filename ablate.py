@@ -45,6 +45,7 @@ from data import (
 )
 from launch import Progress, check_choices, end_with_parent, lock, names_in, start, use_idle_cores
 from report import Study, latest, lines_of, write_tables
+from train import METHODS
 
 # --------------------------------------------------------------------------------------------------
 study = "main"  # or fresh: what main left open; gap valr amvl: a paper's own tables
@@ -72,7 +73,6 @@ probe_args = ""  # of probe.py
 # What a run changes of the defaults of train.py and, for the names in FIT, of fit_pca.py (of
 # train.py where a method has no PCA).
 FIT = ("K", "mode", "retained", "basis", "centre")
-WITH_PCA = ("main", "fresh", "gap")  # studies with runs that need targets and difficulties
 NO_DA = {"difficulty": ""}  # every example with latents, as without difficulty-aware data
 # further numbers of examples, for each main run but the base
 SIZES = {"main": (2500,), "fresh": (), "gap": (500, 1000, 4000, 16000), "valr": (), "amvl": ()}
@@ -144,7 +144,7 @@ RUNS = {"main": [
     },
     # where questions are many, does the PCA head lack what its subspace leaves out?
     *at_sizes({"LH+PCA 99%": NO_DA | AT_99}, SIZES["main"]),
-    *at_sizes(OTHERS, SIZES["main"]),
+    *at_sizes(OTHERS | {"own states": OWN_STATES}, SIZES["main"]),
     {"LH+PCA 99%": NO_DA | AT_99},
     # and where few have latents?
     {"GAP 99%": AT_99},
@@ -408,12 +408,17 @@ def fitted(work, file, fit):
     return folder
 
 
+def read_by(run):
+    """Names of train.py's settings with the files that a run's training reads beside the data."""
+    return () if run is None else METHODS[run.get("method", "gap")].reads
+
+
 def trained(folder, run, seed, file):
     """Train a run into folder/model. Returns what its log says."""
     work, model = folder.parent, folder / "model"
-    with_pca = study in WITH_PCA and run.get("method") not in ("valr", "amvl")
-    # K and the like are fit_pca.py's where there is a PCA, else train.py's
-    fit = {k: v for k, v in run.items() if with_pca and k in FIT}
+    reads = read_by(run)
+    # K and the like are fit_pca.py's where its PCA is read, else train.py's
+    fit = {k: v for k, v in run.items() if "pca" in reads and k in FIT}
     own = {k: v for k, v in run.items() if k not in (*fit, "examples", "layout")}
     settings = {
         "base": base,
@@ -424,8 +429,10 @@ def trained(folder, run, seed, file):
         "eval_every": 0,  # validate at the end only
         "curves": 0,  # the folder is deleted
     }
-    if with_pca:
-        settings |= {"pca": fitted(work, file, fit), "difficulty": work / "difficulty.jsonl"}
+    if "pca" in reads:
+        settings["pca"] = fitted(work, file, fit)
+    if "difficulty" in reads:
+        settings["difficulty"] = work / "difficulty.jsonl"
     call("train.py", train_args, **(settings | own))
 
     log = read_lines(model / "log.jsonl")
@@ -588,7 +595,7 @@ def run_all():
     world = key_of({"weights": weights}, test_data)
     todo = jobs(names, numbers, weights)
     work = Path(out) / weights  # another base has other targets and difficulties
-    if study in WITH_PCA and todo:
+    if any("difficulty" in read_by(job.settings.get("run", {})) for job in todo):
         # whole counts, without early stop: they serve every tau. What is counted is kept; counts of
         # other sample_args are refused
         files = {"base": base, "data": data, "out": work / "difficulty.jsonl"}

@@ -56,6 +56,7 @@ from data import (
     LATENT_SPAN,
     file_digest,
     folder_digest,
+    hash_file,
     in_one_form,
     load_examples,
     open_append,
@@ -373,6 +374,7 @@ def store(content, image, suffix):
 # --------------------------------------------------------------------------------------------------
 # convert
 
+CODE = hash_file(Path(__file__).with_name("sources.py"))
 CONVERT_USES = (
     "source label draw crop_margin crop_side max_bytes bomb_pixels min_side follow_links"
 ).split()
@@ -399,6 +401,7 @@ def convert():
     check_columns(items.columns)
     check_name(name, paths)
     uses = CONVERT_USES + ["FIELDS"] * (source in NEEDED)  # where columns are found by it
+    uses = [*uses, "CODE"]  # another converter makes other rows
     # whose pictures lie elsewhere yet: what has arrived, changed or gone is converted anew
     work_through(name, items, convert_one, uses, rejects, stamps_of)
 

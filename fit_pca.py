@@ -137,7 +137,8 @@ def fit(covariance, share):
 def components(eigenvalues, share):
     """k, the smallest number of components with this share of the variance."""
     explained = eigenvalues.cumsum(0) / eigenvalues.sum()  # (d)
-    k = int((explained < share).sum()) + 1
+    # by rounding alone the sum of all may miss 1, and what adds nothing be counted
+    k = int((explained < share - 1e-9).sum()) + 1
     return min(k, len(eigenvalues))  # rounding can leave the last share below 1
 
 

@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from data import LATENT_SPAN, read_safetensors, seed_of, write_then_rename
+from data import (
+    LATENT_SPAN,
+    check_prompt_texts,
+    question_text,
+    read_safetensors,
+    seed_of,
+    write_then_rename,
+)
 from decoder import Decoder
+from images import png_of
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
@@ -30,9 +39,23 @@ OF_OTHERS = ("shuffle", "oracle", "oracle_pca")  # what these feed is not the mo
 
 
 def make_prompts(vlm, tokenizer, processor, rows):
-    """Encode data rows for `generate`."""
-    prompts = [encode(vlm, tokenizer, processor, row) for row in rows]
+    """Encode rows for `generate`, those of a file or {"images", "question"}.
+
+    An image is a path, encoded bytes, a data URI or PIL's; without images a row is text. Raises
+    SystemExit for a control token in a question.
+    """
+    prompts = []
+    for row in rows:
+        check_prompt_texts(question=question_text(row), system=row.get("system") or "")
+        prompts.append(encode(vlm, tokenizer, processor, row | {"images": pictures_in(row)}))
     return see(vlm, processor, prompts)
+
+
+def pictures_in(row):
+    """The images of a row as a file would have them: a list, PIL's as the bytes of a PNG."""
+    images = row.get("images") or []
+    images = images if isinstance(images, list) else [images]
+    return [png_of(x) if isinstance(x, Image.Image) else x for x in images]
 
 
 def with_pixels(processor, prompt):
@@ -211,7 +234,7 @@ class Question:
         self.begun = 0  # samples
         self.dropped = False  # True: what is still to come is not wanted
         # a generator per sample: its draws do not depend on who else is in the batch
-        self.generators = [torch.Generator().manual_seed(s) for s in prompt.get("seeds") or ()]
+        self.generators = [torch.Generator().manual_seed(s) for s in prompt.get("seeds", ())]
         self.u = torch.zeros(n_samples, max_new_tokens)
         if temperature:
             draws = [torch.rand(max_new_tokens, generator=g) for g in self.generators]
@@ -290,17 +313,27 @@ class Latents:
 def generate(vlm, head, tokenizer, prompts, *, seeds=None, fed=None, n_samples=1, **settings):
     """Answer a batch of prompts, each {"ids" (T), "pos" (3, T), "vision" (N, d) or None}.
 
-    seeds: Q * n_samples ints that fix each row's draws. fed: a (m, K, d) tensor a question, which
-    `shuffle` and `oracle` feed. Settings are those of `stream`.
+    seeds: Q * n_samples ints that fix each row's draws; torch's own generator gives them where none
+    are given. fed: a (m, K, d) tensor a question, which `shuffle` and `oracle` feed. Settings are
+    those of `stream`.
 
     Returns per question a list of {"ids", "latents" (m, d), "finished"}.
     """
+    intervention = settings.get("intervention", "clean")
+    check_intervention(intervention, head)
+    n = len(prompts) * n_samples
+    if seeds is None:
+        seeds = torch.randint(2**31, (n,)).tolist()
+    if len(seeds) != n:
+        raise ValueError(f"{len(seeds)} seeds; expected {n}, one for each sample of each prompt")
+    if fed is None and intervention in OF_OTHERS:
+        raise ValueError(f"{intervention} feeds what `fed` gives, which is missing")
+    if fed is not None and (len(fed) != len(prompts) or any(x.ndim != 3 for x in fed)):
+        raise ValueError(f"fed: expected latents (m, K, d) for each of {len(prompts)} prompts")
     asked = []
     for q, prompt in enumerate(prompts):
-        prompt = dict(prompt)
-        if seeds:
-            prompt["seeds"] = seeds[q * n_samples : (q + 1) * n_samples]
-        if fed:
+        prompt = prompt | {"seeds": seeds[q * n_samples : (q + 1) * n_samples]}
+        if fed is not None:
             prompt["fed"] = fed[q]
         asked.append(prompt)
     left = iter(asked)

@@ -378,7 +378,8 @@ def save_head(folder, head, weights, meta):
     """Write latent_head.safetensors: the head's weights, its PCA if any, and how it was made."""
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
     # all that load_head needs to build it again without train.py
-    meta = meta | {"kind": head.kind, "K": head.K, "total_variance": head.total_variance}
+    own = {name: getattr(head, name) for name in head.fields if hasattr(head, name)}
+    meta = meta | {"kind": head.kind, "K": head.K} | own
     meta = {k: str(v) for k, v in meta.items()}
     write_then_rename(Path(folder) / HEAD_FILE, lambda tmp: save_file(tensors, tmp, meta))
 
@@ -419,6 +420,15 @@ def load_head(folder, vlm, tokenizer, latent_size=10):
         reason = " ".join(str(e).split())[:300]
         raise SystemExit(f"{path}: not a whole head of kind {kind!r}: {reason}") from None
     return head.to(vlm.device).eval()
+
+
+def check_head(head):
+    """Raise ValueError for a head that `load_head` will not make again of its file."""
+    if (HEADS | OTHER_HEADS).get(head.kind) is not type(head):
+        raise ValueError(
+            f"{type(head).__name__} of kind {head.kind!r} is in neither HEADS nor OTHER_HEADS"
+        )
+    check_K("its head", str(head.K), type(head))
 
 
 def check_K(path, K, Head):

@@ -83,7 +83,7 @@ from launch import (
     start,
 )
 from method import Method
-from model import HEAD_FILE, HEADS, load_processor, load_vlm
+from model import HEAD_FILE, HEADS, check_head, load_processor, load_vlm
 from plot import draw_curves, where_possible
 from threads import in_order
 from valr import VaLR
@@ -165,6 +165,7 @@ FREE = (
     "wandb_project",
 )
 PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
+WRITTEN = settings_of(globals())  # the values above, which a checkpoint of an older version had
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -508,7 +509,7 @@ def check_same_run(folder, settings):
     differ = {
         name: (saved.get(name), value)
         for name, value in settings.items()
-        if name not in free and saved.get(name) != value
+        if name not in free and saved.get(name, WRITTEN.get(name)) != value
     }
     if differ:
         raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")
@@ -658,6 +659,8 @@ def main():
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype))
     processor = load_processor(base, min_pixels, max_pixels)
     model = METHODS[method](vlm, tokenizer, processor, settings)
+    if hasattr(model, "head"):
+        check_head(model.head)  # now, and not when a trained one is loaded
     vlm.train()
     rows, left_out = model.rows(examples, training=True)
     val_rows, _ = model.rows(val_examples, training=False)

@@ -503,6 +503,17 @@ def test_a_file_may_be_named_like_a_pattern(stage, tmp_path):
     assert len(kept) == 1
 
 
+def test_another_converter_converts_anew(stage, tmp_path, monkeypatch):
+    saved(tmp_path / "src/0.png", noise(0))
+    items = [{"images": "0.png", "question": "Which?", "answer": "red"}]
+    convert(stage, tmp_path, "qa", items)
+    plain = sources.SOURCES["qa"]
+    monkeypatch.setitem(sources.SOURCES, "qa", lambda item: plain(item) | {"category": "mine"})
+    monkeypatch.setattr(b, "CODE", "that of a file with this line")
+    (row,), _ = convert(stage, tmp_path, "qa", items)
+    assert row["category"] == "mine"
+
+
 @pytest.mark.parametrize(
     "name, value",
     [

@@ -54,6 +54,15 @@ def test_pca_equals_svd(tmp_path):
         close(fit_pca.rel_mse(eigenvalues, j), float(lost))
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_all_of_the_variance_has_as_many_components_as_the_data(offset):
+    """11 vectors in 37 dimensions have rank 10; what is beyond it is rounding."""
+    v = torch.randn(11, 37, generator=torch.Generator().manual_seed(0)) + offset
+    v = v.bfloat16().double()
+    _, covariance = fit_pca.mean_and_covariance(v.sum(0), v.T @ v, len(v))
+    assert fit_pca.fit(covariance, 1.0)[2] == torch.linalg.matrix_rank(v - v.mean(0)) == 10
+
+
 def test_random_basis():
     """Orthonormal, not the PCA's; its variances are the data's along it and sum to the total."""
     x = torch.randn(500, 12, dtype=torch.float64) * torch.logspace(1, -1, 12, dtype=torch.float64)

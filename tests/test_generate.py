@@ -1,6 +1,7 @@
 """How text and latents are written: each against an independent computation."""
 
 import json
+from functools import partial
 from itertools import islice, pairwise
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from conftest import (
     examples,
     hf_inputs,
     make_open,
+    random_pca,
     record,
     run,
 )
@@ -44,6 +46,7 @@ from model import (
     LATENT_START,
     MONET_TOKENS,
     MonetHead,
+    PCAHead,
     embed,
     encode,
     grid_features,
@@ -305,6 +308,44 @@ def test_ema_is_the_weighted_sum(beta):
     norms = [sum(x * x for x in row) ** 0.5 for row in v.tolist()]
     slow = beta**29 * norms[0] + sum((1 - beta) * beta ** (29 - i) * norms[i] for i in range(1, 30))
     assert ema_norm(v, beta) == pytest.approx(slow, rel=1e-6)
+
+
+def test_rows_of_a_notebook(loaded, world):
+    """PIL's images, one image without its list, none at all; a file's row is as it was."""
+    vlm, tokenizer, processor = loaded
+    row = examples(world, 1)[0]
+    (path,) = row["images"]
+    asked = {"question": row["question"]}
+    rows = [row | {"images": x} for x in ([path], path, open_image(path), [open_image(path)])]
+    first, *others = make_prompts(vlm, tokenizer, processor, rows)
+    for prompt in others:
+        assert torch.equal(prompt["ids"], first["ids"])
+        assert torch.equal(prompt["vision"], first["vision"])
+    (text,) = make_prompts(vlm, tokenizer, processor, [asked])
+    assert text["vision"] is None
+    with pytest.raises(SystemExit, match="reserved token '<|image_pad|>'".replace("|", r"\|")):
+        make_prompts(vlm, tokenizer, processor, [{"question": "What is <|image_pad|>?"}])
+
+
+def test_what_a_call_needs_and_lacks_is_said(loaded, world):
+    vlm, tokenizer, processor = loaded
+    head = PCAHead(random_pca(), 4)
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 2))
+    ask = partial(generate, vlm, head, tokenizer, prompts, max_new_tokens=2)
+    for wrong, words in (
+        ({"temperature": 1.0, "seeds": [1]}, "1 seeds; expected 2"),
+        ({"intervention": "shuffle"}, "shuffle feeds what `fed` gives, which is missing"),
+        ({"intervention": "oracle", "fed": [torch.zeros(4, 128)] * 2}, "expected latents"),
+        ({"intervention": "oracle", "fed": [torch.zeros(1, 4, 128)]}, "each of 2 prompts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ask(**wrong)
+    sampled = []
+    for _ in range(2):  # without seeds torch's own generator draws
+        torch.manual_seed(5)
+        answers = ask(temperature=1.0, n_samples=3)
+        sampled.append([answer["ids"] for answer in sum(answers, [])])
+    assert sampled[0] == sampled[1] and len(sampled[0]) == 6
 
 
 def test_a_zero_latent_has_no_norm_to_set():

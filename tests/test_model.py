@@ -101,6 +101,41 @@ def test_head_survives_the_disk(tmp_path, loaded, kind):
     close(again(h), head(h))
 
 
+class GainHead(FullHead):
+    """A head with a setting that is no tensor's shape."""
+
+    kind, fields = "gain", (*FullHead.fields, "gain")
+
+    def __init__(self, pca, K, gain=1.0):
+        super().__init__(pca, K)
+        self.gain = gain
+
+    @classmethod
+    def of_file(cls, tensors, meta, d, K):
+        pca = tensors | {"total_variance": float(meta["total_variance"])}
+        return cls(pca, K, float(meta["gain"]))
+
+
+def test_a_heads_own_setting_survives_the_disk(tmp_path, loaded, monkeypatch):
+    monkeypatch.setitem(HEADS, "gain", GainHead)
+    head = GainHead(random_pca(), 4, gain=3.0)
+    meta = {"mode": "pool", "tower": tower_fingerprint(loaded[0])}
+    save_head(tmp_path, head, head.state_dict(), meta)
+    assert load_head(tmp_path, *loaded[:2]).gain == 3.0
+
+
+def test_a_head_that_could_not_be_loaded_is_not_trained():
+    for kind, K in (("lh", 4), ("markers", 0), ("gap", 9)):
+        model.check_head(HEADS[kind](random_pca(), K))
+    with pytest.raises(ValueError, match="GainHead of kind 'gain' is in neither"):
+        model.check_head(GainHead(random_pca(), 4))
+    with pytest.raises(ValueError, match="Renamed of kind 'gap' is in neither"):
+        # its file would be read as a plain one
+        model.check_head(type("Renamed", (HEADS["gap"],), {})(random_pca(), 4))
+    with pytest.raises(SystemExit, match="K is '5', expected a square"):
+        model.check_head(HEADS["lh"](random_pca(), 5))
+
+
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_logits_equal_hf(loaded, world, images):
     vlm, tokenizer, processor = loaded

@@ -413,6 +413,7 @@ def test_a_copied_checkpoint_is_whole(checkpoint, tmp_path):
         ({"K": 36}, ""),  # GAP's is that of its targets
         ({"lr": 2e-3}, "'lr': (0.001, 0.002)"),
         ({"tau": 0.5}, "'tau': (None, 0.5)"),
+        ({"tau": 0.0}, ""),  # the checkpoint is of a version that had no tau
         ({"inputs": {"data": "2"}}, "the contents of data"),
         ({"inputs": {"data": "1", "pca": "3"}}, "the contents of pca"),
         ({"inputs": {}}, "the contents of data"),
