@@ -94,13 +94,22 @@ def any_of(words):
 LETTER, TEXT, ANY = "[Ⓐ-Ⓩ]", "[⒜-⒵]", "[⒜-Ⓩ]"
 SIGN = rf"\(?(?:{LETTER}{TEXT}?|{TEXT})\)?°?"
 # options that are named together; of "A, B is" only the last one is
-AND = r"(?: (?:and|or|nor|to|&) (?:option |choice |the |an? )?| ?(?:和|与|及|或|还是) ?)"
+AND = (
+    r"(?: (?:and|or|nor|to|&) (?:(?:maybe|perhaps|possibly|even) )?(?:option |choice |the |an? )?"
+    r"| ?(?:和|与|及|或|还是) ?)"
+)
 # an article joins what goes on so, "a cat, a dog and ..."; but "Left, the right side is empty"
 COMMA = rf"(?:,{AND}|, ?|, (?:the|an?) (?={SIGN}(?:[.,;!\n]|{AND}|\Z))| ?/ ?| )"
-TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b))+")
+TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b))+", re.I)
 
-# after what is part of a number: "5√3", "3 1/2", "two thirds"
-GOES_ON = rf" ?[√π]|\^| \d+/\d| ?{LARGE}\b|[ -](?:halves|thirds|quarters|fifths)\b"
+# after what is part of a number: "5√3", "3 1/2", "two thirds", "2\sin x", "3e5"; or bounds it
+GOES_ON = (
+    rf" ?[√π]| ?(?!μ[a-z])[α-ω]|\^|[ -]\d+/\d| ?{LARGE}\b|e[+-]?\d"
+    r"| ?\\(?:cdot|d?frac|sqrt|sin|cos|tan|log|ln|alpha|beta|gamma|theta|phi)(?![a-z])"
+    r"|[ -](?:halves|thirds|quarters|fifths|tenths)\b| (?:plus|minus|squared|cubed)\b"
+    r"| times (?:\d|[√π]|the square root)| and a half\b"
+    r"|\+(?!\w)| or (?:more|less|fewer|greater|higher|lower|above|below)\b"
+)
 # before a number that is a bound, "more than 5", or has a sign or a function in words, "sin 5"
 BOUND = "than minus negative log ln sin cos tan"
 NO_BOUND = r"(?<![<>≤≥≠±])(?<![<>≤≥≠±] )" + "".join(rf"(?<!\b{word} )" for word in BOUND.split())
@@ -204,7 +213,7 @@ def option_pattern(letter, options):
     """A pattern of an option's text, whatever its spaces; "" where that says too little."""
     option = option_words(options[letter])
     # "a" is in most sentences
-    if len(option) < 2 and not option.isdigit():
+    if len(option) < 2 and not re.match(r"\d|[α-ω]", option):
         return ""
     parts = re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_", option)
     said = [NO if option == "no" else r"\s?".join(map(re.escape, parts))]
@@ -222,6 +231,8 @@ def option_pattern(letter, options):
         said = ["(?:(?<=is )|(?<=only )|(?<=exactly ))one(?! of)"]
     before, _ = NUMBER_EDGES if parts[0][-1].isdigit() else WORD_EDGES
     _, after = NUMBER_EDGES if parts[-1][-1].isdigit() else WORD_EDGES
+    if "/" in parts:  # "1 1/2" is no half
+        before += r"(?<!\d )"
     if any(part.isdigit() for part in parts):
         after += UNIT_EDGE
         before += "" if parts[0][-1].isdigit() else NO_BOUND  # which NUMBER_EDGES have
@@ -263,11 +274,11 @@ NOT = any_of(
     r"rul\w+_out "
     rf"eliminat\w+ exclud\w+ (?:incorrect|wrong)_{NOUN}s? \bno(?=_\(?{ANY}) "
     r"(?<!no_)(?<!a_)(?<!any_)(?<!little_)\bdoubt\w*(?=_(?:it|that)) \bno_evidence "
-    r"\b(?:anything|everything)_but "
+    r"\b(?:anything|everything)_but unlikely_(?:to_be|that) "
     "不是 不(?:能|应|可|该)?选 而非 并非 排除"
 )
 WRONG = any_of(
-    r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely "
+    r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely too_\w+ "
     r"eliminated excluded ruled_out (?:no|not)(?=[.,;\n]|\Z) "
     rf"not_(?:the_|an?_)?(?:correct|right|true|{NOUN})"
 )
@@ -287,7 +298,8 @@ NOT_SO = any_pattern(
 )
 # it cannot be told, and all that the sentence says after that
 REFUSED = any_pattern(
-    r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
+    r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough"
+    r"|(?:hard|difficult) to)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
     r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
     r"(?:(?!\bbut\b)[^.!?\n])*"
@@ -341,7 +353,7 @@ TAKEN_BACK = any_pattern(
     r"(?<!\w )\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]",
     r"\b(?:no, that's (?:wrong|not)|i disagree)\b",
 )
-IT_IS = any_pattern(rf"\bit(?:'s| is) {RUN}(?!,? (?:that|which|who))")
+IT_IS = any_pattern(rf"\bit(?:'s| is) (?:the |an? )?{RUN}(?!,? (?:that|which|who))")
 
 # what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
 REASON = any_pattern(rf"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为){CLAUSE}")
@@ -419,7 +431,10 @@ def find_letter(text, options, finished=True):
     said = without_denied(QUESTION.sub(" ", signs))
     *taken_back, at_last = TAKEN_BACK.split(said)
     if taken_back:
-        if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
+        it_is = IT_IS.search(at_last)
+        if it_is and only(it_is[0]) in options and not declared(at_last):
+            return only(it_is[0]), "declared"
+        if it_is or any(only(rule(at_last)) for _, rule in FIRM_RULES):
             said = at_last
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
@@ -439,6 +454,10 @@ def find_letter(text, options, finished=True):
     plainly = finished and not refusals and not DENIED.search(signs)
     if plainly and not signs_in(told.replace(OTHER_NUMBER, "")):
         letter = option_of_value(QUESTION.sub(" ", text), options)
+        if letter:
+            return letter, "value"
+    if plainly and not taken_back and not signs_in(signs, LETTER):
+        letter = option_alone(QUESTION.sub(" ", text), options)
         if letter:
             return letter, "value"
     return None, "none"
@@ -477,6 +496,15 @@ def option_of_value(text, options):
     value = stated.pop() if len(stated) == 1 else ""
     alike = [letter for letter, option in options.items() if value and same_value(value, option)]
     return alike[0] if len(alike) == 1 else None
+
+
+def option_alone(text, options):
+    """The letter of the option that is all that is declared, or all of the last line, by value."""
+    for part in (declared_text(text), last_line(text.strip())):
+        letter = nothing_but_an_option(part, options) if part else None
+        if letter:
+            return letter
+    return None
 
 
 def last_line(told):
@@ -559,7 +587,7 @@ MEASURE = any_of("total area size length width height distance")
 ABOUT = any_of("approximately about around only equal to an? the total of exactly roughly")
 VALUE = (
     rf"(?:\b{IS_A_NUMBER}\b|\b{MEASURE} of\b|[=≈:])[\s=≈:]{{0,3}}(?:{ABOUT} ){{0,4}}({NUMBER})"
-    r"(?! ?[-+*/×÷^] ?[\d(√π]|[^.,;:(\n]{0,40}\b(?:and|or|to) \d)"
+    r"(?!°? ?[-+*/×÷^] ?[\d(√π]|[^.,;:(\n]{0,40}\b(?:and|or|to) \d)"
 )
 STATED = re.compile(VALUE, re.ASCII)
 # an answer before its explanation
@@ -590,7 +618,9 @@ ASIDE = any_pattern(
     r"(?:(?:,|,? and|-) ?\d+)*\b(?!\.\d)",
 )
 # ... and a reason or a time, if something is left without it
-REASONS = any_pattern(REASON.pattern, rf"\b(?:which|after|before)\b{CLAUSE}")
+REASONS = any_pattern(
+    REASON.pattern, rf"\b(?:which|who|whose|while|whereas|after|before)\b{CLAUSE}"
+)
 # a word of COUNT_WORDS, perhaps; "twenty-first" is no 20, "one-third" no 1, a "two-door car" has
 # two, and "the left one" counts nothing
 COUNTED = re.compile(
@@ -722,8 +752,8 @@ def extract_answer(text, options=None, kind="text", finished=True):
     - leading: a letter opens it, and no other one follows. "b. It is blue", "A is closer than B"
     - named: the only letter of the last line, else the only option that is named anywhere, by
       letter or text. "Take B,\nsince it is blue", "The map shows all of Africa"
-    - value: no option is named, and the only number that is stated is the value of one. "So AC is
-      20." for "20 cm"
+    - value: no option is named, and the only number that is stated is the value of one, "So AC is
+      20." for "20 cm"; or no letter is, and the value of one is all of the last line
 
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is taken
     back, "Wait, ..."; what is asked about, "Is it A?", or supposed, "If A ..."; the items of a list
@@ -899,7 +929,9 @@ def is_choice(answer, gold):
     return letter == (of_gold[1] or of_gold[2]) or bool(text) and same_value(answer, text)
 
 
-IS_SAID = re.compile(r"\b(?:is|are|(?:would|must|should) be)\b|(?<=\b[Ii]t)'s\b")
+IS_SAID = re.compile(
+    r"\b(?:is|are|(?:would|must|should) be|says|reads|shows)\b|(?<=\bit)'s\b", re.IGNORECASE
+)
 
 
 def after_is(text):

@@ -15,8 +15,13 @@ from functools import lru_cache
 
 # full-width forms of ASCII, and what Chinese and typesetters write for a sign of ASCII
 UNICODE = {0xFF01 + i: 0x21 + i for i in range(94)}
-UNICODE |= str.maketrans("−–∶“”‘’【】\u3000\xa0", "--:\"\"''[]  ")
-UNICODE |= str.maketrans({"。": ". ", "、": ", ", "²": "^2", "³": "^3"})
+UNICODE |= str.maketrans("−–‐‑﹣∶“”‘’【】\u3000\xa0", "-----:\"\"''[]  ")
+UNICODE |= str.maketrans({"。": ". ", "、": ", "})
+UNICODE |= {ord(x): f"^{n}" for n, x in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹") if n != 1}  # 10¹² is not 10^1^2
+UNICODE |= {  # ½ and the like
+    n: " " + unicodedata.normalize("NFKC", chr(n)).replace("⁄", "/")
+    for n in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
+}
 # letters in circles and brackets, which in answers.py are the signs of options and nothing else
 UNICODE |= {ord(first) + i: ord("A") + i for first in "Ⓐⓐ⒜" for i in range(26)}
 # what is not seen: zero-width spaces and joiners, byte order marks, soft hyphens
@@ -31,13 +36,18 @@ LAYOUT = [
         (MARKUP, "\n"),
         (WRAPPED, r"\1"),
         (r"\\sqrt ?\{ ?(\w+) ?\}", r"√\1"),
+        (r"\\sqrt ?(?=\d)|(?<![a-z\\])sqrt ?(?=\()", "√"),
+        (r"(?<=-)\\?\$(?=\d)", ""),  # -$5
         (r"(?<=\d)\\[dt]?frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}", r" \1/\2"),  # three and a half
         (r"\\[dt]?frac ?\{ ?([\w.√]+) ?\} ?\{ ?([\w.√]+) ?\}", r"\1/\2"),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\pi(?![a-z])", "π"),
         (r"\\geq?(?:slant)?(?![a-z])", "≥"),
         (r"\\leq?(?:slant)?(?![a-z])", "≤"),
-        (r"\\neq?(?![a-z])", "≠"),
+        (r"\\neq?(?![a-z])|!=", "≠"),
+        (r"\\infty(?![a-z])", "∞"),
+        (r">=", "≥"),
+        (r"<=", "≤"),
         (r"\\pm(?![a-z])", "±"),
         (r"\\times(?![a-z])", "×"),
         (r"\\approx(?![a-z])", "≈"),
@@ -74,8 +84,13 @@ LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 # a gold answer is read once, and what several samples say: a tenth of the toy's sampling
 cached = lru_cache(1000)
 
-# the unit of a number: a word or a sign, perhaps with a power
-UNIT = rf"(?:(?!(?:or|and|to|pi|{LARGE})\b)[a-z]{{2,}}|[mgshl])(?:\^\{{?\d\}}?)?"
+# the unit of a number: a word or a sign, perhaps with a power; "5 squared" has none
+NO_UNIT = (
+    "or|and|to|pi|is|are|was|were|not|times|plus|minus|over|mod|squared|cubed|factorial|root|"
+    "halves|thirds|quarters|fifths|sixths|eighths|tenths"
+)
+UNIT = rf"(?:(?!(?:{NO_UNIT}|{LARGE})\b)[a-z]{{2,}}|[mgshl])(?:\^\{{?\d\}}?)?"
+UNITS = rf"(?:(?:square|cubic|sq\.?|cu\.?) )?{UNIT}(?:/{UNIT}| per {UNIT})?"
 
 
 @cached
@@ -146,7 +161,7 @@ def bare_value(text):
 def without_unit(value):
     """A value that is in one form already, without unit, degree, percent and currency."""
     value = re.sub("[°%]|^[€£¥₹]", "", value)
-    return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", value)
+    return re.sub(rf"(?<=[\d.)}}π]) ?{UNITS}\.?$", "", value)
 
 
 def same_value(a, b):
@@ -231,6 +246,8 @@ def latex_value(text):
         text = text.replace(name, synonym)
     text = LATEX_LAYOUT.sub("", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)  # \frac12 is a half
+    # 1\frac{3}{4} is no product
+    text = re.sub(r"(?<![\w.)}^])(\d+)(\\frac\{\d+\}\{\d+\})(?!\^)", r"(\1+\2)", text)
     tokens = LATEX_TOKEN.findall(text)
     # a sign that is no token: the text is no expression
     if "".join(tokens) != text or not 0 < len(tokens) <= MOST_TOKENS:

@@ -307,6 +307,42 @@ KINDS = {
         (LENGTHS, "AC = 5 m.", None),
         (LENGTHS, "AC = 20 cm.", "D"),
     ],
+    "a value on a line of its own": [
+        (LENGTHS, "I look at the picture.\n\n15", "C"),
+        (LENGTHS, "Answer: 15", "C"),
+        (LENGTHS, "So the answer is:\n15.0", "C"),
+        (LENGTHS, "First, 10 + 5.\n15", "C"),
+        (LENGTHS, "Is it 10?\n15", "C"),
+        (LENGTHS, "Steps:\n1. 10\n2. 15", None),
+        (LENGTHS, "It is not B.\n15", None),
+        (LENGTHS, "It cannot be told.\n15", None),
+        (lettered("30°", "60°"), "I look.\n\n60", "B"),
+        (lettered("1/2", "3/2"), "Answer: 1 1/2", "B"),
+    ],
+    "a second choice and a doubt": [
+        (COLOURS, "The answer is B or maybe C.", None),
+        (COLOURS, "THE ANSWER IS B OR C.", None),
+        (COLOURS, "It is unlikely to be B.", None),
+        (COLOURS, "It's hard to say whether it is blue.", None),
+        (COLOURS, "It is difficult to see, but the answer is B.", "B"),
+        (YES_NO, "The answer is B. Wait, no, it is A.", "A"),
+        (YES_NO, "The answer is A. Wait, no, it is B.", "B"),
+        (lettered("A horse", "The bird"), "The answer is A. Wait, no, it is the bird.", "B"),
+        (SMALL, "5 is too many.", None),
+        (SMALL, "5 is wrong.", None),
+    ],
+    "what goes on after a number": [
+        (lettered("5", "5√2", "10"), "The answer is $5\\sqrt 2$.", "B"),
+        (lettered("5", "5√2", "10"), "5*sqrt(2)", "B"),
+        (SMALL, "It is 5\\theta", None),
+        (SMALL, "It is 5 \\cdot 2", None),
+        (SMALL, "5 times the square root of 2", None),
+        (SMALL, "5 and a half", None),
+        (SMALL, "5 or more", None),
+        (SMALL, "It happened 5 times.", "C"),
+        (lettered("2π", "π"), "The answer is \\pi.", "B"),
+        (lettered("1/2", "1/3"), "½", "A"),
+    ],
 }
 # fmt: on
 
@@ -533,6 +569,11 @@ def test_a_truncated_thought_says_so():
         ("It is about 20 years (1940 vs. 1960).", "number", "20"),
         ("4 tables with 4 chairs each, i.e. 16 chairs in total.", "number", "16"),
         ("图中有7个人,其中3个站着。", "number", "7"),
+        ("∠C = 89° = 180° - 91°", "number", "89"),
+        ("She is 41 years older than the one on the right, who is 11.", "number", "41"),
+        ("2½", "number", "2.5"),
+        ("12 or more", "number", None),
+        ("x = 5 \\end{aligned}", "number", "5"),
     ],
 )
 def test_values(text, kind, value):
@@ -951,6 +992,28 @@ OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
         ("<answer>24 centimeters</answer>", "24 cm^2", None, False),
         ("<answer>x \\geq 2</answer>", "x ≥ 2", None, True),
         ("<answer>5</answer>", "€5", None, True),
+    ],
+    "what follows a number and is no unit": [
+        *((said, "5", None, False) for said in (
+            "5 is wrong", "5e3", "5 or more", "5 squared", "5 plus two", "5 halves",
+            "\\boxed{5 \\text{ squared}}", "5\\alpha", "5½",
+        )),
+        *((said, "5", None, True) for said in (
+            "5 times", "5 years old", "5 red balls", "5 cubic centimeters", "5 km per hour", "5 μm",
+        )),
+    ],
+    "signs of several spellings": [
+        ("x >= 2", "x ≥ 2", None, True),
+        ("x != 2", "2", None, False),
+        ("(-∞, 2]", "(-\\infty, 2]", None, True),
+        ("‑5", "-5", None, True),
+        ("-$5", "$5", None, False),
+        ("\\boxed{1\\frac{3}{4}}", "\\frac{3}{4}", None, False),
+    ],
+    "what a sign says": [
+        ("The sign says \"STOP\".", "stop", None, True),
+        ("The clock shows 3:15.", "3:15", None, True),
+        ("THE CAR IS RED", "red", None, True),
     ],
 }
 # fmt: on

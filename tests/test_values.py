@@ -31,6 +31,8 @@ import values
         ("2(3+4)", "14", True),
         ("(" * 90, "1", False),
         ("5)", "5", False),
+        ("2\\frac{1}{2}", "2.5", True),
+        ("1\\frac{3}{4}", "0.75", False),
     ],
 )
 def test_math_equal(a, b, equal):
