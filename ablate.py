@@ -32,17 +32,8 @@ from typing import NamedTuple
 
 import torch
 
-from data import (
-    append,
-    check_there,
-    is_list,
-    key_of,
-    load_examples,
-    open_append,
-    read_json,
-    read_lines,
-    write_then_rename,
-)
+from data import is_list, load_examples
+from files import append, check_there, key_of, open_append, read_json, read_lines, write_then_rename
 from launch import Progress, check_choices, end_with_parent, lock, names_in, start, use_idle_cores
 from report import Study, latest, lines_of, write_tables
 from train import METHODS

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import LATENT_SPAN, seed_of
+from data import LATENT_SPAN
+from files import seed_of
 from method import Method, head_of
 from model import (
     IGNORE,

@@ -55,9 +55,10 @@ import sample_difficulty
 import toy
 import train
 from answers import extract_answer, is_correct
-from data import json_line, load_examples
+from data import load_examples
 from decoder import left_padded
 from faster import quicken, quicken_tower, tower_attention
+from files import json_line
 from flops import amounts, flops_each, rates
 from generate import generate, make_prompts, pick, stream, to_text
 from images import open_image, png_of

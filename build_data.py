@@ -51,25 +51,20 @@ from checks import (
     parser_texts,
 )
 from contamination import FINDINGS, find_copies, images_of_tests, load_tests, write_pairs
-from data import (
-    IMAGE_FIELDS,
-    LATENT_SPAN,
+from data import IMAGE_FIELDS, LATENT_SPAN, in_one_form, load_examples, place_marks, question_text
+from duplicates import fingerprints, groups_of
+from endpoint import check_url, key_in
+from files import (
     file_digest,
     folder_digest,
     hash_file,
-    in_one_form,
-    load_examples,
     open_append,
-    place_marks,
-    question_text,
     read_json,
     read_lines,
     write_json,
     write_lines,
     write_then_rename,
 )
-from duplicates import fingerprints, groups_of
-from endpoint import check_url, key_in
 from images import FORMATS, MOST_NARROW, BadImage, decode_image, orientation, other_kind, png_of
 from launch import Progress, check_apart, check_choices, claim, names_in, pick_device, start
 from model import grid_features, load_processor, load_vlm, spread

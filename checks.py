@@ -11,14 +11,7 @@ from itertools import pairwise
 from PIL import ImageStat
 
 from answers import extract_answer, is_correct
-from data import (
-    TAGS,
-    names_no_option,
-    reserved_in,
-    response_fault,
-    strip_latents,
-    strip_parser,
-)
+from data import TAGS, names_no_option, reserved_in, response_fault, strip_latents, strip_parser
 from duplicates import largest_difference
 from resume import Reject
 from values import normalise

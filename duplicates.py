@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import append, file_digest, open_append, read_lines
+from files import append, file_digest, open_append, read_lines
 from launch import Progress, claim
 from resume import Reject
 from threads import each

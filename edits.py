@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from answers import is_correct, lettered, option_named
-from data import (
-    as_text,
+from data import as_text, load_examples
+from files import (
     check_fields,
     check_there,
     file_md5,
     folder_digest,
     is_made,
-    load_examples,
     read_json,
     read_lines,
     read_safetensors,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 
-from data import check_finite, read_json
+from files import check_finite, read_json
 from model import encode_pixels, read_weights, said_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -37,21 +37,18 @@ from benchmarks import (
     load_benchmark,
     missing_files,
 )
-from data import (
-    LATENT_SPAN,
-    Rows,
+from data import LATENT_SPAN, Rows, check_prompt_texts, load_examples, question_text
+from endpoint import check_url, key_in
+from files import (
     append,
     check_fields,
-    check_prompt_texts,
     check_there,
     file_digest,
     file_md5,
     folder_digest,
     is_made,
     key_of,
-    load_examples,
     open_append,
-    question_text,
     read_json,
     read_lines,
     seed_of,
@@ -59,7 +56,6 @@ from data import (
     write_json,
     write_lines,
 )
-from endpoint import check_url, key_in
 from generate import (
     INTERVENTIONS,
     check_intervention,

@@ -32,14 +32,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import (
-    Rows,
+from data import Rows, load_examples
+from files import (
     check_finite,
     check_there,
     file_digest,
     is_made,
     key_of,
-    load_examples,
     metadata_of,
     read_json,
     tensors_digest,

@@ -16,18 +16,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from data import (
-    LATENT_SPAN,
+from data import LATENT_SPAN, question_key, strip_parser
+from files import (
     check_finite,
     check_there,
     each_line,
     file_digest,
     folder_digest,
     key_of,
-    question_key,
     read_json,
     seed_of,
-    strip_parser,
     tensors_digest,
 )
 from images import usable_rows

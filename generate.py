@@ -15,15 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import (
-    LATENT_SPAN,
-    check_prompt_texts,
-    question_text,
-    read_safetensors,
-    seed_of,
-    write_then_rename,
-)
+from data import LATENT_SPAN, check_prompt_texts, question_text
 from decoder import Decoder
+from files import read_safetensors, seed_of, write_then_rename
 from images import png_of
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 

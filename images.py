@@ -14,7 +14,8 @@ import struct
 import numpy as np
 from PIL import Image
 
-from data import Rows, file_digest, memory, remembered
+from data import Rows
+from files import file_digest, memory, remembered
 from launch import Progress, cores_allowed, faults_among, rank_and_world
 from threads import in_order
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import check_there, metadata_of, read_safetensors, write_then_rename
+from files import check_there, metadata_of, read_safetensors, write_then_rename
 from images import open_image
 from model import meta_of_targets
 

@@ -19,16 +19,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from data import (
-    Row,
-    check_prompt_texts,
-    check_text,
-    check_there,
-    load_examples,
-    place_marks,
-    question_text,
-    write_then_rename,
-)
+from data import Row, check_prompt_texts, check_text, load_examples, place_marks, question_text
+from files import check_there, write_then_rename
 from generate import (
     INTERVENTIONS,
     check_intervention,

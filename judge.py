@@ -9,8 +9,9 @@ import re
 from typing import NamedTuple
 
 from answers import extract_final, find_kind, find_letter
-from data import RESERVED, append, key_of, open_append, read_lines
+from data import RESERVED
 from endpoint import complete, hidden, with_retries
+from files import append, key_of, open_append, read_lines
 from launch import Progress
 from resume import Refused
 from served import ask_all

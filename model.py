@@ -21,17 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from data import (
-    IMAGE_MARK,
-    LATENT_SPAN,
-    check_finite,
-    check_there,
-    question_text,
-    read_json,
-    read_safetensors,
-    write_then_rename,
-)
+from data import IMAGE_MARK, LATENT_SPAN, question_text
 from faster import quicken
+from files import check_finite, check_there, read_json, read_safetensors, write_then_rename
 from images import image_size, open_image
 from launch import rank_and_world
 

@@ -5,7 +5,8 @@ import html
 import io
 import re
 
-from data import TAGS, write_then_rename
+from data import TAGS
+from files import write_then_rename
 
 THUMBNAIL = (320, 320)  # pixels: a picture is at most as large on a page
 # in the page, as its pictures are: one file can be sent around and opens without a network

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data import check_fields, check_there, read_lines, write_then_rename
+from files import check_fields, check_there, read_lines, write_then_rename
 from launch import check_choices, names_in, start
 from report import SYSTEMS, latest, lines_of, longest, mean_interval, value
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import check_there, load_examples, write_json
+from data import load_examples
 from decoder import followed_by
+from files import check_there, write_json
 from generate import calibrate, ema_norm, generate, make_prompts
 from images import open_image, usable_rows
 from launch import (

@@ -17,7 +17,8 @@ import statistics
 from typing import NamedTuple
 
 from claims import PREDICTING, TABLES
-from data import check_fields, expect_object, read_lines, write_text
+from data import expect_object
+from files import check_fields, read_lines, write_text
 from intervals import difference_p, holm, t_quantile, t_test
 
 # --------------------------------------------------------------------------------------------------

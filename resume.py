@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from data import append, each_line, key_of, open_append, write_lines
+from files import append, each_line, key_of, open_append, write_lines
 from launch import Progress, claim
 from threads import each
 

@@ -26,19 +26,9 @@ import torch
 import torch.distributed as dist
 
 from answers import extract_answer, is_correct
-from data import (
-    append,
-    check_prompt_texts,
-    check_there,
-    folder_digest,
-    key_of,
-    load_examples,
-    open_append,
-    question_key,
-    seed_of,
-    write_lines,
-)
+from data import check_prompt_texts, load_examples, question_key
 from endpoint import check_url, key_in
+from files import append, check_there, folder_digest, key_of, open_append, seed_of, write_lines
 from gap import RULES, is_solved, needs_latents, read_count_lines
 from generate import see, stop_ids, stream, to_text, with_pixels
 from images import usable_rows

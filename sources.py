@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from answers import boxed, extract_answer, tagged
-from data import LATENT_SPAN, SURROGATE, is_list
+from data import LATENT_SPAN, is_list
+from files import SURROGATE
 from images import image_bytes, other_kind
 from resume import Reject
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from data import SURROGATE, append, key_of, open_append, read_lines
 from endpoint import complete, hidden, image_part, with_retries
+from files import SURROGATE, append, key_of, open_append, read_lines
 from resume import Reject, Unanswered
 
 # many threads ask at once, and all write into one file of costs, and into one of replies

@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-from data import LATENT_SPAN, write_lines
+from data import LATENT_SPAN
+from files import write_lines
 from launch import Progress, check_choices, claim, start
 from model import IGNORE, embed, load_vlm, positions
 

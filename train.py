@@ -46,16 +46,14 @@ from torch.distributed.fsdp import (
 )
 
 from amvl import AMVL
-from data import (
-    LATENT_SPAN,
+from data import LATENT_SPAN, example_key, load_examples
+from files import (
     append,
     check_fields,
     check_there,
-    example_key,
     folder_digest,
     hash_file,
     key_of,
-    load_examples,
     open_append,
     read_json,
     read_lines,

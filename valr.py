@@ -24,8 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import LATENT_SPAN, Rows, file_digest, folder_digest, key_of
+from data import LATENT_SPAN, Rows
 from encoders import FolderEncoder, OwnEncoder
+from files import file_digest, folder_digest, key_of
 from images import open_image, usable_rows
 from launch import names_in, pick_device
 from method import Method, idle

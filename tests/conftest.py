@@ -34,8 +34,9 @@ from transformers import Qwen2VLImageProcessorPil
 
 import build_data
 import toy
-from data import folder_digest, load_examples, question_key, read_lines, write_lines
+from data import load_examples, question_key
 from decoder import Decoder
+from files import folder_digest, read_lines, write_lines
 from generate import stream
 from images import open_image
 from model import PCAHead, add_latent_tokens, latent_ids, load_processor, load_vlm

@@ -8,7 +8,7 @@ import json
 from PIL import Image
 
 from benchmarks import BENCHMARKS
-from data import read_lines
+from files import read_lines
 
 ABCD = {"A": "one", "B": 'two\nlines "quoted"', "C": "None", "D": "four, or\tso"}
 LETTERS = "ABDA"  # the golds of four choices

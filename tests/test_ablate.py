@@ -10,7 +10,7 @@ from scipy import stats
 import ablate
 import toy
 import train
-from data import read_lines
+from files import read_lines
 from gap import is_solved
 from launch import override, settings_of
 

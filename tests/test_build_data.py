@@ -16,7 +16,8 @@ from PIL import Image
 
 import build_data as b
 import sources
-from data import load_examples, read_lines
+from data import load_examples
+from files import read_lines
 from images import open_image
 from resume import Reject
 

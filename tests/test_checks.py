@@ -7,8 +7,8 @@ from conftest import PARSER, RESPONSE, encoded, example, noise, write_data
 from PIL import Image, ImageDraw
 
 import checks
-from data import read_lines
 from duplicates import largest_difference
+from files import read_lines
 
 
 @pytest.mark.parametrize(

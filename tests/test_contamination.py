@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 import contamination
 import duplicates
 from contamination import bare_question
-from data import read_lines, write_lines
+from files import read_lines, write_lines
 
 
 def bars(seed, size=(240, 180)):

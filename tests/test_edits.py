@@ -12,15 +12,9 @@ from safetensors.torch import save_file
 
 import edits
 import toy
-from data import (
-    folder_digest,
-    load_examples,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_lines,
-)
+from data import load_examples
 from edits import nearer_to_own
+from files import folder_digest, read_json, read_safetensors, write_json, write_lines
 from generate import latents_name
 from images import open_image
 from model import (

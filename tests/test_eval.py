@@ -20,7 +20,8 @@ from scipy.stats import binomtest
 import eval as evaluate
 import launch
 from benchmarks import BENCHMARKS, JSONL, PUBLISHED
-from data import load_examples, read_lines, write_lines
+from data import load_examples
+from files import read_lines, write_lines
 from generate import latents_name
 from images import open_image
 from intervals import difference_interval

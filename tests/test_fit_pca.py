@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fit_pca
-from data import LATENT_SPAN, load_examples, metadata_of, read_lines, tensors_digest, write_lines
+from data import LATENT_SPAN, load_examples
+from files import metadata_of, read_lines, tensors_digest, write_lines
 from imagine import load_bank
 from model import load_pca, load_processor, load_vlm
 

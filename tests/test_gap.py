@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 import train
-from data import Row, load_examples, question_key, write_json, write_lines
+from data import Row, load_examples, question_key
+from files import write_json, write_lines
 from gap import GAP, Targets, check_same_space, is_solved, read_counts, solved_by
 from images import open_image
 from model import IGNORE, encode_images, load_pca, load_processor, load_vlm

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import decoder
 import generate as generate_file
-from data import LATENT_SPAN, load_examples, read_lines
+from data import LATENT_SPAN, load_examples
+from files import read_lines
 from generate import (
     Question,
     calibrate,

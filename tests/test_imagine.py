@@ -10,7 +10,8 @@ from conftest import noise, run, saved
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import load_examples, read_safetensors
+from data import load_examples
+from files import read_safetensors
 from imagine import TILE, bank_of, imagine, load_bank, nearest, save_bank, tiles_of
 from model import HEAD_FILE
 

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HTTPError
 from official_files import args_of, plant
 
 import judge
-from data import read_lines
 from endpoint import hidden, with_retries
+from files import read_lines
 from resume import Refused, Unanswered
 from scores import check_mathvision
 

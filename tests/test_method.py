@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from data import load_examples, strip_latents, write_then_rename
+from data import load_examples, strip_latents
+from files import write_then_rename
 from launch import override
 from method import Method, cross_entropy
 from model import IGNORE, encode, load_processor, load_vlm

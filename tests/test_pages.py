@@ -11,7 +11,8 @@ import pytest
 from conftest import RESPONSE, example, pixels, run, write_data
 from PIL import Image
 
-from data import load_examples, read_lines
+from data import load_examples
+from files import read_lines
 from pages import coloured
 
 

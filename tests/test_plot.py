@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 
 import plot
-from data import write_lines
+from files import write_lines
 from plot import Number
 from report import mean_interval
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 import ablate
 import report
-from data import write_lines
+from files import write_lines
 from report import Difference, Study
 
 

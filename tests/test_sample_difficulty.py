@@ -9,7 +9,8 @@ import pytest
 from conftest import TOY, has_lines, kill_when, run, sampling
 
 import sample_difficulty
-from data import load_examples, question_key, read_lines, write_lines
+from data import load_examples, question_key
+from files import read_lines, write_lines
 from gap import needs_latents
 from model import encode
 

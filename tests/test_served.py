@@ -14,8 +14,9 @@ from PIL import Image
 
 import endpoint
 import served
-from data import load_examples, read_lines, write_lines
+from data import load_examples
 from endpoint import check_url
+from files import read_lines, write_lines
 from gap import needs_latents
 from model import image_grid, load_processor
 from resume import Unanswered

@@ -17,7 +17,7 @@ from PIL import Image
 
 import build_data as b
 import sources
-from data import read_lines
+from files import read_lines
 from resume import Reject
 
 

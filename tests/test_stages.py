@@ -3,7 +3,7 @@
 from conftest import TOY, broken, run, sampling
 from safetensors.torch import load_file, save_file
 
-from data import folder_digest, read_lines, write_lines
+from files import folder_digest, read_lines, write_lines
 
 
 def training(stages, **change):

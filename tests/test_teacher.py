@@ -24,8 +24,9 @@ from conftest import (
 from PIL import Image
 
 import build_data as b
-from data import load_examples, read_lines, write_lines
+from data import load_examples
 from endpoint import key_in
+from files import read_lines, write_lines
 
 
 class Endpoint:

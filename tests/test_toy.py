@@ -9,7 +9,8 @@ from PIL import Image, ImageChops
 
 import toy
 from answers import extract_answer
-from data import LATENT_SPAN, file_digest, load_examples, strip_latents
+from data import LATENT_SPAN, load_examples, strip_latents
+from files import file_digest
 from generate import generate, see, to_text
 from model import (
     IGNORE,

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import launch
 import train
-from data import file_digest, write_json
+from files import file_digest, write_json
 from model import HEAD_FILE, load_processor, load_vlm
 
 close = torch.testing.assert_close

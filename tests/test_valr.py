@@ -28,7 +28,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import toy
 import train
 import valr
-from data import load_examples, strip_latents, write_lines
+from data import load_examples, strip_latents
+from files import write_lines
 from generate import INTERVENTIONS, check_intervention, generate, make_prompts
 from images import open_image
 from launch import settings_of
