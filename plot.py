@@ -427,7 +427,7 @@ ROWS = {
         "another move":         Number("", "edits.move.followed"),
         "another last piece":   Number("", "edits.piece.followed"),
         "nothing that matters": Number("", "edits.elsewhere.followed"),
-    }, "pairs whose answers change, or stay, as they should"),
+    }, "pairs answered as the edit asks"),
     "sparse": RowFigure(
         ("LH+PCA", "LH+PCA n=750", "GAP", "GAP n=2500", "tau=0.5", "easy 10%", "easy 25%",
          "first 200", "parser dropped"), {HARD: Number("clean", "hard")}, HARD),
@@ -472,7 +472,7 @@ def draw_rows(rows, path_of_lines, path):
     left = max(0.2, 0.0155 * max(map(len, there)))  # room for the names
     width = 0.98 - left
     ax = fig.add_axes([left, 0.5 / height, width, 1 - 0.75 / height])
-    heading = 0.0  # where the next one begins
+    heading = {"xy": (0, 1.02), "xycoords": "axes fraction"}  # where the next one begins
     for i, (what, column, colour) in enumerate(zip(numbers, columns, COLOURS)):
         for name, seeds in column.items():
             y = there.index(name) + 0.7 * ((i + 0.5) / len(columns) - 0.5)
@@ -482,8 +482,9 @@ def draw_rows(rows, path_of_lines, path):
             ax.plot([mean, mean], [y - 0.12, y + 0.12], lw=1.6, color=colour)
             ax.plot(seeds, [y] * len(seeds), "o", ms=3, mew=0, alpha=0.7, color=colour)
         if len(columns) > 1:
-            ax.text(heading, 1.02, what, transform=ax.transAxes, color=colour)
-            heading += (0.03 + 0.01 * len(what)) / width
+            said = ax.annotate(what, **heading, color=colour, va="bottom")
+            heading = {"xy": (1, 0), "xycoords": said, "xytext": (12, 0)}
+            heading["textcoords"] = "offset points"
     ax.set_yticks(range(len(there)), there)
     ax.invert_yaxis()
     ax.set(xlim=(-0.02, 1.02), xlabel=f"{unit}: seeds, mean, 95 % t-interval")
