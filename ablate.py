@@ -13,8 +13,7 @@ table grows over as many calls as it takes. Then report.py writes <results>.md f
     python ablate.py --only="GAP,LH+DA" --seeds=4,5
     python ablate.py --study=fresh --seeds=6,7,8,9,10,11,12,13
     python ablate.py --report=1         # only rewrite the tables
-    python ablate.py --study=valr --results=out/valr --base=out/cot --data=out/steps/train.jsonl \
-        --val_data=out/steps/val.jsonl --test_data=out/steps/test.jsonl
+    python ablate.py --study=valr ...   # and amvl, gap: docs/valr-amvl.md, docs/ablations.md
     python ablate.py --launch="torchrun --nproc-per-node 8" \
         --base=Qwen2.5-VL-7B-Instruct --data=data/train.jsonl ...
 """

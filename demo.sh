@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage in order on the toy, from a fresh machine: on two cores 5 minutes with its installation.
+# The stages in order on the toy, from a fresh machine: on two cores 5 minutes with its installation.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ -x .venv/bin/pip ] || python3 -m venv .venv

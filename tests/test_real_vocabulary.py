@@ -1,4 +1,4 @@
-"""Qwen's own vocabulary: 151,643 merges, 22 special tokens, spare rows up to 152,064."""
+"""Qwen's own vocabulary: 151,643 tokens, 22 special ones, spare rows up to 152,064."""
 
 from importlib.resources import files
 
