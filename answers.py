@@ -104,9 +104,10 @@ TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b)
 
 # after what is part of a number: "5√3", "3 1/2", "two thirds", "2\sin x", "3e5"; or bounds it
 GOES_ON = (
-    rf" ?[√π]| ?(?!μ[a-z])[α-ω]|\^|[ -]\d+/\d| ?{LARGE}\b|e[+-]?\d"
+    rf" ?[√π]| ?(?!μ[a-z])[α-ψ]|\^|[ -]\d+/\d| ?{LARGE}\b|e[+-]?\d"
     r"| ?\\(?:cdot|d?frac|sqrt|sin|cos|tan|log|ln|alpha|beta|gamma|theta|phi)(?![a-z])"
-    r"|[ -](?:halves|thirds|quarters|fifths|tenths)\b| (?:plus|minus|squared|cubed)\b"
+    r"|[ -](?:halves|thirds|quarters|fifths|sixths|eighths|tenths|hundredths)\b"
+    r"| (?:plus|minus|squared|cubed|factorial)\b"
     r"| times (?:\d|[√π]|the square root)| and a half\b"
     r"|\+(?!\w)| or (?:more|less|fewer|greater|higher|lower|above|below)\b"
 )
@@ -231,7 +232,7 @@ def option_pattern(letter, options):
         said = ["(?:(?<=is )|(?<=only )|(?<=exactly ))one(?! of)"]
     before, _ = NUMBER_EDGES if parts[0][-1].isdigit() else WORD_EDGES
     _, after = NUMBER_EDGES if parts[-1][-1].isdigit() else WORD_EDGES
-    if "/" in parts:  # "1 1/2" is no half
+    if "/" in parts and parts[0].isdigit():  # "1 1/2" is no half
         before += r"(?<!\d )"
     if any(part.isdigit() for part in parts):
         after += UNIT_EDGE
@@ -278,7 +279,8 @@ NOT = any_of(
     "不是 不(?:能|应|可|该)?选 而非 并非 排除"
 )
 WRONG = any_of(
-    r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely too_\w+ "
+    r"wrong incorrect false untrue impossible unlikely inaccurate invalid less_likely "
+    r"too_(?:many|few|much|little|large|big|small|high|low|long|short) "
     r"eliminated excluded ruled_out (?:no|not)(?=[.,;\n]|\Z) "
     rf"not_(?:the_|an?_)?(?:correct|right|true|{NOUN})"
 )
@@ -298,9 +300,9 @@ NOT_SO = any_pattern(
 )
 # it cannot be told, and all that the sentence says after that
 REFUSED = any_pattern(
-    r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough"
-    r"|(?:hard|difficult) to)"
+    r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
+    r"|(?<!not )(?<!n't )\b(?:hard|difficult) to (?:say|tell|determine|know)\b"
     r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
     r"(?:(?!\bbut\b)[^.!?\n])*"
 )
@@ -349,11 +351,13 @@ SUPPOSED = any_pattern(
     rf"\bmistake\b(?: \w+){{0,2}} to\b{CLAUSE}",
 )
 # what takes back all that was said before, if something else is said then
+IT_IS = any_pattern(rf"\bit(?:'s| is) (?:the |an? )?{RUN}(?!,? (?:that|which|who))")
 TAKEN_BACK = any_pattern(
-    r"(?<!\w )\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]",
+    # "Wait, no, it is A" names no option No
+    r"(?<!\w )\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]"
+    rf"(?: ?{TEXT}, (?={IT_IS.pattern}))?",
     r"\b(?:no, that's (?:wrong|not)|i disagree)\b",
 )
-IT_IS = any_pattern(rf"\bit(?:'s| is) (?:the |an? )?{RUN}(?!,? (?:that|which|who))")
 
 # what names an option in passing: a reason, a place in the picture, "in row B", a thing, "point B"
 REASON = any_pattern(rf"(?:\b(?:because|since|if|when)\b|, (?:as|while) |因为){CLAUSE}")
@@ -431,10 +435,7 @@ def find_letter(text, options, finished=True):
     said = without_denied(QUESTION.sub(" ", signs))
     *taken_back, at_last = TAKEN_BACK.split(said)
     if taken_back:
-        it_is = IT_IS.search(at_last)
-        if it_is and only(it_is[0]) in options and not declared(at_last):
-            return only(it_is[0]), "declared"
-        if it_is or any(only(rule(at_last)) for _, rule in FIRM_RULES):
+        if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
             said = at_last
     # what is refused is not said, and a text that refuses names options in passing
     told, refusals = REFUSED.subn(" ", said)
@@ -499,12 +500,12 @@ def option_of_value(text, options):
 
 
 def option_alone(text, options):
-    """The letter of the option that is all that is declared, or all of the last line, by value."""
-    for part in (declared_text(text), last_line(text.strip())):
-        letter = nothing_but_an_option(part, options) if part else None
-        if letter:
-            return letter
-    return None
+    """The letter of the option that is all that is declared or, else, all of the last line."""
+    *before, line = text.strip().rsplit("\n", 2)[-2:]
+    if before and (NUMBERS.fullmatch(bare_value(before[0])) or STEP.match(line)):
+        line = ""  # one of a list
+    said = declared_text(text) or line
+    return nothing_but_an_option(said, options) if said else None
 
 
 def last_line(told):
@@ -619,7 +620,7 @@ ASIDE = any_pattern(
 )
 # ... and a reason or a time, if something is left without it
 REASONS = any_pattern(
-    REASON.pattern, rf"\b(?:which|who|whose|while|whereas|after|before)\b{CLAUSE}"
+    REASON.pattern, rf"(?:\b(?:which|after|before)|, (?:who|whose|while|whereas))\b{CLAUSE}"
 )
 # a word of COUNT_WORDS, perhaps; "twenty-first" is no 20, "one-third" no 1, a "two-door car" has
 # two, and "the left one" counts nothing
@@ -753,7 +754,8 @@ def extract_answer(text, options=None, kind="text", finished=True):
     - named: the only letter of the last line, else the only option that is named anywhere, by
       letter or text. "Take B,\nsince it is blue", "The map shows all of Africa"
     - value: no option is named, and the only number that is stated is the value of one, "So AC is
-      20." for "20 cm"; or no letter is, and the value of one is all of the last line
+      20." for "20 cm"; or no letter is, and the value of one is all that is declared, or else all
+      of the last line
 
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is taken
     back, "Wait, ..."; what is asked about, "Is it A?", or supposed, "If A ..."; the items of a list
@@ -930,7 +932,9 @@ def is_choice(answer, gold):
 
 
 IS_SAID = re.compile(
-    r"\b(?:is|are|(?:would|must|should) be|says|reads|shows)\b|(?<=\bit)'s\b", re.IGNORECASE
+    r"\b(?:is|are|(?:would|must|should) be)\b|(?<=\bit)'s\b"
+    r"|\b(?:says|reads|shows)\b(?!.*\b(?:is|are)\b)",
+    re.IGNORECASE,
 )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from data import LATENT_SPAN, check_prompt_texts, question_text
 from decoder import Decoder
 from files import read_safetensors, seed_of, write_then_rename
-from images import png_of
+from images import png_of, upright
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
@@ -48,8 +48,8 @@ def make_prompts(vlm, tokenizer, processor, rows):
 def pictures_in(row):
     """The images of a row as a file would have them: a list, PIL's as the bytes of a PNG."""
     images = row.get("images") or []
-    images = images if isinstance(images, list) else [images]
-    return [png_of(x) if isinstance(x, Image.Image) else x for x in images]
+    images = images if isinstance(images, (list, tuple)) else [images]
+    return [png_of(upright(x)) if isinstance(x, Image.Image) else x for x in images]
 
 
 def with_pixels(processor, prompt):

@@ -101,6 +101,12 @@ def decode_image(source):
         raise BadImage(other_kind(first_bytes(source)) or said) from None
 
 
+def upright(image):
+    """An opened picture as `open_image` gives it: turned by its EXIF tag, and RGB."""
+    turn = TURNED.get(orientation(image))
+    return as_rgb(image if turn is None else image.transpose(turn))
+
+
 def first_bytes(source):
     """How a picture's file begins; nothing where it cannot be read."""
     try:

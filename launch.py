@@ -434,7 +434,7 @@ def join_ranks(device, longest):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
     except RuntimeError as e:  # gloo finds no address of this machine
         said = " ".join(str(e).split())[:200]
-        raise SystemExit(f"rank {rank} found no network to join the others by: {said}") from None
+        raise SystemExit(f"rank {rank} cannot join the others: {said}") from None
 
 
 def meet(rank, world):
@@ -538,11 +538,9 @@ def cores_allowed(limit="/sys/fs/cgroup/cpu.max"):
         cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path(limit).read_text().split()
-    except OSError:  # no Linux, or an older one
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # none here, or "max": no limit
         return cores
-    if quota == "max":
-        return cores
-    return max(1, min(cores, int(quota) // int(period)))
 
 
 def cpu_ticks(stat="/proc/stat"):
@@ -554,8 +552,8 @@ def cpu_ticks(stat="/proc/stat"):
     ours = {f"cpu{n}" for n in os.sched_getaffinity(0)}  # others of a node may be another job's
     idle = total = 0
     for line in lines:
-        name, *ticks = line.split()
-        if name in ours:
+        name, *ticks = line.split() or [""]
+        if name in ours and len(ticks) > 4:
             ticks = [int(x) for x in ticks[:8]]  # what follows is part of these
             idle += ticks[3] + ticks[4]  # waiting for a disk is idle, too
             total += sum(ticks)
@@ -624,6 +622,7 @@ def hold_together(path):
 def hold_alone(file):
     """Hold a lock file alone, once every other process has let go of it; False before that."""
     try:
+        fcntl.flock(file, fcntl.LOCK_UN)  # NFS keeps a shared one where it refuses this one alone
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False

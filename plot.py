@@ -60,10 +60,13 @@ def pyplot():
     """matplotlib, drawing without a screen. Raises SystemExit where it is not installed."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's shell names one that is not installed here
     try:
-        from matplotlib import pyplot
+        import matplotlib
     except ImportError:
         advice = "pip install matplotlib"
         raise SystemExit(f"no picture: matplotlib is not installed; {advice}") from None
+    matplotlib.use("Agg")  # where another one is in use already
+    from matplotlib import pyplot
+
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     return pyplot
 

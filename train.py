@@ -81,7 +81,7 @@ from launch import (
     start,
 )
 from method import Method
-from model import HEAD_FILE, HEADS, check_head, load_processor, load_vlm
+from model import HEAD_FILE, HEADS, LatentHead, check_head, load_processor, load_vlm
 from plot import draw_curves, where_possible
 from threads import in_order
 from valr import VaLR
@@ -163,7 +163,7 @@ FREE = (
     "wandb_project",
 )
 PATHS = ("base", "data", "val_data", "pca", "difficulty", "encoders", "out")
-WRITTEN = settings_of(globals())  # the values above, which a checkpoint of an older version had
+WRITTEN = settings_of(globals())  # the values above, before those of the command line
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -504,10 +504,14 @@ def check_same_run(folder, settings):
     saved = read_json(path, inputs=dict)
     advice = "choose another `out`, or delete it to start over"
     free = (*FREE, *PATHS, *METHODS[method].reads, *METHODS[method].free, "inputs")
+    mine = {name: value for name, value in settings.items() if name not in free}
+    newer = [name for name in mine if name not in saved and mine[name] == WRITTEN.get(name)]
+    if newer and rank_and_world()[0] == 0:
+        print(f"{path} is of a version without {', '.join(newer)}: taken for what it did")
     differ = {
         name: (saved.get(name), value)
-        for name, value in settings.items()
-        if name not in free and saved.get(name, WRITTEN.get(name)) != value
+        for name, value in mine.items()
+        if name not in newer and saved.get(name) != value
     }
     if differ:
         raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")
@@ -657,7 +661,7 @@ def main():
     vlm, tokenizer = load_vlm(base, getattr(torch, dtype))
     processor = load_processor(base, min_pixels, max_pixels)
     model = METHODS[method](vlm, tokenizer, processor, settings)
-    if hasattr(model, "head"):
+    if isinstance(getattr(model, "head", None), LatentHead):
         check_head(model.head)  # now, and not when a trained one is loaded
     vlm.train()
     rows, left_out = model.rows(examples, training=True)

@@ -16,8 +16,8 @@ from functools import lru_cache
 # full-width forms of ASCII, and what Chinese and typesetters write for a sign of ASCII
 UNICODE = {0xFF01 + i: 0x21 + i for i in range(94)}
 UNICODE |= str.maketrans("−–‐‑﹣∶“”‘’【】\u3000\xa0", "-----:\"\"''[]  ")
-UNICODE |= str.maketrans({"。": ". ", "、": ", "})
-UNICODE |= {ord(x): f"^{n}" for n, x in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹") if n != 1}  # 10¹² is not 10^1^2
+UNICODE |= str.maketrans({"。": ". ", "、": ", ", "⁰": "°", "º": "°"})
+UNICODE |= {ord(x): f"^{n}" for n, x in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹") if n > 1}  # 10¹² is not 10^1^2
 UNICODE |= {  # ½ and the like
     n: " " + unicodedata.normalize("NFKC", chr(n)).replace("⁄", "/")
     for n in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
@@ -44,7 +44,7 @@ LAYOUT = [
         (r"\\pi(?![a-z])", "π"),
         (r"\\geq?(?:slant)?(?![a-z])", "≥"),
         (r"\\leq?(?:slant)?(?![a-z])", "≤"),
-        (r"\\neq?(?![a-z])|!=", "≠"),
+        (r"\\neq?(?![a-z])|(?<![\d)])!=", "≠"),
         (r"\\infty(?![a-z])", "∞"),
         (r">=", "≥"),
         (r"<=", "≤"),
@@ -86,11 +86,10 @@ cached = lru_cache(1000)
 
 # the unit of a number: a word or a sign, perhaps with a power; "5 squared" has none
 NO_UNIT = (
-    "or|and|to|pi|is|are|was|were|not|times|plus|minus|over|mod|squared|cubed|factorial|root|"
-    "halves|thirds|quarters|fifths|sixths|eighths|tenths"
+    "or|and|to|pi|is|not|plus|minus|over|mod|squared|cubed|factorial|root|"
+    "halves|thirds|quarters|fifths|sixths|eighths|tenths|hundredths"
 )
 UNIT = rf"(?:(?!(?:{NO_UNIT}|{LARGE})\b)[a-z]{{2,}}|[mgshl])(?:\^\{{?\d\}}?)?"
-UNITS = rf"(?:(?:square|cubic|sq\.?|cu\.?) )?{UNIT}(?:/{UNIT}| per {UNIT})?"
 
 
 @cached
@@ -161,7 +160,7 @@ def bare_value(text):
 def without_unit(value):
     """A value that is in one form already, without unit, degree, percent and currency."""
     value = re.sub("[°%]|^[€£¥₹]", "", value)
-    return re.sub(rf"(?<=[\d.)}}π]) ?{UNITS}\.?$", "", value)
+    return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", value)
 
 
 def same_value(a, b):

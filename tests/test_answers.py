@@ -312,10 +312,10 @@ KINDS = {
         (LENGTHS, "Answer: 15", "C"),
         (LENGTHS, "So the answer is:\n15.0", "C"),
         (LENGTHS, "First, 10 + 5.\n15", "C"),
-        (LENGTHS, "Is it 10?\n15", "C"),
+        (LENGTHS, "First, 10.\n3. 15", None),
         (LENGTHS, "Steps:\n1. 10\n2. 15", None),
-        (LENGTHS, "It is not B.\n15", None),
-        (LENGTHS, "It cannot be told.\n15", None),
+        (LENGTHS, "10\n15", None),
+        (LENGTHS, "The answer is 7.\n15", None),
         (lettered("30°", "60°"), "I look.\n\n60", "B"),
         (lettered("1/2", "3/2"), "Answer: 1 1/2", "B"),
     ],
@@ -330,6 +330,18 @@ KINDS = {
         (lettered("A horse", "The bird"), "The answer is A. Wait, no, it is the bird.", "B"),
         (SMALL, "5 is too many.", None),
         (SMALL, "5 is wrong.", None),
+    ],
+    "what is said after a take-back": [
+        (COLOURS, "The answer is C. Wait, it is a red car.\nB", "B"),
+        (COLOURS, "The answer is A. Wait, it is red before mixing. So after mixing, blue.", "B"),
+        (COLOURS, "The answer is A. Wait, it is blue.", "B"),
+        (COLOURS, "The answer is A. Wait, it is the blue one.", "B"),
+        (YES_NO, "The answer is B. Wait, yes, it is A.", "A"),
+        (COLOURS, "It's not hard to see that the answer is B.", "B"),
+        (COLOURS, "The car is hard to see. The car is blue.", "B"),
+        (COLOURS, "The answer is B: too easy!", "B"),
+        (lettered("km/h", "m/s"), "The speed is 5 m/s", "B"),
+        (lettered("60°", "90°"), "The angle is 60⁰.", "A"),
     ],
     "what goes on after a number": [
         (lettered("5", "5√2", "10"), "The answer is $5\\sqrt 2$.", "B"),
@@ -574,6 +586,9 @@ def test_a_truncated_thought_says_so():
         ("2½", "number", "2.5"),
         ("12 or more", "number", None),
         ("x = 5 \\end{aligned}", "number", "5"),
+        ("There are 2 groups, and the total of people who came is 8.", "number", "8"),
+        ("There are 5 dogs, one of which is hard to see.", "number", "5"),
+        ("5!=120", "number", "120"),
     ],
 )
 def test_values(text, kind, value):
@@ -1000,6 +1015,7 @@ OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
         )),
         *((said, "5", None, True) for said in (
             "5 times", "5 years old", "5 red balls", "5 cubic centimeters", "5 km per hour", "5 μm",
+            "5 Ω", "It is not hard to see that there are 5 dogs.",
         )),
     ],
     "signs of several spellings": [
@@ -1014,6 +1030,7 @@ OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
         ("The sign says \"STOP\".", "stop", None, True),
         ("The clock shows 3:15.", "3:15", None, True),
         ("THE CAR IS RED", "red", None, True),
+        ("The text says the store is closed.", "closed", None, True),
     ],
 }
 # fmt: on

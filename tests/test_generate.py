@@ -18,6 +18,7 @@ from conftest import (
     record,
     run,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import decoder
@@ -311,7 +312,7 @@ def test_ema_is_the_weighted_sum(beta):
     assert ema_norm(v, beta) == pytest.approx(slow, rel=1e-6)
 
 
-def test_rows_of_a_notebook(loaded, world):
+def test_rows_of_a_notebook(loaded, world, tmp_path):
     """PIL's images, one image without its list, none at all; a file's row is as it was."""
     vlm, tokenizer, processor = loaded
     row = examples(world, 1)[0]
@@ -324,6 +325,14 @@ def test_rows_of_a_notebook(loaded, world):
         assert torch.equal(prompt["vision"], first["vision"])
     (text,) = make_prompts(vlm, tokenizer, processor, [asked])
     assert text["vision"] is None
+    # as its path would give it: turned by its tag, and RGB
+    photo = open_image(path).convert("CMYK").resize((112, 56))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    both = str(tmp_path / "photo.jpg"), Image.open(tmp_path / "photo.jpg")
+    one, other = make_prompts(vlm, tokenizer, processor, [row | {"images": [x]} for x in both])
+    assert torch.equal(one["vision"], other["vision"]) and torch.equal(one["pos"], other["pos"])
     with pytest.raises(SystemExit, match="reserved token '<|image_pad|>'".replace("|", r"\|")):
         make_prompts(vlm, tokenizer, processor, [{"question": "What is <|image_pad|>?"}])
 

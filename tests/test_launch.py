@@ -569,6 +569,9 @@ def test_a_container_may_have_fewer_cores_than_the_machine(tmp_path):
     for text, want in (("max 100000", ours), ("150000 100000", 1), ("9900000 100000", ours)):
         limit.write_text(f"{text}\n")
         assert launch.cores_allowed(limit) == want
+    for text in ("", "max", "a b", "50000 0"):
+        limit.write_text(text)
+        assert launch.cores_allowed(limit) == ours
 
 
 def test_a_users_own_number_of_threads_wins(monkeypatch):

@@ -429,6 +429,12 @@ def test_a_run_is_its_settings_and_contents(checkpoint, change, words):
     assert "settings.json" in str(e.value) and words in str(e.value)
 
 
+def test_what_an_older_version_did_not_have_is_said(checkpoint, capsys):
+    settings = {"lr": 1e-3, "tau": train.tau, "inputs": {"data": "1"}}
+    train.check_same_run(checkpoint, settings)
+    assert "is of a version without tau" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"inputs": []}', "nonsense"])
 def test_settings_of_a_checkpoint_are_read_by_their_fields(checkpoint, text):
     (checkpoint / "settings.json").write_text(text)
