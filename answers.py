@@ -302,11 +302,14 @@ NOT_SO = any_pattern(
 REFUSED = any_pattern(
     r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
-    r"|(?<!not )(?<!n't )\b(?:hard|difficult) to (?:say|tell|determine|know)\b"
     r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
     r"(?:(?!\bbut\b)[^.!?\n])*"
 )
 QUESTION = re.compile(r"(?<![^.!?\n])[^.!?\n]*+\?")
+WONDERED = any_pattern(
+    r"(?<!not )(?<!n't )\b(?:hard|difficult) to (?:say|tell|determine|know)\b"
+    r"(?:(?!\bbut\b)[^.!?\n])*"
+)
 
 # "the answer to this", "my option" - "is", ":" - "clearly the option" and the option
 ANSWER = (
@@ -432,7 +435,7 @@ def find_letter(text, options, finished=True):
         if letter:
             return letter, name
     signs = marked(text, options)
-    said = without_denied(QUESTION.sub(" ", signs))
+    said = without_denied(WONDERED.sub(" ", QUESTION.sub(" ", signs)))
     *taken_back, at_last = TAKEN_BACK.split(said)
     if taken_back:
         if IT_IS.search(at_last) or any(only(rule(at_last)) for _, rule in FIRM_RULES):
@@ -758,11 +761,11 @@ def extract_answer(text, options=None, kind="text", finished=True):
       of the last line
 
     Not chosen is what is denied, "not A", "A: wrong", and what was said of it before; what is taken
-    back, "Wait, ..."; what is asked about, "Is it A?", or supposed, "If A ..."; the items of a list
-    of options, "A. red\nB. blue"; and what is named in passing, "in row B", "because B ...". After
-    a refusal, "it cannot be told", the last three rules find nothing. Of an output that is not
-    `finished`, cut off by the token limit, only a tag, a box, what is declared and what opens it
-    count: it may have gone on to say the opposite.
+    back, "Wait, ..."; what is asked about, "Is it A?", "hard to say whether A", or supposed, "If A
+    ..."; the items of a list of options, "A. red\nB. blue"; and what is named in passing, "in row
+    B", "because B ...". After a refusal, "it cannot be told", the last three rules find nothing. Of
+    an output that is not `finished`, cut off by the token limit, only a tag, a box, what is
+    declared and what opens it count: it may have gone on to say the opposite.
     """
     said, inside, tag = tagged(text)
     if tag == "truncated":

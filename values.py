@@ -159,7 +159,7 @@ def bare_value(text):
 @cached
 def without_unit(value):
     """A value that is in one form already, without unit, degree, percent and currency."""
-    value = re.sub("[°%]|^[€£¥₹]", "", value)
+    value = re.sub("°(?:[cf]$)?|%|^[€£¥₹]", "", value)
     return re.sub(rf"(?<=[\d.)}}π]) ?{UNIT}(?:[ /]{UNIT}){{0,2}}\.?$", "", value)
 
 

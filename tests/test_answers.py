@@ -334,10 +334,10 @@ KINDS = {
     "what is said after a take-back": [
         (COLOURS, "The answer is C. Wait, it is a red car.\nB", "B"),
         (COLOURS, "The answer is A. Wait, it is red before mixing. So after mixing, blue.", "B"),
-        (COLOURS, "The answer is A. Wait, it is blue.", "B"),
         (COLOURS, "The answer is A. Wait, it is the blue one.", "B"),
         (YES_NO, "The answer is B. Wait, yes, it is A.", "A"),
         (COLOURS, "It's not hard to see that the answer is B.", "B"),
+        (COLOURS, "It's hard to tell, but I think B.", "B"),
         (COLOURS, "The car is hard to see. The car is blue.", "B"),
         (COLOURS, "The answer is B: too easy!", "B"),
         (lettered("km/h", "m/s"), "The speed is 5 m/s", "B"),
@@ -589,6 +589,7 @@ def test_a_truncated_thought_says_so():
         ("There are 2 groups, and the total of people who came is 8.", "number", "8"),
         ("There are 5 dogs, one of which is hard to see.", "number", "5"),
         ("5!=120", "number", "120"),
+        ("I can see 5. It's hard to say whether there are more.", "number", "5"),
     ],
 )
 def test_values(text, kind, value):

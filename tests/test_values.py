@@ -70,6 +70,7 @@ def test_equality_is_one_of_values(a, b):
         ("x = 1 : 2", "1:2", True),
         ("1:2", "0.5", True),
         ("60 degrees", "60°", True),
+        ("60 °C", "60", True),
         ("3 1/2", "3.5", True),
         (r"\frac { 2 } { 3 }", "2/3", True),
         (r"5 \sqrt { 3 }", r"5\sqrt{3}", True),
