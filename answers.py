@@ -941,6 +941,11 @@ IS_SAID = re.compile(
 )
 
 
+IS_ANSWER = any_pattern(
+    r" (?:is|would be) (?:the )?(?:correct|right|answer)(?: answer| value)?[.!]?\s*\Z"
+)
+
+
 def after_is(text):
     r"""What a text says the answer is, or a sentence its subject: "8\pi." of "So the area is 8\pi."
 
@@ -948,7 +953,7 @@ def after_is(text):
     """
     if REFUSED.search(text) or re.search(r"(?:not|n't) (?:think|believe|say|mean)\b|doubt", text):
         return ""
-    text = declared_text(text) or text
+    text = IS_ANSWER.sub("", declared_text(text) or text)  # "Paris is the answer"
     of_one = IS_SAID.split(REASON.sub(" ", text))
     return of_one[-1] if len(of_one) < 3 or re.search(r"\d", of_one[-1]) else ""
 

@@ -1032,6 +1032,9 @@ OUTPUTS = {  # by kind: (output, gold answer, options, is it right?)
         ("The clock shows 3:15.", "3:15", None, True),
         ("THE CAR IS RED", "red", None, True),
         ("The text says the store is closed.", "closed", None, True),
+        ("3/4 is correct.", "3/4", None, True),
+        ("Paris is the correct answer.", "Paris", None, True),
+        ("Rome is the correct answer.", "Paris", None, False),
     ],
 }
 # fmt: on
