@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from values import (
+    FRACTIONS,
     LARGE,
     LONGEST_VALUE,
     MARKUP,
@@ -106,7 +107,7 @@ TOGETHER = re.compile(rf"{SIGN}(?:{AND}{SIGN}|{COMMA}{SIGN}(?! (?:is|was|has)\b)
 GOES_ON = (
     rf" ?[√π]| ?(?!μ[a-z])[α-ψ]|\^|[ -]\d+/\d| ?{LARGE}\b|e[+-]?\d"
     r"| ?\\(?:cdot|d?frac|sqrt|sin|cos|tan|log|ln|alpha|beta|gamma|theta|phi)(?![a-z])"
-    r"|[ -](?:halves|thirds|quarters|fifths|sixths|eighths|tenths|hundredths)\b"
+    rf"|[ -](?:{FRACTIONS})\b"
     r"| (?:plus|minus|squared|cubed|factorial)\b"
     r"| times (?:\d|[√π]|the square root)| and a half\b"
     r"|\+(?!\w)| or (?:more|less|fewer|greater|higher|lower|above|below)\b"
@@ -298,17 +299,17 @@ NOT_SO = any_pattern(
     r"(?:is|are|was|were|do|does|did|can|could|would|should|must)(?:n't| ?not)\b"
     r"(?! (?:only|just|merely|necessarily)\b)",
 )
+UNTIL_BUT = r"(?:(?!\bbut\b)[^.!?\n])*"  # the rest of a sentence
 # it cannot be told, and all that the sentence says after that
 REFUSED = any_pattern(
     r"(?:\b(?:can ?not|can't|could not|(?:un|not )able to|(?:im|not )possible to|not enough)"
     r"(?: be)?(?: \w+){0,2}? (?:determin|tell|told|say|identif|know|answer|provid|help|see|inform)"
-    r"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉)"
-    r"(?:(?!\bbut\b)[^.!?\n])*"
+    rf"|\bsorry\b|\b(?:not |un)(?:clear|sure|certain)\b|无法|不能确定|抱歉){UNTIL_BUT}"
 )
 QUESTION = re.compile(r"(?<![^.!?\n])[^.!?\n]*+\?")
+# no refusal: what it does say stands elsewhere
 WONDERED = any_pattern(
-    r"(?<!not )(?<!n't )\b(?:hard|difficult) to (?:say|tell|determine|know)\b"
-    r"(?:(?!\bbut\b)[^.!?\n])*"
+    rf"(?<!not )(?<!n't )\b(?:hard|difficult) to (?:say|tell|determine|know)\b{UNTIL_BUT}"
 )
 
 # "the answer to this", "my option" - "is", ":" - "clearly the option" and the option
@@ -353,8 +354,8 @@ SUPPOSED = any_pattern(
     rf"\b(?:many|some|others|people|they) (?:\w+ )?(?:choose|chose|select|pick|go with)\b{CLAUSE}",
     rf"\bmistake\b(?: \w+){{0,2}} to\b{CLAUSE}",
 )
-# what takes back all that was said before, if something else is said then
 IT_IS = any_pattern(rf"\bit(?:'s| is) (?:the |an? )?{RUN}(?!,? (?:that|which|who))")
+# what takes back all that was said before, if something else is said then
 TAKEN_BACK = any_pattern(
     # "Wait, no, it is A" names no option No
     r"(?<!\w )\b(?:wait|hm+|actually|on second thought|correction)\b ?[,.:!…-]"
@@ -456,15 +457,14 @@ def find_letter(text, options, finished=True):
         if letter:  # a number that is no option, but perhaps the value of one
             break
     plainly = finished and not refusals and not DENIED.search(signs)
-    if plainly and not signs_in(told.replace(OTHER_NUMBER, "")):
-        letter = option_of_value(QUESTION.sub(" ", text), options)
-        if letter:
-            return letter, "value"
-    if plainly and not taken_back and not signs_in(signs, LETTER):
-        letter = option_alone(QUESTION.sub(" ", text), options)
-        if letter:
-            return letter, "value"
-    return None, "none"
+    letter = None
+    if plainly:
+        text = QUESTION.sub(" ", text)
+        if not signs_in(told.replace(OTHER_NUMBER, "")):
+            letter = option_of_value(text, options)
+        if letter is None and not taken_back and not signs_in(signs, LETTER):
+            letter = option_alone(text, options)
+    return (letter, "value") if letter else (None, "none")
 
 
 def nothing_but_a_letter(text, options):
@@ -939,8 +939,6 @@ IS_SAID = re.compile(
     r"|\b(?:says|reads|shows)\b(?!.*\b(?:is|are)\b)",
     re.IGNORECASE,
 )
-
-
 IS_ANSWER = any_pattern(
     r" (?:is|would be) (?:the )?(?:correct|right|answer)(?: answer| value)?[.!]?\s*\Z"
 )

@@ -84,11 +84,9 @@ LARGE = "(?:hundred|thousand|million|billion|dozen)s?"
 # a gold answer is read once, and what several samples say: a tenth of the toy's sampling
 cached = lru_cache(1000)
 
+FRACTIONS = "halves|thirds|quarters|fifths|sixths|eighths|tenths|hundredths"
 # the unit of a number: a word or a sign, perhaps with a power; "5 squared" has none
-NO_UNIT = (
-    "or|and|to|pi|is|not|plus|minus|over|mod|squared|cubed|factorial|root|"
-    "halves|thirds|quarters|fifths|sixths|eighths|tenths|hundredths"
-)
+NO_UNIT = rf"or|and|to|pi|is|not|plus|minus|over|mod|squared|cubed|factorial|root|{FRACTIONS}"
 UNIT = rf"(?:(?!(?:{NO_UNIT}|{LARGE})\b)[a-z]{{2,}}|[mgshl])(?:\^\{{?\d\}}?)?"
 
 
