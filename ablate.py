@@ -35,7 +35,6 @@ from data import is_list, load_examples
 from files import append, check_there, key_of, open_append, read_json, read_lines, write_then_rename
 from launch import Progress, check_choices, end_with_parent, lock, names_in, start, use_idle_cores
 from report import Study, latest, lines_of, write_tables
-from train import METHODS
 
 # --------------------------------------------------------------------------------------------------
 study = "main"  # or fresh: what main left open; gap valr amvl: a paper's own tables
@@ -400,6 +399,8 @@ def fitted(work, file, fit):
 
 def read_by(run):
     """Names of train.py's settings with the files that a run's training reads beside the data."""
+    from train import METHODS  # slow: FSDP, which a report and a usage error do without
+
     return () if run is None else METHODS[run.get("method", "gap")].reads
 
 

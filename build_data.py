@@ -395,8 +395,8 @@ def convert():
     items = Items(paths, name)
     check_columns(items.columns)
     check_name(name, paths)
-    uses = CONVERT_USES + ["FIELDS"] * (source in NEEDED)  # where columns are found by it
-    uses = [*uses, "CODE"]  # another converter makes other rows
+    uses = [*CONVERT_USES, "CODE"]  # another converter makes other rows
+    uses += ["FIELDS"] * (source in NEEDED)  # where columns are found by it
     # whose pictures lie elsewhere yet: what has arrived, changed or gone is converted anew
     work_through(name, items, convert_one, uses, rejects, stamps_of)
 
