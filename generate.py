@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from data import LATENT_SPAN, check_prompt_texts, question_text
 from decoder import Decoder
 from files import read_safetensors, seed_of, write_then_rename
-from images import png_of, upright
+from images import orientation, png_of, upright
 from model import HEAD_FILE, encode, encode_pixels, latent_ids, pixels_of
 
 TOWER_PATCHES = 65_536  # of a tower call without gradients: one image of 16,384 tokens
@@ -49,7 +49,7 @@ def pictures_in(row):
     """The images of a row as a file would have them: a list, PIL's as the bytes of a PNG."""
     images = row.get("images") or []
     images = images if isinstance(images, (list, tuple)) else [images]
-    return [png_of(upright(x)) if isinstance(x, Image.Image) else x for x in images]
+    return [png_of(upright(x, orientation(x))) if isinstance(x, Image.Image) else x for x in images]
 
 
 def with_pixels(processor, prompt):
@@ -313,15 +313,11 @@ def generate(vlm, head, tokenizer, prompts, *, seeds=None, fed=None, n_samples=1
 
     Returns per question a list of {"ids", "latents" (m, d), "finished"}.
     """
-    intervention = settings.get("intervention", "clean")
-    check_intervention(intervention, head)
     n = len(prompts) * n_samples
     if seeds is None:
         seeds = torch.randint(2**31, (n,)).tolist()
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds; expected {n}, one for each sample of each prompt")
-    if fed is None and intervention in OF_OTHERS:
-        raise ValueError(f"{intervention} feeds what `fed` gives, which is missing")
     if fed is not None and (len(fed) != len(prompts) or any(x.ndim != 3 for x in fed)):
         raise ValueError(f"fed: expected latents (m, K, d) for each of {len(prompts)} prompts")
     asked = []
@@ -495,6 +491,8 @@ def stream(
 
     def read(prompts, q):
         """Questions from the q-th on, their prompts read together."""
+        if intervention in OF_OTHERS and any(p.get("fed") is None for p in prompts):
+            raise ValueError(f"{intervention} feeds what `fed` gives, which is missing")
         cache = decoder.read(prompts, ahead)
         sampling = n_samples, max_new_tokens, temperature, ema_beta
         group = [Question(q + i, p, cache, i, *sampling) for i, p in enumerate(prompts)]

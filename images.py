@@ -88,12 +88,10 @@ def decode_image(source):
         with Image.open(image_file(source), formats=FORMATS) as image:
             # a picture that cannot be used is refused before its pixels are read
             shown_size(image)
-            turn = TURNED.get(orientation(image))
+            turn = orientation(image)
             # now, while the file is open: Pillow reads pixels only when they are wanted
             image.load()
-            if turn is not None:
-                image = image.transpose(turn)
-            return as_rgb(image)
+            return upright(image, turn)
     except BadImage:
         raise
     except IMAGE_ERRORS as e:
@@ -101,10 +99,11 @@ def decode_image(source):
         raise BadImage(other_kind(first_bytes(source)) or said) from None
 
 
-def upright(image):
-    """An opened picture as `open_image` gives it: turned by its EXIF tag, and RGB."""
-    turn = TURNED.get(orientation(image))
-    return as_rgb(image if turn is None else image.transpose(turn))
+def upright(image, turn):
+    """A picture as `open_image` gives it: turned by its EXIF orientation, and RGB."""
+    if turn in TURNED:
+        image = image.transpose(TURNED[turn])
+    return as_rgb(image)
 
 
 def first_bytes(source):
