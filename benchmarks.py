@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from answers import letter_of, lettered
 from data import RESERVED
 from launch import names_in, rank_and_world
+from options import letter_of, lettered
 from scores import (
     check_answer,
     check_letter,

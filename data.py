@@ -21,8 +21,8 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from answers import lettered, option_named, without_letters
 from files import expect_object, file_digest, key_of, parse_json
+from options import lettered, option_named, without_letters
 
 LATENT_SPAN = "<latent></latent>"  # how a span is written in `response`
 IMAGE_FIELDS = ("images", "aux_images")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from answers import is_correct, lettered, option_named
+from answers import is_correct
 from data import as_text, load_examples
 from files import (
     check_fields,
@@ -39,6 +39,7 @@ from generate import latents_name
 from images import open_image
 from launch import Progress, pick_device, show_files, start
 from model import load_vlm, meta_of_targets, real_features
+from options import lettered, option_named
 from scores import mean
 from values import same_text
 

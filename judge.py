@@ -8,13 +8,15 @@ grades beside the rule, never in its place: eval.py prints both.
 import re
 from typing import NamedTuple
 
-from answers import extract_final, find_kind, find_letter
+from answers import extract_final
 from data import RESERVED
 from endpoint import complete, hidden, with_retries
 from files import append, key_of, open_append, read_lines
 from launch import Progress
+from options import find_letter
 from resume import Refused
 from served import ask_all
+from stated import find_kind
 from values import plain
 
 # what ours is asked for, of benchmarks whose own harness, or VLMEvalKit, has a judge

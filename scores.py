@@ -11,17 +11,10 @@ from collections import defaultdict
 
 import numpy as np
 
-from answers import (
-    after_is,
-    declared_text,
-    extract_answer,
-    find_kind,
-    is_choice,
-    is_correct,
-    letter_of,
-    states,
-    tagged,
-)
+from answers import after_is, extract_answer, is_choice, is_correct, states, tagged
+from options import letter_of
+from phrases import declared_text
+from stated import find_kind
 from values import bare_value, levenshtein, math_equal
 
 # --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ UNICODE |= {  # ½ and the like
     n: " " + unicodedata.normalize("NFKC", chr(n)).replace("⁄", "/")
     for n in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
 }
-# letters in circles and brackets, which in answers.py are the signs of options and nothing else
+# letters in circles and brackets, which in options.py are the signs of options and nothing else
 UNICODE |= {ord(first) + i: ord("A") + i for first in "Ⓐⓐ⒜" for i in range(26)}
 # what is not seen: zero-width spaces and joiners, byte order marks, soft hyphens
 UNICODE |= dict.fromkeys([0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0xAD])

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import answers
 import benchmarks
 import scores
+import stated
 import values
+from options import letter_of, option_named
 
 OPTIONS = {"A": "red", "B": "blue", "C": "green", "D": "a dark wood"}
 
@@ -663,7 +665,7 @@ def check_number(text, value, method):
     """A number that was read is one, is in the text, and passes the checks that take numbers."""
     float(value)
     seen = values.plain(text).lower().replace(",", "")
-    words = [word for word, n in answers.COUNT_WORDS.items() if n == value]
+    words = [word for word, n in stated.COUNT_WORDS.items() if n == value]
     is_expression = set("/*^√π") & set(seen)  # which stands for its value
     assert value in seen or any(word in seen for word in words) or is_expression
     row = {"answer": "7", "raw": text, "extracted": value, "method": method}
@@ -700,7 +702,7 @@ def dressed(row):
     gold, options = row["answer"].strip(), row["options"]
     if options:
         named = [letter for letter, option in options.items() if option == gold]
-        letter = named[0] if named else answers.letter_of(gold)
+        letter = named[0] if named else letter_of(gold)
         text = options[letter] or letter
         yield from (f"{letter}. {text}", f"({letter}) {text}", f"({letter})", f"答案是{letter}。")
         yield from (f"<answer>{text}</answer>", f"The answer is {letter}. {text}")
@@ -1096,7 +1098,7 @@ def test_readings_of_a_file(tmp_path):
     ],
 )
 def test_a_part_of_an_expression_is_no_number(text, value):
-    number = answers.find_number(text)
+    number = stated.find_number(text)
     assert number is None if value is None else float(number) == pytest.approx(value)
     for part in (2, 3, 5, 10, 12, 30):
         assert not answers.is_correct(text, {"answer": str(part)})
@@ -1105,7 +1107,7 @@ def test_a_part_of_an_expression_is_no_number(text, value):
 def test_a_gold_that_opens_like_a_letter_is_a_text():
     options = ["E. coli", "C. elegans", "D. melanogaster"]
     for gold, letter in (("C. elegans", "B"), ("D. melanogaster", "C"), ("B", "B"), ("(c)", "C")):
-        assert answers.option_named(gold, answers.lettered(options)) == letter
+        assert option_named(gold, lettered(*options)) == letter
     row = {"answer": "C. elegans", "options": options}
     assert answers.is_correct("B", row) and answers.is_correct("C. elegans", row)
     assert not answers.is_correct("C", row)

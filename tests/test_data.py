@@ -12,7 +12,6 @@ import pytest
 from conftest import broken
 from PIL import Image
 
-import answers
 import data
 from answers import extract_answer, is_correct
 from data import (
@@ -27,6 +26,7 @@ from data import (
     strip_parser,
 )
 from files import write_lines
+from options import option_named
 
 # --- a data file: the sentence names file, line and field
 
@@ -454,7 +454,7 @@ def test_a_gold_answer_names_an_option(answers, options, right):
 
 def test_a_number_of_many_digits_is_no_place_of_an_option():
     for digits in ("9" * 5000, "٣" * 5000):
-        assert answers.option_named(digits, {"A": "red", "B": "blue"}) is None
+        assert option_named(digits, {"A": "red", "B": "blue"}) is None
         assert not is_correct("A", {"answer": digits, "options": ["red", "blue"]})
 
 
