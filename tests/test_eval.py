@@ -19,6 +19,7 @@ from scipy.stats import binomtest
 
 import eval as evaluate
 import launch
+import standings
 from benchmarks import BENCHMARKS, JSONL, PUBLISHED
 from data import load_examples
 from files import read_lines, write_lines
@@ -649,7 +650,7 @@ def test_what_failed_is_wrong_and_what_was_cut_off_no_guess():
     good, cut = (evaluate.grade(test, {"1": said | {"truncated": t}})[0] for t in (False, True))
     assert good["correct"] and not cut["correct"]
     both = evaluate.grade(test, {"1": said, "2": {"error": "x"}})
-    assert evaluate.summary(both)["accuracy"] == 0.5  # what failed is wrong
+    assert standings.summary(both)["accuracy"] == 0.5  # what failed is wrong
 
 
 def test_an_instruction_ends_the_question(monkeypatch):
