@@ -202,6 +202,23 @@ class MatchedHead(FullHead):
         return max(1, round((gap_weights - d) / (2 * d + 1)))  # m (2d + 1) + d of them here
 
 
+class FullFromMeanHead(FullHead):
+    """A control: the full head starts about mu, as GAP's does. Is it the start, or the subspace?"""
+
+    kind = "lh_mu"
+
+    def __init__(self, pca, K):
+        super().__init__(pca, K)
+        with torch.no_grad():
+            self.out.bias += self.mean
+
+
+class MatchedFromMeanHead(MatchedHead, FullFromMeanHead):
+    """A control: both, as many weights as GAP's head and a start about mu."""
+
+    kind = "matched_mu"
+
+
 class DummyHead(LatentHead):
     """A control: one learned vector K times, whatever the state. What do markers and time give?"""
 
@@ -331,6 +348,8 @@ HEADS = {
         OutputHead,
         FrozenHead,
         MatchedHead,
+        FullFromMeanHead,
+        MatchedFromMeanHead,
         WideHead,
         DummyHead,
         MarkersHead,

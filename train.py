@@ -9,8 +9,8 @@ latent_head.safetensors, log.jsonl, and sharded checkpoints under ckpt/ to resum
 
 method: gap (PCA head), lh (full head), output (output as input: the post-norm state is fed back and
 regressed), text (dense-caption SFT: latents stripped everywhere, the parser text kept).
-Controls: frozen, matched, wide, dummy, markers (model.HEADS). Other papers: valr, amvl (files of
-their own).
+Controls: frozen, matched, wide, lh_mu, matched_mu, dummy, markers (model.HEADS). Other papers:
+valr, amvl (files of their own).
 """
 
 import math

@@ -83,6 +83,19 @@ def test_controls():
         close(HEADS[kind](random_pca(), 4)(h), PCAHead(random_pca(), 4)(h))
 
 
+@pytest.mark.parametrize("kind", ["lh", "matched"])
+def test_a_control_starts_about_mu(kind):
+    """And is the head that it controls otherwise."""
+    pca, h = random_pca(), torch.randn(5, 128)
+    torch.manual_seed(0)
+    plain = HEADS[kind](pca, 4)
+    torch.manual_seed(0)
+    from_mu = HEADS[f"{kind}_mu"](pca, 4)
+    close(from_mu(h), plain(h) + pca["mean"])
+    for (name, one), (_, other) in zip(plain.named_parameters(), from_mu.named_parameters()):
+        assert name == "out.bias" or torch.equal(one, other)
+
+
 def test_full_head_has_two_d_squared_weights():
     assert (
         sum(p.numel() for p in FullHead(random_pca(), 4).parameters() if p.ndim == 2) == 2 * 128**2
