@@ -16,15 +16,13 @@ from options import OTHER_NUMBER, by_letter, find_letter, option_named, without_
 from phrases import DECLARED_TEXT, REASON, REFUSED, any_pattern, declared_text
 from stated import (
     BOUND,
-    COUNT_WORDS,
-    COUNTED,
     DECLARED_NUMBER,
     NUMBERS,
-    digits,
     find_kind,
     find_number,
+    in_digits,
 )
-from values import LARGE, MARKUP, WRAPPED, normalise, plain, same_text, same_value
+from values import LARGE, MARKUP, WRAPPED, normalise, same_text, same_value
 
 # --------------------------------------------------------------------------------------------------
 # tags: where in the output is the answer?
@@ -137,7 +135,7 @@ def extract_answer(text, options=None, kind="text", finished=True):
     after_box = said[last_box(said)[1] :] if tag == "boxed" else ""
     if options:
         return read_letter(source, after_box, tag, by_letter(options), finished)
-    later = DECLARED_NUMBER.findall(plain(after_box).lower())
+    later = DECLARED_NUMBER.findall(in_digits(after_box))
     if later:
         source = inside = later[-1]
         tag = "declared"
@@ -213,7 +211,7 @@ def is_correct(answer, row):
         return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word
-    word = COUNT_WORDS.get(word, word)
+    word = in_digits(word)
     number = find_number(answer) if NUMBERS.fullmatch(word) else None
     return number is not None and same_text(number, word) and states(answer, word)
 
@@ -239,8 +237,7 @@ def states(answer, number):
     def sign(found):
         return "Ⓖ" if same_text(found[0], number) else OTHER_NUMBER
 
-    text = COUNTED.sub(digits, plain(answer).lower())
-    said = without_denied(NUMBERS.sub(sign, text))
+    said = without_denied(NUMBERS.sub(sign, in_digits(answer)))
     return "Ⓖ" in UNSTATED.sub(" ", said)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from data import RESERVED
 from launch import names_in, rank_and_world
-from options import letter_of, lettered
+from options import hidden_options, letter_of, lettered
 from scores import (
     check_answer,
     check_letter,
@@ -44,30 +44,6 @@ from tables import NA, Cell, read_json_rows, read_table
 # options, as the files write them
 
 IN_THE_IMAGE = dict.fromkeys("ABCD", "")  # a choice whose options no text names
-
-
-def hidden_options(text):
-    """{letter: text} of options written into a question; {} if there are none.
-
-    As "(A) x (B) y", "A. x\\nB. y" or "A: x, B: y".
-    """
-    # brackets first: a colon or full stop after a capital is common in text
-    for style in (r"\(([A-Ha-h])\)\s*", r"(?<![A-Za-z])([A-H])[.:]\s+"):
-        run = []  # the last run of A, B, C, ...: letters of the question itself come before
-        for mark in re.finditer(style, text):
-            letter = mark[1].upper()
-            if letter == "A":
-                run = [mark]
-            elif run and letter == string.ascii_uppercase[len(run)]:
-                run.append(mark)
-        # a lone "(A)" may be a point of the figure that the question is about
-        if len(run) > 1:
-            # an option ends where the next one begins, the last with its line
-            texts = [text[a.end() : b.start()] for a, b in zip(run, run[1:])]
-            texts.append(text[run[-1].end() :].strip().partition("\n")[0])
-            letters = [mark[1].upper() for mark in run]
-            return {x: option.strip(" ,;\n") for x, option in zip(letters, texts)}
-    return {}
 
 
 def options_in_one_text(text):
@@ -171,7 +147,8 @@ def mathvista(r, folder):
     # what the prompt's hint asks for, which decides how an answer is read and compared
     kinds = {"integer": "number", "float": "number", "list": "list"}
     row = {
-        "options": lettered(literal(r["choices"])) if choice else None,
+        # with their own letters, as the gold has them: "(b)", "B. Jones"
+        "options": dict(zip(string.ascii_uppercase, literal(r["choices"]))) if choice else None,
         "kind": kinds.get(r["answer_type"], "text"),
     }
     # the official file, whose 6,141 prompts are read rather than built anew; a table holds pictures
@@ -181,6 +158,10 @@ def mathvista(r, folder):
         row["task"] = r["metadata"]["task"]
         return row
     row["asked"] = asked_in(r["question"])
+    # a table has no column for the decimals that its prompts ask for
+    decimals = re.search(r"with (one|two|three) decimal places?", r["question"])
+    if decimals:
+        row["precision"] = "zero one two three".split().index(decimals[1])
     # the official gold is the option's text, which may be a letter itself
     if choice and r.get("answer_option", "") in row["options"]:
         row["answer"] = row["options"][r["answer_option"]]
@@ -228,7 +209,7 @@ def vsi(r, folder):
     else:
         tail = "Please answer the question using a single word or phrase."
     # 32 is the official number of frames; VLMEvalKit's may be 16 to 128
-    frames = folder / "frames" / r["dataset"] / r["scene_name"]
+    frames = folder / "frames" / r["dataset"] / str(r["scene_name"])
     return {
         "question": f"These are frames of a video.\n{r['question']}\n{tail}",
         "answer": str(r["ground_truth"]),
@@ -605,6 +586,13 @@ def load_benchmark(name, data_root):
             raise SystemExit(f"{path}: row {n} {wrong} ({file.source})")
         ids.add(row["id"])
         rows.append(row)
+    # not refused: VLMEvalKit drops an option that says "None" or "NA", and so do we
+    lost = [r for r in rows if r["options"] and letter_of(r["answer"]) not in r["options"]]
+    if lost and BENCHMARKS[name].check is check_letter and rank_and_world()[0] == 0:
+        warn(
+            f"{path}: {len(lost)} questions whose answer is none of the options that were found, "
+            f"the first {lost[0]['id']!r}: {lost[0]['answer']!r} of {', '.join(lost[0]['options'])}"
+        )
     return rows, md5
 
 

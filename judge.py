@@ -22,7 +22,7 @@ from values import plain
 # what ours is asked for, of benchmarks whose own harness, or VLMEvalKit, has a judge
 LETTERS = "HRBench4K HRBench8K MMStar WeMath BLINK VStar MMVP CV-Bench-2D CV-Bench-3D".split()
 VALUES = "MathVista MathVision MathVision-testmini".split()
-JUDGED = dict.fromkeys(LETTERS, "letter") | dict.fromkeys(VALUES, "value")
+JUDGED = dict.fromkeys(LETTERS, "letter") | dict.fromkeys(VALUES, "value") | {"POPE": "yesno"}
 JUDGED["MMHal-Bench"] = "rating"
 JUDGE_PROMPTS = {
     "letter": (
@@ -34,6 +34,10 @@ JUDGE_PROMPTS = {
         "Below are a question and what someone answered. Reply with the final value they gave, "
         "alone and in the form that the question asks for, or with Z if they gave none.\n\n"
         "{question}\n\nTheir answer:\n{said}"
+    ),
+    "yesno": (
+        "Below are a question and what someone answered. Did they say yes, or no? Reply with yes "
+        "or no alone, or with Z if they said neither.\n\n{question}\n\nTheir answer:\n{said}"
     ),
     "rating": (
         "Rate an answer to a question about an image that you can not see. The image holds: "

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import string
+from collections import defaultdict
 
 from phrases import (
     CLAUSE,
@@ -497,6 +498,60 @@ def letter_of(text):
     # a letter with a mark after it, or alone: "Apples" is no A
     m = re.match(r"\s*\(?([A-Za-z])(?:[.:)]|\s*$)", text)
     return m[1].upper() if m else None
+
+
+OPTIONS_FOLLOW = re.compile(r"\b(?:options|choices)\s*:", re.IGNORECASE)
+OPTION_MARKS = (  # small letters last: in a question they are often parts of a picture
+    r"\(([A-H])\)\s*",
+    r"(?<![A-Za-z(])([A-H])\.\s+",
+    r"(?<![A-Za-z(])([A-H]):\s+",
+    r"\(([a-h])\)\s*",
+)
+
+
+def hidden_options(text):
+    """{letter: text} of options written into a question; {} if there are none.
+
+    As "(A) x (B) y", "A. x\\nB. y", "A: x, B: y" or "(a) x (b) y"; after "Options:" where that
+    stands in the question.
+    """
+    for heading in reversed(list(OPTIONS_FOLLOW.finditer(text))):
+        listed = text[heading.end() :]
+        # of one style, that of the first mark: "A: (A) and (B), B: only (B)"
+        marks = [(m.start(), style) for style in OPTION_MARKS if (m := re.search(style, listed))]
+        for _, style in sorted(marks)[:1]:
+            run = max(runs_of(style, listed), key=len, default=[])
+            if len(run) > 1:
+                return texts_between(run, listed)
+    # else the longest, of these the last: letters of the question itself come before
+    found = [run for style in OPTION_MARKS for run in reversed(runs_of(style, text))]
+    run = max(found, key=len, default=[])
+    # a lone "(A)" may be a point of the figure that the question is about
+    return texts_between(run, text) if len(run) > 1 else {}
+
+
+def runs_of(style, text):
+    """The runs of marks A, B, C, ... in a text, one for each A that it has."""
+    runs = []
+    waiting = defaultdict(list)  # {letter: the runs that go on with it}
+    for mark in re.finditer(style, text):
+        letter = mark[1].upper()
+        longer = waiting.pop(letter, [])
+        if letter == "A":
+            longer.append([])
+            runs += longer
+        for run in longer:
+            run.append(mark)
+        waiting[chr(ord(letter) + 1)] += longer
+    return runs
+
+
+def texts_between(run, text):
+    """{letter: text}: an option ends where the next one begins, the last with its line."""
+    texts = [text[a.end() : b.start()] for a, b in zip(run, run[1:])]
+    texts.append(text[run[-1].end() :].strip().partition("\n")[0])
+    letters = [mark[1].upper() for mark in run]
+    return {letter: option.strip(" ,;\n") for letter, option in zip(letters, texts)}
 
 
 def option_named(text, options):

@@ -45,6 +45,7 @@ from launch import (
     start,
 )
 from model import encode, load_processor, load_vlm
+from options import hidden_options, option_named
 from served import Served, ask_all, draw_answers, served_messages
 from threads import in_order
 
@@ -119,7 +120,12 @@ def waves():
 
 
 def n_options(row):
-    return len(row.get("options") or [])
+    """Among how many options a guess would choose; 0 for a free-form answer."""
+    if row.get("options"):
+        return len(row["options"])
+    # those that its question lists, if its answer is one of them
+    options = hidden_options(row["question"])
+    return len(options) if option_named(row["answer"], options) else 0
 
 
 def run_key():

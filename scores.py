@@ -6,7 +6,6 @@ right that is: True, False, or a number between. A score takes all rows with the
 """
 
 import math
-import re
 from collections import defaultdict
 
 import numpy as np
@@ -190,12 +189,14 @@ def score_mmstar(rows):
 def score_mme(rows):
     """By task (Perception, Reasoning), by task and subject, and by these and l2.
 
-    All attributes of one kind of object are one l2: "vehicle/color attribute" is vehicle/attribute.
+    All attributes of one kind of object are one l2: "vehicle/attribute/color" is vehicle/attribute.
     """
     # the official script counts by these three levels
     named = []
     for row in rows:
-        l2 = re.sub(r"^([^/]*).*attribute.*", r"\1/attribute", row["l2-category"].lower())
+        l2 = row["l2-category"].lower()
+        if "attribute" in l2:
+            l2 = l2.partition("/")[0] + "/attribute"
         task = row["category"].partition("/")[0]
         named.append(row | {"task": task, "l2": f"{row['category']}/{l2}"})
     found = {"overall": rows}
@@ -219,8 +220,10 @@ def score_wemath(rows):
     A problem that lacks a row (of a partial run) is left out.
     """
     problems = []
-    for part in group_by(rows, "ID").values():
-        n_steps = int(part[0]["step"][0])  # "3steps_1", "3steps_2", "3steps_3", "3steps_multi"
+    # "3steps_1", "3steps_2", "3steps_3", "3steps_multi": problems of other lengths may share an ID
+    named = [row | {"problem": f"{row['ID']}/{row['step'][0]}"} for row in rows]
+    for part in group_by(named, "problem").values():
+        n_steps = int(part[0]["step"][0])
         if len(part) == n_steps + 1:
             problems.append(part)
     count, right_of = defaultdict(int), defaultdict(list)

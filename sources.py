@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from answers import boxed, extract_answer, tagged
 from data import LATENT_SPAN, is_list
-from files import SURROGATE
+from files import SURROGATE, seed_of
 from images import image_bytes, other_kind
 from resume import Reject
 
@@ -419,6 +419,10 @@ ASKS_FOR_BOX = re.compile(
 )
 
 
+# where a part's pictures lie, if not in a folder of its name
+VISCOT_FOLDERS = {"textcap": "textvqa", "visual7w": "v7w"}
+
+
 def from_viscot(item):
     """Visual-CoT in its two layouts: viscot_363k.json, or metadata/*_cot_train.jsonl."""
     if "conversations" in item:
@@ -427,9 +431,7 @@ def from_viscot(item):
         path, question, answer = item["image"][0], turns[0], turns[3]
         box = box_of(json.loads(item["image"][1].partition("###")[2]), shares=False)
     else:
-        folder = item["dataset"]
-        if folder == "textcap":  # its images are those of textvqa
-            folder = "textvqa"
+        folder = VISCOT_FOLDERS.get(item["dataset"], item["dataset"])
         path, question, answer = f"cot/{folder}/{item['image']}", item["question"], item["answer"]
         width, height = item["width"], item["height"]
         boxes = [box_of(corners, shares=False) for corners in item["bboxs"] if any(corners)]
@@ -438,7 +440,7 @@ def from_viscot(item):
         hull = min(x1) / width, min(y1) / height, max(x2) / width, max(y2) / height
         box = box_of(hull, shares=True)
     answer = text_of(answer)
-    return {
+    example = {
         "images": [path],
         "question": ASKS_FOR_BOX.sub("", question),
         "answer": answer,
@@ -446,6 +448,12 @@ def from_viscot(item):
         "aux": [box],
         "category": "Visual_CoT",
     }
+    # visual7w's: the wrong options, among which the right one gets a place by its question
+    options = item.get("multiple_choices")
+    if isinstance(options, list) and options and answer not in options:
+        place = seed_of(path, question) % (len(options) + 1)
+        options = [*options[:place], answer, *options[place:]]
+    return with_options(example, options)
 
 
 def from_lvr(item):

@@ -5,6 +5,7 @@ part of an expression, a bound, a page or a step, or one of several.
 """
 
 import re
+from decimal import Decimal
 
 from phrases import (
     CLAUSE,
@@ -49,9 +50,9 @@ COUNT_WORDS |= {
 }
 
 # 12, 1,234.5, .5, each with a minus that is a sign and not a dash: "x-1" and "1-2" hold no -1 or
-# -2. Not a part of another number: "2√3", "10^3", "3/4", "12:30" and "2 million" hold none
+# -2. Not a part of another number: "2√3", "2^{-3}", "3/4", "12:30" and "2 million" hold none
 NUMBER = (
-    r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])"
+    r"(?>(?:(?<![A-Za-z0-9_.^)])-)?(?<![A-Za-z0-9_.^√])(?<!\d[:/])(?<!\^[{(])(?<!\^[{(]-)"
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z0-9_.^√])-?\.\d+)"
     rf"(?!{GOES_ON}|[:/]\d)"
 )
@@ -107,6 +108,12 @@ COUNTED = re.compile(
     r"|(?<![a-z])(?<![a-z]-)[a-z]+(?!-(?:half|third|quarter|fifth))",
     re.ASCII,
 )
+# 2.5e-3, 1.5 × 10^{-3}, 10^3
+SCIENTIFIC = re.compile(
+    r"(?<![\w.^/])(?:(\d+(?:\.\d+)?)(?:e| ?(?:[×x*·]|\\cdot) ?10\^)|10\^)"
+    r"[{(]?([+-]?\d{1,2})[)}]?(?![\w^]|\.\d)",
+    re.ASCII,
+)
 # an answer before its explanation, "Yes, there is no doubt"
 YES_OR_NO = re.compile(r"\W*(yes|no)\b(?=[.,;:!\n]|\Z)(?!\W*(?:yes|no)\b)")
 
@@ -134,9 +141,17 @@ def find_kind(text, kind, finished=True):
     return words.pop() if len(words) == 1 and finished else None
 
 
-def digits(word):
-    """The number that a match of COUNTED is, or as it stands."""
-    return COUNT_WORDS.get(word[0].replace(" ", "-"), word[0])
+def in_digits(text):
+    """A text in lower case without layout, its numbers in digits: "five" is 5, 2.5e-3 is 0.0025."""
+
+    def counted(word):
+        return COUNT_WORDS.get(word[0].replace(" ", "-"), word[0])
+
+    def written_out(number):
+        mantissa, exponent = number.groups()
+        return f"{Decimal(mantissa or 1).scaleb(int(exponent)):f}"
+
+    return COUNTED.sub(counted, SCIENTIFIC.sub(written_out, plain(text).lower()))
 
 
 def find_number(text, finished=True):
@@ -147,7 +162,7 @@ def find_number(text, finished=True):
     of them", or the last of all. A refusal gives none.
     """
 
-    text = COUNTED.sub(digits, plain(text).lower())
+    text = in_digits(text)
     # an expression is its value
     bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
     if re.search(r"[√π^/*\\]", bare):

@@ -96,7 +96,7 @@ def cell_items(cell):
     # VLMEvalKit writes several images as a Python list
     if cell.startswith("["):
         return [str(x) for x in ast.literal_eval(cell)]
-    return [cell] if cell else []
+    return [] if cell in NA else [cell]
 
 
 def image_cells(cell, path, offset, column):
@@ -110,27 +110,29 @@ def image_cells(cell, path, offset, column):
 
 
 def follow_references(rows, path):
-    """The rows with Cells only: a reference is the `index` of the row whose first image is meant.
+    """The rows with Cells only: a reference is the `index` of the row whose images are meant.
 
     Rows without images are left out, as VLMEvalKit does. Raises SystemExit for a reference to none.
     """
     # circular sets hold an image once, and name it in the other rows
     by_index = {row.get("index"): row for row in rows}
 
-    def followed(image):
+    def followed(item):
+        """The Cells that an item of an image cell stands for."""
+        images, seen = [item], set()
         # a reference may lead to another; one that comes back to itself leads nowhere
-        seen = set()
-        while not isinstance(image, Cell):
-            if image in seen or image not in by_index or not by_index[image]["images"]:
+        while not all(isinstance(image, Cell) for image in images):
+            name = images[0]
+            if len(images) > 1 or name in seen or not by_index.get(name, {}).get("images"):
                 raise SystemExit(
-                    f"{path}: an image cell holds {image!r}, which is neither an image nor the "
-                    "index of a row with one"
+                    f"{path}: an image cell holds {name!r}, which is neither an image nor the "
+                    "index of a row with images"
                 )
-            seen.add(image)
-            image = by_index[image]["images"][0]
-        return image
+            seen.add(name)
+            images = by_index[name]["images"]
+        return images
 
-    found = [[followed(image) for image in row["images"]] for row in rows]
+    found = [[cell for item in row["images"] for cell in followed(item)] for row in rows]
     return [row | {"images": images} for row, images in zip(rows, found) if images]
 
 

@@ -17,7 +17,9 @@ from functools import lru_cache
 UNICODE = {0xFF01 + i: 0x21 + i for i in range(94)}
 UNICODE |= str.maketrans("−–‐‑﹣∶“”‘’【】\u3000\xa0", "-----:\"\"''[]  ")
 UNICODE |= str.maketrans({"。": ". ", "、": ", ", "⁰": "°", "º": "°"})
-UNICODE |= {ord(x): f"^{n}" for n, x in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹") if n > 1}  # 10¹² is not 10^1^2
+# 10²³ is 10^23; a lone ⁰ is a degree, a lone ¹ the mark of a footnote
+SUPERSCRIPTS = re.compile("⁻?[⁰¹²³⁴-⁹]{2,}|⁻[⁰¹²³⁴-⁹]|[²³⁴-⁹]")
+OF_SUPERSCRIPT = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNICODE |= {  # ½ and the like
     n: " " + unicodedata.normalize("NFKC", chr(n)).replace("⁄", "/")
     for n in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
@@ -64,6 +66,7 @@ LAYOUT = [
 
 def as_seen(text):
     """A text with one code for each character: é is one, whether as one or as e and an accent."""
+    text = SUPERSCRIPTS.sub(lambda m: "^" + m[0].translate(OF_SUPERSCRIPT), text)
     return unicodedata.normalize("NFC", text).translate(UNICODE)
 
 
@@ -261,7 +264,7 @@ class LatexParser:
 
     sum     = product { ("+" | "-") product }
     product = power { ["*" | "/"] power }                     2\pi and 2(3+4) multiply
-    power   = "-" power | atom ["^" power]                    -2^2 is -4, 2^3^2 is 2^9
+    power   = ("-" | "+") power | atom ["^" power]            -2^2 is -4, 2^3^2 is 2^9
     atom    = number | \pi | "(" sum ")" | "{" sum "}"
             | \frac "{" sum "}" "{" sum "}" | \sqrt ["[" sum "]"] atom
 
@@ -307,9 +310,8 @@ class LatexParser:
         return value
 
     def power(self):
-        if self.next_is("-"):
-            self.take()
-            return -self.power()
+        if self.next_is("-", "+"):
+            return -self.power() if self.take() == "-" else self.power()
         value = self.atom()
         if self.next_is("^"):
             self.take()

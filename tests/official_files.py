@@ -65,7 +65,7 @@ def choices(root):
         row["multi-choice options"] = str([f"({k}) it's {k}" for k in "ABCDE"])
         row["answer"] = letter
         row["category"] = f"{'Perception' if i else 'Reasoning'}/Remote Sensing"
-        mme.append(row | {"l2-category": "color attribute"})
+        mme.append(row | {"l2-category": "Object/Attribute/color"})
     write_table(root / "MMStar.tsv", mmstar)
     write_table(root / "mme_realworld_lite.tsv", mme)
 

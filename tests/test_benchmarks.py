@@ -7,6 +7,7 @@ import pytest
 from conftest import run
 from official_files import args_of, b64, picture
 
+from answers import extract_answer
 from benchmarks import (
     BENCHMARKS,
     PUBLISHED,
@@ -24,7 +25,8 @@ from benchmarks import (
     vstar,
     wemath,
 )
-from scores import check_answer, check_letter
+from options import hidden_options
+from scores import check_answer, check_letter, check_mathvista
 from tables import images_of
 
 
@@ -187,6 +189,62 @@ def test_mathvistas_gold_is_an_options_text(choices, answer, letter, gold):
     row |= {"images": [], "choices": choices, "answer": answer}
     row |= {"answer_option": letter} if letter else {}
     assert (row | mathvista(row, None))["answer"] == gold
+
+
+def test_mathvistas_choices_may_have_letters_of_their_own(tmp_path):
+    """The gold has them, too."""
+    (tmp_path / "query.json").write_text('{"1": "Which?"}')
+    row = {"pid": "1", "image": "a.jpg", "metadata": {"task": "t"}, "question": "Which?"}
+    row |= {"question_type": "multi_choice", "answer_type": "text"}
+    for choices, gold in ((["(a)", "(b)", "(c)"], "(b)"), (["A. Smith", "B. Jones"], "B. Jones")):
+        asked = row | {"choices": choices, "answer": gold}
+        asked |= mathvista(asked, tmp_path)
+        for raw in ("B", gold, f"\\boxed{{{gold}}}"):
+            extracted, _ = extract_answer(raw, asked["options"])
+            assert check_mathvista(asked | {"raw": raw, "extracted": extracted}, strict=True), raw
+
+
+def test_mathvistas_table_says_the_precision_in_its_prompts():
+    row = {"question_type": "free_form", "answer_type": "float", "choices": "", "images": []}
+    for decimals, precision in (("one", 1), ("two", 2)):
+        hint = f"Hint: a floating-point number with {decimals} decimal place, e.g. 1.2\nQuestion: x"
+        read = mathvista(row | {"question": hint, "answer": "0.30"}, None)
+        assert read["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    "text, texts",
+    [
+        ("What? (A) red (B) blue\n(C) green", "red; blue; green"),
+        ("Is point A. closer? A. x\nB. y\nC. z", "x; y; z"),
+        ("(a) Open (b) Closed", "Open; Closed"),
+        ("Is (A) longer?", ""),
+        ("What are the options: yes or no?", ""),
+        # letters of the question before them, other styles within them, an instruction after them
+        ("(a) is before, (b) after.\nOptions: A: colour, B: size, C: none", "colour; size; none"),
+        ("(A) or (B)?\nOptions: A: the first, B: both, C: none", "the first; both; none"),
+        ("(A) or (B)? A: the first, B: both, C: none", "the first; both; none"),
+        ("Options: A: (A) and (B), B: only (B), C: none", "(A) and (B); only (B); none"),
+        ("Options: A: vitamin A: x, B: vitamin B: y", "vitamin A: x; vitamin B: y"),
+        ("Options: A: 1, B: 2, C: 3\nPlease answer A. B. or C.", "1; 2; 3"),
+        ("Options: A: the St. B. Fork, B: y", "the St. B. Fork; y"),
+    ],
+)
+def test_options_that_stand_in_a_question(text, texts):
+    assert "; ".join(hidden_options(text).values()) == texts
+    # whatever stands before
+    assert "; ".join(hidden_options(f"Look. {text}").values()) == texts
+
+
+def test_a_gold_that_is_none_of_the_options_is_told(tmp_path, capsys):
+    cells = "index\timage\tquestion\tanswer\tcategory\tl2_category\n"
+    for n, letter in enumerate("BD"):
+        cells += f"{n}\t{b64(n)}\tWhich? Options: A: x, B: y, C: z\t{letter}\tc\tl\n"
+    (tmp_path / "MMStar.tsv").write_text(cells)
+    load_benchmark("MMStar", tmp_path)
+    said = capsys.readouterr().err
+    assert "1 questions whose answer is none of the options that were found" in said
+    assert "the first '1': 'D' of A, B, C" in said
 
 
 @pytest.mark.parametrize(

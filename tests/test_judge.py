@@ -14,7 +14,7 @@ import judge
 from endpoint import hidden, with_retries
 from files import read_lines
 from resume import Refused, Unanswered
-from scores import check_mathvision
+from scores import check_mathvision, check_yesno
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}  # which also keeps the client from a local endpoint
 
@@ -136,6 +136,13 @@ def test_a_value_that_a_judge_read_is_checked(reply, right):
     """Of MathVision, whose free-form answers are of no one kind."""
     row = {"raw": "Fourteen, I think", "answer": "14", "options": None, "kind": "text"}
     again = judge.read_again(row, reply, judge.JUDGED["MathVision"], check_mathvision)
+    assert again["correct"] == right and again["method"] == "judge"
+
+
+@pytest.mark.parametrize("reply, right", [("No.", True), ("yes", False), ("Z", False)])
+def test_a_yes_or_no_that_a_judge_read_is_checked(reply, right):
+    row = {"raw": "There is nothing of the kind", "answer": "No", "options": None, "kind": "yesno"}
+    again = judge.read_again(row, reply, judge.JUDGED["POPE"], check_yesno)
     assert again["correct"] == right and again["method"] == "judge"
 
 

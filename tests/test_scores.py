@@ -180,13 +180,18 @@ def test_mme_merges_attributes_of_one_kind():
     rng = random.Random(1)
     rows = []
     for task in ("Perception", "Reasoning"):
-        for l2 in ("vehicle/color attribute", "vehicle/position attribute", "count"):
+        for l2 in ("vehicle/attribute/color", "Vehicle/Attribute/Position", "count"):
             for _ in range(4):
                 row = {"category": f"{task}/Monitoring", "l2-category": l2}
                 rows.append(row | {"correct": rng.random() < 0.5})
     found = scores.score_mme(rows)
     assert len(found["overall"]) == 24 and len(found["Perception"]) == 12
     assert len(found["Reasoning/Monitoring/vehicle/attribute"]) == 8
+    # those of driving have no object before a stroke, and stay apart
+    names = "Attribute_Motion_Vehicle", "Attribute_Visual_TrafficSignal"
+    driving = [{"category": "Perception/D", "l2-category": name, "correct": 1} for name in names]
+    found = scores.score_mme(driving)
+    assert [len(found[f"Perception/D/{name.lower()}/attribute"]) for name in names] == [1, 1]
 
 
 def test_pope_is_f1_over_rows_spread_to_their_splits():
@@ -295,6 +300,12 @@ def test_a_problem_of_wemath_that_lacks_a_step_counts_for_nothing():
     rows = [{"ID": 1, "step": f"2steps_{j}", "correct": True} for j in ("1", "2", "multi")]
     rows += [{"ID": 2, "step": f"2steps_{j}", "correct": False} for j in ("1", "multi")]
     assert scores.score_wemath(rows)["strict"] == 1.0
+
+
+def test_problems_of_wemath_of_other_lengths_may_share_an_id():
+    steps = ["2steps_1", "2steps_2", "2steps_multi", *(f"3steps_{j}" for j in (1, 2, 3, "multi"))]
+    found = scores.score_wemath([{"ID": 1, "step": step, "correct": True} for step in steps])
+    assert found["strict"] == found["S1"] == found["S2"] == found["S3"] == 1.0
 
 
 def test_mmvps_exchanged_golds_are_mended():

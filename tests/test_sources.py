@@ -191,6 +191,13 @@ def test_boxes(stage, tmp_path, monkeypatch):
         assert row["response"] == "<think> <latent></latent> </think> <answer> It is red. </answer>"
         crop = pixels(tmp_path / "out" / row["aux_images"][0])
         assert (crop == pixels(image)[8:92, 24:136]).all()
+    # visual7w's pictures lie elsewhere, and its questions have options
+    saved(tmp_path / "src/cot/v7w/1.png", image)
+    choices = ["It is blue.", "It is green.", "It is grey."]
+    v7w = meta | {"dataset": "visual7w", "multiple_choices": choices}
+    (row,), rejects = convert(stage, tmp_path, "viscot", [v7w], "visual7w_cot_train.jsonl")
+    assert not rejects and sorted(row["options"]) == sorted([*choices, "It is red."])
+    assert [option for option in row["options"] if option in choices] == choices
     monkeypatch.setattr(b, "crop_side", 224)
     (row,), _ = convert(stage, tmp_path, "viscot", [llava])
     assert Image.open(tmp_path / "out" / row["aux_images"][0]).size == (224, 168)

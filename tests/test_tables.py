@@ -5,6 +5,7 @@ import csv
 import random
 import resource
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,22 @@ def test_a_blank_line_is_no_row(tmp_path):
     rows, _ = tables.read_table(path)
     assert [row["index"] for row in rows] == ["1", "2"]
     assert [tables.images_of(row) for row in rows] == [[bytes([n]) * 90] for n in (1, 2)]
+
+
+def test_a_reference_stands_for_all_images_of_a_row(tmp_path):
+    """Through other references, too; a cell that pandas reads as missing drops its row."""
+    path = tmp_path / "a.tsv"
+    one, two = (base64.b64encode(bytes([n]) * 90).decode() for n in (1, 2))
+    cells = [f"['{one}', '{two}']", "0", "1", "nan", one]
+    path.write_text("index\timage\n" + "".join(f"{n}\t{x}\n" for n, x in enumerate(cells)))
+    rows, _ = tables.read_table(path)
+    both = [bytes([n]) * 90 for n in (1, 2)]
+    assert [row["index"] for row in rows] == ["0", "1", "2", "4"]
+    assert [tables.images_of(row) for row in rows] == [both] * 3 + [both[:1]]
+    for cells in (["1", "0"], [f"['{one}', '0']"], ["9"]):
+        path.write_text("index\timage\n" + "".join(f"{n}\t{x}\n" for n, x in enumerate(cells)))
+        with pytest.raises(SystemExit, match="neither an image nor the index"):
+            tables.read_table(path)
 
 
 @settings(max_examples=150, deadline=None)

@@ -79,6 +79,10 @@ def test_equality_is_one_of_values(a, b):
         ("two million", "2", False),
         ("2 million", "2", False),
         ("25%", "25", True),
+        ("+145", "145", True),
+        ("10¹²", "10^{12}", True),
+        ("10⁻³", "0.001", True),
+        ("30⁰", "30°", True),
         ("", "0", False),
     ],
 )
