@@ -9,10 +9,10 @@ Gaussians both, of slots that are independent given what was read:
 
 The forward term moves the prior, the reverse term the posterior: it keeps the posterior where the
 prior can reach it, against an answer that leaks through the slots. That is so of their two heads;
-the decoder that both read gets the gradients of both [not stated]. The paper's values, where they
-are settings of train.py: K = 8 slots, slot_dim = 512.
+the decoder that both read gets the gradients of both [ours: the summaries do not say]. Theirs,
+where they are settings of train.py: K = 8 slots, slot_dim = 512.
 
-A causal slot cannot see the y after it, so each distribution has a pass of its own [not stated]:
+A causal slot cannot see the y after it, so each distribution has a pass of its own [ours]:
 the prior's reads [x, slots], the posterior's [x, y, slots], and the third, with Z in the slots,
 writes y. Shape letters beside method.py's: K slots, m latent dimensions.
 """
@@ -35,11 +35,11 @@ from model import (
     tower_fingerprint,
 )
 
-# "forward first", the paper's default: shares of the steps at which a weight begins to grow from 0
-# and at which it is whole, linearly between [the order is stated, the numbers are not]
+# "forward first", as the summaries have it: shares of the steps at which a weight begins to grow
+# from 0 and at which it is whole, linearly between [the numbers are ours]
 BETA_GROWS = 0.0, 0.2
 GAMMA_GROWS = 0.2, 0.4
-# of both distributions at the start: at 0 their noise drowns what the slots could say [not stated]
+# of both distributions at the start: at 0 their noise drowns what the slots could say [ours]
 LOG_VARIANCE_AT_START = -5.0
 
 
@@ -133,7 +133,7 @@ class AMVL(Method):
         return gaussian(self.posterior(self.states(batch | {"ids": batch["ids_q"]})[at]))
 
     def divergence(self, a, b):
-        """Summed KL(a || b); a slot's counts for no less than free_bits nats [not stated: 0]."""
+        """Summed KL(a || b); a slot's counts for no less than free_bits nats [ours: 0]."""
         return kl(a, b).clamp(min=self.settings["free_bits"]).sum()
 
     def rows_right(self, h, batch, chunk=512):

@@ -372,7 +372,7 @@ def response_fault(row):
 
 
 def strip_latents(response):
-    """Remove every latent span; the `<parser>` text stays (difficulty-aware data, section 4.3)."""
+    """Remove every latent span; the `<parser>` text stays (difficulty-aware data)."""
     return re.sub(r" ?<latent></latent>", "", response)
 
 

@@ -1,6 +1,6 @@
 r"""Where do real vision embeddings live?
 
-Fits the PCA that keeps latents among them (section 4.1) on the auxiliary images of the training
+Fits the PCA that keeps latents among them on the auxiliary images of the training
 data, which it encodes once: training reads the targets, and checks that the images are the same.
 
 Reads the base model and data files. Writes, under <out>:

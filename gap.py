@@ -1,8 +1,8 @@
 """What does GAP train? L = L_LM + lambda * L_latent, and latents only where the base fails.
 
-Model level (section 4.3): the difficulty rule says which questions keep their latents.
-Feature level (4.1): a latent head regresses the targets that fit_pca.py left.
-Loss (4.2): one teacher-forced forward per step.
+Feature level: a latent head regresses the targets that fit_pca.py left.
+Data level, "context-level": each span has an auxiliary image and a parser text (data.py).
+Model level, "capacity-guided": the difficulty rule says which questions keep their latents.
 
 The baselines LH and output-as-input and the controls differ in the head only (model.HEADS).
 Constants of the paper are settings of train.py: lambda_latent, tau, ...
@@ -41,7 +41,8 @@ from model import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# difficulty-aware assignment (section 4.3)
+# difficulty-aware assignment: is_solved, of a line needs_latents, of a file solved_by; then
+# GAP.keeps_latents
 
 RULES = ("paper", "guess")
 GUESSING = 0.05  # a count is no luck if blind guessing reaches it less often than this [ours]
@@ -59,7 +60,8 @@ def is_solved(correct, n, n_options, tau, rule):
         counts = range(correct, n + 1)
         tail = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
         return tail < GUESSING
-    return correct / n > tau
+    a = correct / n
+    return a > tau  # a <= tau: the full latent format
 
 
 def needs_latents(line, tau, rule):
@@ -232,11 +234,11 @@ def check_same_space(vlm, base, targets, pca_file, pca, meta):
 
 
 # --------------------------------------------------------------------------------------------------
-# the loss (section 4.2)
+# the loss
 
 
 class GAP(Method):
-    """Latents fed and regressed by a head (4.1), on the questions that the base fails (4.3)."""
+    """Latents fed and regressed by a head, on the questions that the base fails."""
 
     reads = ("pca", "difficulty")
     free = ("K",)  # that of the targets, which are compared
@@ -309,7 +311,9 @@ class GAP(Method):
             response = row.get("at_first", response)
         # the same prompt and spans as at inference, with K pads per span
         example = encode(self.vlm, self.tokenizer, self.processor, row, self.head.K, response)
-        return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
+        n_spans = response.count(LATENT_SPAN)
+        # a row of validation has no step
+        return example | {"id": row["id"], "n_spans": n_spans, "training": "step" in row}
 
     def counts(self, example):
         # the latent loss has a count of its own: a batch of few spans does not shrink its gradient
@@ -322,12 +326,18 @@ class GAP(Method):
         if self.head.K:
             v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
         latents = torch.cat(v) if v else torch.zeros(0, self.targets.d)  # (M, d)
-        return super().collate(examples) | {"latents": latents}
+        training = examples[0]["training"]
+        return super().collate(examples) | {"latents": latents, "training": training}
 
     # --- losses
 
     def forward(self, batch):
         """Sums of cross-entropy, ||v_hat - v||^2, ||v_hat|| and ||v||.
+
+            L = sum CE / N + lambda * scale * sum ||v_hat - v||^2 / M
+
+        N labels and M latents are those of the whole global batch (`counts`; train.py divides), and
+        lambda * scale, which is lambda / d where latent_loss=mean, is of `weights`.
 
         The state at <|latent_start|> predicts latent 1, the state at latent i latent i + 1: h is
         taken one position before each pad.
@@ -356,7 +366,8 @@ class GAP(Method):
         v = batch["latents"]
         if not self.head.targets_fed:  # a control's own vector, whatever v is
             return self.head(v)
-        if self.settings["scheduled_sampling"]:
+        if self.settings["scheduled_sampling"] and batch["training"]:
+            # every latent of every step, and no gradient through what is fed [ours];
             # on every rank, with latents or not: FSDP gathers the decoder twice
             with torch.no_grad():
                 return self.head(self.states(batch, v)[before])

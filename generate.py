@@ -1,7 +1,7 @@
 """How are text and latents written, batched?
 
 One prompt cache per question, shared by its samples; every row in text or latent mode on its own;
-questions that end make room for others; the interventions and the norm calibration of section 5.
+questions that end make room for others; the interventions, and the norm calibration.
 
 Shape letters besides model.py's and decoder.py's: Q questions, S samples of each, V vocabulary.
 """
@@ -149,22 +149,22 @@ def from_nucleus(p, top_p, u, k=NUCLEUS):
 
 
 def intervene(kind, head, v_hat, noise=None, fed=None):
-    """What is fed in place of the predicted latents v_hat (M, d) (section 5).
+    """What is fed in place of the predicted latents v_hat (M, d).
 
-    noise (M, k): standard normal draws, scaled to the training coefficients' own standard
-    deviations, reconstructed and rescaled to the predicted norm; (M, d) for a head without a PCA,
-    rescaled alone. fed (M, d): another example's latents (shuffle) or the real features (oracle).
+    The paper's are clean, noise and zero (which opens no span); the others are [ours]. noise
+    (M, k): standard normal draws; (M, d) for a head without a PCA, rescaled alone. fed (M, d):
+    another example's latents (shuffle) or the real features (oracle).
     """
     if kind == "mean":
         return head.mean.expand_as(v_hat)
     if kind == "noise":
-        w = noise
+        v = noise
         if head.basis.numel():
-            # the spread of the training coefficients along each component
+            # c ~ N(0, diag(lambda)), as spread as the training coefficients [ours]
             std = head.eigenvalues.clamp(min=0).sqrt()
-            w = head.reconstruct(noise * std)
-        norm = v_hat.norm(dim=-1, keepdim=True)
-        return w * norm / w.norm(dim=-1, keepdim=True)
+            c = std * noise
+            v = head.reconstruct(c)
+        return v * (v_hat.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True))
     if kind in ("shuffle", "oracle"):
         return fed
     if kind == "oracle_pca":
@@ -179,7 +179,7 @@ def ema_norm(vision, beta):
     """n_bar, a moving average of ||v|| over a query's embeddings (N, d); 0 without images."""
     if vision is None:
         return 0.0
-    # in reading order, image after image
+    # in reading order, image after image; it starts at the first [ours]
     norms = vision.float().norm(dim=-1).tolist()
     n_bar = norms[0]
     for n in norms[1:]:
@@ -291,10 +291,10 @@ class Latents:
             v_hat = torch.stack(planned)
         else:
             v_hat = self.head(h)
-        v = intervene(self.intervention, self.head, v_hat, noise, fed)
         n_bar = [question.n_bar for question, _ in rows]
         if any(n_bar):
-            v = calibrate(v, torch.tensor(n_bar, device=h.device))
+            v_hat = calibrate(v_hat, torch.tensor(n_bar, device=h.device))
+        v = intervene(self.intervention, self.head, v_hat, noise, fed)
         for (question, s), latent in zip(rows, v.cpu()):
             question.latents[s].append(latent)
         return v
@@ -387,7 +387,11 @@ class Scheduler:
 
 
 class Span(NamedTuple):
-    """What a latent span forces: its start, K latents, its end and the text after it."""
+    """What a latent span forces: its start, K latents, its end and the text after it.
+
+    A row counts down how many of it are left: with K = 2 and no text after the end 3 and 2 are
+    latents, 1 is the end, and at 0 it is in text again.
+    """
 
     ids: torch.Tensor  # (1 + K + after); (0) where none can open
     K: int
@@ -448,13 +452,14 @@ def stream(
 
     Text positions use the LM head. After `<|latent_start|>` exactly K latents follow, each the
     head's output for the state before it, then `<|latent_end|>` and the text `after` are forced
-    (section 3.4; forced end [ours]); a Monet model may also end its span itself. Where the head
+    [forced end: ours]; a Monet model may also end its span itself. Where the head
     fills its slots before the answer (AMVL), the first token is a forced `<|latent_start|>`, and no
     other span opens. With no head, or under `zero`, none does; under `markers` one ends at once.
 
     waves: how many of the n_samples each successive wave draws, all on one prompt cache; a GPU
     always draws them all at once.
-    ema_beta > 0 rescales each latent to n_bar. Tokens in `suppress` are never written.
+    ema_beta > 0 rescales each predicted latent to n_bar, before an intervention. Tokens in
+    `suppress` are never written.
     on_step(rows, tokens, x, h) sees what each living row is fed, and from which state;
     on_finish(q, s, ids) is called as a row ends and may return True to drop the question's other
     rows and later waves.
@@ -613,6 +618,8 @@ def check_intervention(intervention, head):
         raise SystemExit("slots before the answer have no markers: take them away by 'zero'")
     if intervention.startswith("oracle") and head and not head.targets_fed:
         raise SystemExit(f"{intervention} feeds real features, which {head.kind!r} never had")
+    if intervention in ("mean", "noise") and head and head.basis.numel() and not head.mean.any():
+        raise SystemExit(f"{intervention!r} feeds what lies about mu, which is 0 here (centre=0)")
     # without one, latents are no vision embeddings: neither their mean nor real ones are at home
     needs_pca = intervention in ("mean", "oracle", "oracle_pca")
     if needs_pca and head and not head.basis.numel():

@@ -38,7 +38,7 @@ IGNORE = -100  # label of a position without cross-entropy
 MOST_LATENTS = 4096  # of a span: more is a damaged file
 
 # --------------------------------------------------------------------------------------------------
-# the latent head (section 4.1): h_bar -> v_hat
+# the latent head: h_bar -> v_hat
 
 
 class LatentHead(nn.Module):
@@ -136,7 +136,11 @@ class PCAHead(SubspaceHead):
 
 
 class FullHead(LatentHead):
-    """LH, the paper's baseline: an MLP d -> d -> d predicts v_hat itself (about 2 d^2 weights)."""
+    """LH, the paper's baseline: an MLP d -> d -> d predicts v_hat itself (about 2 d^2 weights).
+
+    SiLU, biases and torch's first weights are [ours]: v_hat starts near 0, GAP's near mu, which
+    FullFromMeanHead tells from the subspace.
+    """
 
     kind = "lh"
 
@@ -156,7 +160,10 @@ class FullHead(LatentHead):
 
 
 class OutputHead(LatentHead):
-    """Output as input, trained as LVR's: the post-final-norm state itself is fed back."""
+    """Output as input: the post-final-norm state itself is fed back.
+
+    Trained on real features as LVR's, but with this loss and on the auxiliary image's.
+    """
 
     kind = "output"
 

@@ -2,7 +2,7 @@ r"""Do a checkpoint's latents live where its input vision embeddings live?
 
 Reads a model folder (ours, a Monet checkpoint or any Qwen2.5-VL) and a data file. Answers the
 questions, runs each once more with its answer through the whole decoder, and writes
-<out>/probe.json and, where matplotlib is installed, the two figures of the paper's Fig. 2:
+<out>/probe.json and, where matplotlib is installed, two figures as the paper's of norms:
 norms.png (by layer) and latents.png (what is fed back against what the decoder is used to).
 
     python probe.py                                             # out/gap on the toy's test set
@@ -10,7 +10,8 @@ norms.png (by layer) and latents.png (what is fed back against what the decoder 
         --dtype=bfloat16 --max_new_tokens=2048 --batch=8
 
 Norms are natural logarithms of L2. The state after the last layer is what the final norm reads (the
-paper's 546x and 8.7x); the state after the final norm is what output-as-input systems feed back.
+paper's 546x and 8.7x; here a ratio of geometric means [ours]); the state after the final norm is
+what output-as-input systems feed back.
 """
 
 import itertools

@@ -388,7 +388,7 @@ DIAGNOSIS_CLAIMS = [
 
 
 def diagnosis(study):
-    """The paper's Fig. 2 in numbers, from probe.py."""
+    """The paper's figure of norms in numbers, from probe.py."""
     rows = [diagnosis_row(study, name) for name in DIAGNOSED]
     return [
         "## Diagnosis",

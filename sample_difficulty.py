@@ -1,6 +1,6 @@
 r"""What can the base solve already?
 
-Draws N answers per question from the base model and counts the right ones (section 4.3). train.py
+Draws N answers per question from the base model and counts the right ones. train.py
 strips the latents of what the base solves.
 
 Reads the base model and a data file. Writes <out>, `difficulty.jsonl`, one line per question: id,

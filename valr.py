@@ -160,8 +160,8 @@ class VaLR(Method):
 
         Latent after latent, as in generation; or by `rollout` Jacobi passes: each feeds all latents
         the states of the pass before, one position on, and makes one more of every row exact.
-        Gradients stop at what is fed [not stated], but for `fed_gradient`: then they go through the
-        last pass, which is one more after an exact rollout.
+        Gradients stop at what is fed [ours: not stated], but for `fed_gradient`: then they go
+        through the last pass, which is one more after an exact rollout.
         """
         through = self.settings["fed_gradient"] and torch.is_grad_enabled()
         passes = self.settings["rollout"]
@@ -191,14 +191,15 @@ class VaLR(Method):
         x = embed(self.vlm, batch["ids"], batch["vision"])  # (B, T, d), its latents still to come
         rows = torch.arange(len(x), device=x.device)
         row = rows[:, None]
-        fed = x[:, 0]  # (B, d): at each row's next latent, once there is one
+        h_t = x[:, 0]  # (B, d): fed at each row's next latent, once there is one
         past, read, states, early = Past(), [], [], []
         with self.after_block(early):
             for at, real in order:
                 read.append(real)
-                comes_fed = is_latent[row, at][..., None]
+                is_latent_here = is_latent[row, at][..., None]
                 out = self.vlm.model.language_model(
-                    inputs_embeds=torch.where(comes_fed, fed[:, None], x[row, at]),
+                    # E_{t+1} = [E_t; h_t]
+                    inputs_embeds=torch.where(is_latent_here, h_t[:, None], x[row, at]),
                     position_ids=batch["pos"][:, row, at],
                     attention_mask=torch.cat(read, 1),
                     past_key_values=past,
@@ -207,7 +208,7 @@ class VaLR(Method):
                 states.append(out.last_hidden_state)
                 length = real.sum(1)
                 last = states[-1][rows, (length - 1).clamp(min=0)]
-                fed = torch.where(length[:, None] > 0, last, fed)
+                h_t = torch.where(length[:, None] > 0, last, h_t)
         T = part.shape[1]
         return in_places(states, order, T)[:, :-1], in_places(early, order, T)
 

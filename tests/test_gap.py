@@ -358,7 +358,7 @@ def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, gap
     gap = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
     torch.nn.init.normal_(gap.head.down.weight, std=0.3)
     rows, _ = gap.rows(load_examples(world / "train.jsonl")[2:5], training=True)
-    batch = gap.collate([gap.encode(row) for row in rows])
+    batch = gap.collate([gap.encode(row | {"step": 0}) for row in rows])
     pictures = [open_image(path) for row in rows for path in row["images"]]
     batch["vision"] = torch.cat(encode_images(gap.vlm, gap.processor, pictures)[0]).detach()
     decoder, is_latent = gap.vlm.model.language_model, batch["ids"] == gap.latent_id
@@ -421,8 +421,11 @@ def test_the_log_is_of_what_was_said(base, world, gap_args):
 def test_no_gradient_goes_through_what_a_second_pass_is_fed(base, world, gap_args):
     method = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
     rows, _ = method.rows(load_examples(world / "train.jsonl")[2:4], training=True)
-    batch = seen_batch(method, rows)
+    batch = seen_batch(method, [row | {"step": 0} for row in rows])
     fed, states = [], method.states
     method.states = lambda batch, v: fed.append(v) or states(batch, v)
     method(batch)
     assert len(fed) == 2 and not fed[1].requires_grad and not torch.equal(fed[0], fed[1])
+    # in validation the targets are fed, as without it
+    method(seen_batch(method, rows))
+    assert len(fed) == 3 and torch.equal(fed[2], batch["latents"])

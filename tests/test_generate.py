@@ -1,5 +1,6 @@
 """How text and latents are written: each against an independent computation."""
 
+import copy
 import json
 from functools import partial
 from itertools import islice, pairwise
@@ -28,6 +29,7 @@ from files import read_lines
 from generate import (
     Question,
     calibrate,
+    check_intervention,
     ema_norm,
     from_all,
     from_nucleus,
@@ -663,6 +665,31 @@ def test_calibrated_latents_are_fed(loaded, head, world):
     )
     fed = torch.stack([x for _, token, x, _ in calls if token == latent_ids(tokenizer)[1]])
     torch.testing.assert_close(fed, a["latents"])
+
+
+def test_predictions_are_calibrated_and_what_stands_in_for_them_is_not(loaded, head, world):
+    """The noise has the length of what it replaces; real features stay what they are."""
+    vlm, tokenizer, processor = loaded
+    prompts = make_prompts(vlm, tokenizer, processor, examples(world, 1))
+    make_open(vlm, tokenizer, prompts, {0})
+    n_bar, real = ema_norm(prompts[0]["vision"], 0.9), 3 * torch.randn(1, 4, len(head.mean))
+    fed = {}
+    for kind in ("noise", "oracle"):
+        settings = {"max_new_tokens": 6, "ema_beta": 0.9, "intervention": kind, "fed": [real]}
+        ((a,),) = generate(vlm, head, tokenizer, prompts, seeds=[1], **settings)
+        fed[kind] = a["latents"]
+    close(fed["noise"].norm(dim=-1), torch.full((4,), n_bar))
+    close(fed["oracle"], real[0])
+
+
+def test_what_lies_about_mu_needs_one(head):
+    no_mean = copy.deepcopy(head)
+    no_mean.mean.zero_()
+    for kind in ("mean", "noise"):
+        check_intervention(kind, head)
+        with pytest.raises(SystemExit, match=f"'{kind}' feeds what lies about mu"):
+            check_intervention(kind, no_mean)
+    check_intervention("shuffle", no_mean)
 
 
 @pytest.mark.parametrize("kind", ["zero", "text"])
