@@ -472,6 +472,9 @@ def read_answers(folder, rows):
         bit = "1" if correct[row["id"]] else "0"
         bits[category] = bits.get(category, "") + bit
     overall = read_json(folder / "metrics.json")["scores"]["overall"]
+    failed = overall["n_error"]
+    if failed:  # the line would keep them as wrong answers, and nobody would ask again
+        raise SystemExit(f"{folder}: {failed} questions failed; mend that, and run it again")
     right = {category: [len(b), f"{int(b, 2):x}"] for category, b in bits.items()}
     costs = {k: overall[k] for k in ("tokens", "latents", "opened_latents", "n_truncated")}
     return {"right": right} | costs

@@ -328,6 +328,8 @@ def decode(content):
         return decode_image(content), suffix
     except Reject:
         raise
+    except MemoryError:  # the machine's fault: there may be more of it the next time
+        raise Unanswered("no memory for an image", len(content)) from None
     except Exception as e:  # decoders of hostile bytes raise nearly anything
         said = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(e))
         raise Reject("unreadable image", None, f"{type(e).__name__}: {said}") from None

@@ -76,6 +76,7 @@ from launch import (
     hold,
     hold_alone,
     hold_together,
+    is_machines,
     pick_device,
     rank_and_world,
     show_files,
@@ -271,7 +272,9 @@ def read_predictions(test, keys=None):
 
 
 def failure(e):
-    """What the line says of a question that failed."""
+    """What the line says of a question that failed. Raises what is no fault of the question."""
+    if is_machines(e):
+        raise e
     # cut, since some libraries quote all that they were given
     return {"error": f"{type(e).__name__}: {e}"[:1000]}
 

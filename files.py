@@ -4,14 +4,17 @@ They are written whole under a temporary name, or a line at a time; read again b
 types and shapes; and known by their contents, never by paths or times.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -29,21 +32,32 @@ def write_then_rename(path, write):
     """Call `write(tmp_path)` and rename the result to `path`, which is never half-written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, so that the rename is one step; hidden, so that no pattern finds it
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # beside it, so that the rename is one step; hidden, so that no pattern finds it; in a folder
+    # of its own, since safetensors writes under one more temporary name
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = folder / path.name
+    with naming(path):
+        try:
+            folder.mkdir(exist_ok=True)
+            tmp.touch()
+            mode = tmp.stat().st_mode
+            write(tmp)
+            tmp.chmod(mode)  # safetensors makes files that their owner alone may read
+            with open(tmp, "rb") as f:
+                os.fsync(f.fileno())  # on the disk before what it replaces goes
+            os.replace(tmp, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # and what is left of a write that failed
+
+
+@contextmanager
+def naming(path):
+    """An error of the disk in here that names no file names this one: which found the disk full?"""
     try:
-        tmp.touch()
-        mode = tmp.stat().st_mode
-        write(tmp)
-        tmp.chmod(mode)  # safetensors makes files that their owner alone may read
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())  # on the disk before what it replaces goes
-        os.replace(tmp, path)
+        yield
     except (OSError, SafetensorError) as e:
-        e.filename = getattr(e, "filename", None) or str(path)  # which file found the disk full
+        e.filename = getattr(e, "filename", None) or str(path)
         raise
-    finally:
-        tmp.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_text(path, text):
@@ -74,7 +88,9 @@ def open_append(path):
     """Open an append-only JSONL file, cutting off a half-written last line first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    f = open(path, "ab+")  # not "r+": every write goes to the end, whoever else writes
+    # not "r+": every write goes to the end, whoever else writes. Unbuffered: nothing is left to be
+    # written, and to fail without a name, when it is closed
+    f = open(path, "ab+", buffering=0)
     # everything up to the last newline is a finished row; it is looked for from the end
     end = size = f.seek(0, os.SEEK_END)
     found = -1
@@ -90,15 +106,18 @@ def open_append(path):
 
 
 def append(f, row):
-    """Write one row and flush it to the disk: a finished row survives a kill."""
-    try:
-        f.write(json_line(row).encode())
-        f.flush()
+    """Write one row and flush it to the disk: a finished row survives a kill.
+
+    Raises FileNotFoundError if the file was removed meanwhile, with all that is written to it.
+    """
+    with naming(f.name):
+        line = json_line(row).encode()
+        while line:
+            line = line[f.write(line) :]
         # else a power cut could lose what a resumed run takes for done
         os.fsync(f.fileno())
-    except OSError as e:
-        e.filename = f.name  # which file found the disk full
-        raise
+        if not os.fstat(f.fileno()).st_nlink and not os.path.exists(f.name):
+            raise FileNotFoundError(errno.ENOENT, "removed while it was written", str(f.name))
 
 
 # --------------------------------------------------------------------------------------------------

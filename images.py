@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import Rows
 from files import file_digest, memory, remembered
-from launch import Progress, cores_allowed, faults_among, rank_and_world
+from launch import Progress, cores_allowed, faults_among, is_machines, rank_and_world
 from threads import in_order
 
 # what Pillow raises for a broken file
@@ -79,6 +79,8 @@ def image_size(source):
         with Image.open(image_file(source), formats=FORMATS) as image:
             return shown_size(image)
     except IMAGE_ERRORS as e:
+        if is_machines(e):
+            raise
         raise SystemExit(f"{name_of(source)}: not a usable image ({e})") from None
 
 
@@ -95,6 +97,8 @@ def decode_image(source):
     except BadImage:
         raise
     except IMAGE_ERRORS as e:
+        if is_machines(e):  # of which the picture knows nothing
+            raise
         said = " ".join(str(e).split()) or type(e).__name__
         raise BadImage(other_kind(first_bytes(source)) or said) from None
 

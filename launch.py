@@ -15,6 +15,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -34,10 +35,7 @@ USERS_ERRORS = {
     errno.ENOENT,  # no such file
     errno.EACCES,  # not allowed
     errno.EPERM,
-    errno.EROFS,  # a read-only disk
-    errno.ENOSPC,  # a full disk
     errno.EFBIG,  # a file larger than the disk or the shell takes
-    errno.EDQUOT,
     errno.EISDIR,  # a folder where a file should be, and the other way round
     errno.ENOTDIR,
     errno.EEXIST,
@@ -45,6 +43,24 @@ USERS_ERRORS = {
     errno.EPIPE,  # whoever read our output has gone
     errno.ELOOP,  # links in a circle
 }
+
+# faults of a machine, which say nothing of the file, picture or question that met them
+MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,  # a failing disk
+    errno.ESTALE,  # a network disk that was mounted anew
+    errno.ETIMEDOUT,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.EBUSY,
+    errno.ENOLCK,
+    errno.EMFILE,  # no more open files
+    errno.ENFILE,
+    errno.ENOMEM,
+}
+USERS_ERRORS |= MACHINE_ERRORS
 
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
 TOGETHER = timedelta(minutes=15)  # the ranks of a launch begin
@@ -144,15 +160,23 @@ def command_of(args, main, commands, settings):
 
 def users_error(e):
     """The sentence for an OSError or SafetensorError that a user can cause; "" for another."""
-    code, file = getattr(e, "errno", None), getattr(e, "filename", None)
-    said = re.search(r"os error (\d+)", str(e))  # safetensors keeps the number in its message
-    if said:
-        code = int(said[1])
-    if isinstance(e, FileNotFoundError):
-        code = errno.ENOENT
+    code, file = errno_of(e), getattr(e, "filename", None)
     if code not in USERS_ERRORS:
         return ""
     return f"{file}: {os.strerror(code)}" if file else f"{os.strerror(code)}: {e}"
+
+
+def errno_of(e):
+    """The number of an OSError, or of the one that a SafetensorError tells of; None for others."""
+    said = re.search(r"os error (\d+)", str(e)) if isinstance(e, SafetensorError) else None
+    if said:
+        return int(said[1])
+    return errno.ENOENT if isinstance(e, FileNotFoundError) else getattr(e, "errno", None)
+
+
+def is_machines(e):
+    """Is an error the machine's, a full or failing disk, say: no fault of what it was met at?"""
+    return isinstance(e, (OSError, SafetensorError)) and errno_of(e) in MACHINE_ERRORS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -496,7 +520,9 @@ def check_same_everywhere(what, value):
 
 def check_shared(folder):
     """Raise SystemExit, on every rank, unless all ranks see one and the same folder."""
-    mark = Path(folder) / f".shared.{gathered(secrets.token_hex(4))[0]}"
+    # named as what `claim` removes of a killed run
+    mark = Path(folder) / f".shared.{secrets.token_hex(4)}.{os.getpid()}.tmp"
+    mark = gathered(mark)[0]
     if rank_and_world()[0] == 0:
         mark.touch()
     dist.barrier()
@@ -644,11 +670,19 @@ def claim(folder, file=""):
         return
     if not hold(folder / (f".{file}.lock" if file else ".lock")):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
-    # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
-    for tmp in folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"):
+    remove_leftovers(folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"))
+
+
+def remove_leftovers(paths):
+    """Remove what killed processes left half-written of `paths`, named .<name>.<process>.tmp."""
+    for tmp in list(paths):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
-        if tmp.is_file() and writer.isdigit() and not is_running(int(writer)):
-            tmp.unlink()
+        # a living process still needs its own
+        if writer.isdigit() and not is_running(int(writer)):
+            if tmp.is_dir() and all(file.is_file() for file in tmp.iterdir()):
+                shutil.rmtree(tmp)
+            elif tmp.is_file():
+                tmp.unlink()
 
 
 def is_running(process):

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
 from data import LATENT_SPAN
-from files import write_lines
+from files import naming, write_lines
 from launch import Progress, check_choices, claim, start
 from model import IGNORE, embed, load_vlm, positions
 
@@ -256,7 +256,8 @@ def write_split(folder, split, n):
     for i in Progress(range(n), desc=split, unit="example"):
         board = new_board(rng)
         names, path = new_path(rng, moves_of(i))
-        rows.append(example(folder, f"{split}/{i}", board, names, path))
+        with naming(folder / split):
+            rows.append(example(folder, f"{split}/{i}", board, names, path))
     write_lines(folder / f"{split}.jsonl", rows)
 
 

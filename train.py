@@ -54,6 +54,7 @@ from files import (
     folder_digest,
     hash_file,
     key_of,
+    naming,
     open_append,
     read_json,
     read_lines,
@@ -71,6 +72,7 @@ from launch import (
     check_shared,
     claim,
     clock,
+    errno_of,
     gathered,
     join_ranks,
     leave_ranks,
@@ -94,7 +96,8 @@ METHODS = {
 }
 
 # --------------------------------------------------------------------------------------------------
-# The toy's values. "7B:" is the paper's for Qwen2.5-VL-7B, where it differs.
+# The toy's values. "7B:" is for Qwen2.5-VL-7B, where it differs; [paper] where the paper says so,
+# [summary] where a summary of AMVL's does.
 method = "gap"  # gap lh output text valr amvl, or a control
 base = "toy/base"  # 7B: Qwen2.5-VL-7B-Instruct
 data = "out/toy/train.jsonl"  # what it trains on
@@ -103,32 +106,32 @@ pca = "out/pca"  # written by fit_pca.py
 difficulty = "out/difficulty.jsonl"  # "": every example keeps its latents (no DA)
 out = "out/gap"  # the model folder to write
 tau = 0.0  # accuracy above tau: train as text only [paper]
-rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
+rule = "paper"  # "guess" [ours]: with options no tau, but a count improbable under guessing
 easy_latents = 0.0  # share of the solved examples that keep their latents all the same [ours]
 latents_first = 0  # for this many first steps every example keeps its latents [ours]
 keep_parser = True  # False: an example that loses its latents loses its parser text, too [ours]
 write_parser = True  # False, a control: no example at all has parser text
 lambda_latent = 1.0  # weight of the latent loss [paper]
-latent_loss = "relative"  # 1 - R^2; 7B: "mean" (over d); "sum": the equation literally [ours]
-scheduled_sampling = False  # second pass on the model's own decoded latents
+latent_loss = "relative"  # 1 - R^2; 7B: "mean" over d [both ours]; "sum": the equation literally
+scheduled_sampling = False  # second pass on the model's own decoded latents [paper: an ablation]
 # valr and amvl
 K = 4  # latents per span; 7B: 16 for valr, 8 for amvl (GAP's K is that of its targets)
 encoders = "own"  # of valr: "own" and folders, with commas between; the paper: DINOv3's ViT-L
 align_layer = 2  # of valr: the block whose output is aligned; 7B: 12 [paper]
 lambda_align = 0.5  # of valr: weight of the alignment [paper]
 rollout = 0  # of valr: passes before the trained one; 0: latent after latent, which is exact
-fed_gradient = False  # of valr: gradients go through the last of these passes [paper: not stated]
+fed_gradient = False  # of valr: gradients go through the last of these passes [ours: not stated]
 whole_gradient = False  # of valr: ... through all of an exact rollout, read once (rollout = 0)
 query_span = False  # of valr: a row of one image and no span gets one first; target: the image
-slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [paper]
-beta = 1e-5  # of amvl: weight of KL(sg[q] || p) [paper: not stated]
-gamma = 3e-6  # of amvl: weight of KL(sg[p] || q), smaller [paper: not stated]
-free_bits = 0.0  # of amvl: nats of a slot that both terms leave alone [ours]
+slot_dim = 16  # of amvl: dimensions of a z; 7B: 512 [summary]
+beta = 1e-5  # of amvl: weight of KL(sg[q] || p) [ours]
+gamma = 3e-6  # of amvl: weight of KL(sg[p] || q), smaller [ours]
+free_bits = 0.0  # of amvl: nats of a slot that both terms leave alone, in the log too [ours]
 # all methods
 epochs = 2  # [paper]
-global_batch = 16  # examples per step; 7B: 128
-lr = 1e-3  # peak, of the decoder; 7B: 1e-5
-lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5
+global_batch = 16  # examples per step; 7B: 128 [paper]
+lr = 1e-3  # peak, of the decoder; 7B: 1e-5 [paper]
+lr_head = 3e-3  # peak, of what the method adds to it; 7B: 1e-5 [paper]
 weight_decay = 0.01  # of matrices [paper]
 beta1 = 0.9  # of AdamW [ours]
 beta2 = 0.95  # [ours]
@@ -437,8 +440,7 @@ def save_checkpoint(model, optimizer, step, settings):
     except CheckpointException as e:
         if any(isinstance(error, KeyboardInterrupt) for error, _ in e.failures.values()):
             raise KeyboardInterrupt from None
-        reason = str(e).strip().splitlines()[-1]  # the last line of a whole traceback
-        raise SystemExit(f"{tmp}: no checkpoint could be written ({reason}); full disk?") from None
+        raise SystemExit(f"{tmp}: no checkpoint could be written ({reason_of(e)})") from None
     # torch would not notice a flipped bit
     sums = {file.name: hash_file(file) for file in tmp.glob(f"__{rank}_*")}
     write_json(tmp / f"checksums.{rank}.json", sums)
@@ -455,6 +457,17 @@ def save_checkpoint(model, optimizer, step, settings):
             if old not in kept:
                 shutil.rmtree(old)
     dist.barrier()
+
+
+def reason_of(failed):
+    """Why torch could not write a checkpoint: what the disk said on the first rank that says it."""
+    for error, _ in failed.failures.values():
+        while error is not None:
+            if errno_of(error):
+                return os.strerror(errno_of(error))
+            error = error.__cause__ or error.__context__
+    # of its own writer's faults torch keeps no number; the last line of a whole traceback
+    return f"{str(failed).strip().splitlines()[-1]}; full disk?"
 
 
 def load_checkpoint(model, optimizer, settings):
@@ -515,12 +528,27 @@ def check_same_run(folder, settings):
     }
     if differ:
         raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")
-    there, here = saved["inputs"], settings["inputs"]
-    changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
+    changed = changed_inputs(saved["inputs"], settings["inputs"])
     if changed:
-        files = settings | {"targets": pca}  # inputs that are no setting come from the data
-        names = ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
-        raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
+        raise SystemExit(f"{path}: the contents of {changed} are not what they were; {advice}")
+
+
+def contents_of(model, rows, val_rows):
+    """{input: a hash of its contents} of all that training is fed, as it is on the disk now."""
+    return {
+        "base": folder_digest(base),
+        "data": key_of([example_key(row) for row in rows]),
+        "val_data": key_of([example_key(row) for row in val_rows]),
+        **model.inputs(),
+    }
+
+
+def changed_inputs(there, here):
+    """Which of two such records' inputs differ, with their files, as one text; "" for none."""
+    changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
+    # inputs that are no setting come from the data
+    files = settings_of(globals()) | {"targets": pca}
+    return ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
 
 
 def export(model, tokenizer, processor):
@@ -541,10 +569,11 @@ def export(model, tokenizer, processor):
             decoder[name.removeprefix("vlm.")] = weight.to(getattr(torch, dtype))
     if vlm.config.tie_word_embeddings:  # 3B: the LM head is the embedding table, stored once
         decoder.pop("lm_head.weight", None)
-    vlm.save_pretrained(tmp, state_dict=decoder)
-    tokenizer.save_pretrained(tmp)
-    processor.save_pretrained(tmp)
-    model.save(tmp, weights)
+    with naming(tmp):
+        vlm.save_pretrained(tmp, state_dict=decoder)
+        tokenizer.save_pretrained(tmp)
+        processor.save_pretrained(tmp)
+        model.save(tmp, weights)
 
     if not (tmp / HEAD_FILE).exists():  # no head of an earlier run beside these weights
         (Path(out) / HEAD_FILE).unlink(missing_ok=True)
@@ -676,12 +705,7 @@ def main():
     # the optimizer, and where an earlier run stopped that was fed the same
     each = flops_each(vlm)
     shard(model, device)
-    settings["inputs"] = {
-        "base": folder_digest(base),
-        "data": key_of([example_key(row) for row in rows]),
-        "val_data": key_of([example_key(row) for row in val_rows]),
-        **model.inputs(),
-    }
+    settings["inputs"] = contents_of(model, rows, val_rows)
     check_same_everywhere("the inputs", settings["inputs"])
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
@@ -739,6 +763,11 @@ def main():
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         bar.update()
         if is_saved(step, total):
+            if changed := changed_inputs(settings["inputs"], contents_of(model, rows, val_rows)):
+                raise SystemExit(
+                    f"{changed} changed while this run trained on them; no checkpoint is written: "
+                    "put back what was there, and it goes on from the last one"
+                )
             save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
 

@@ -83,6 +83,13 @@ def test_a_run_that_opened_no_span_has_nothing_to_shuffle(tmp_path, monkeypatch,
     assert list(found) == ["clean", *["shuffle"] * (n_files == 2), "noise"]
 
 
+def test_questions_that_failed_are_no_wrong_answers(tmp_path):
+    (tmp_path / "scored.jsonl").write_text('{"id": "1", "correct": false}\n')
+    (tmp_path / "metrics.json").write_text('{"scores": {"overall": {"n_error": 1}}}')
+    with pytest.raises(SystemExit, match="1 questions failed; mend that"):
+        ablate.read_answers(tmp_path, [{"id": "1"}])
+
+
 def test_counts_of_the_base_are_asked_for_whenever_a_run_is_due(tmp_path, monkeypatch):
     """sample_difficulty.py keeps what is counted and refuses other sample_args; none of it here."""
     calls = []

@@ -1,5 +1,6 @@
 """Files on a disk: whole or not there, read by their fields, known by their contents."""
 
+import errno
 import math
 import os
 import shutil
@@ -280,11 +281,37 @@ def test_what_another_process_adds_is_not_cut_off(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named():
-    f = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError) as e:
+    """By what fails, and not by a file that is closed afterwards."""
+    with pytest.raises(OSError) as e, open_append("/dev/full") as f:
         append(f, {"a": 1})
-    assert e.value.filename == "/dev/full"
-    f.close()
+    assert (e.value.filename, e.value.errno) == ("/dev/full", errno.ENOSPC)
+
+
+def test_a_file_that_was_removed_is_not_written_on(tmp_path):
+    path = tmp_path / "out" / "a.jsonl"
+    with open_append(path) as f:
+        append(f, {"a": 1})
+        shutil.rmtree(path.parent)
+        with pytest.raises(FileNotFoundError) as e:
+            append(f, {"a": 2})
+    assert e.value.filename == str(path)
+
+
+def test_nothing_is_left_of_a_write_that_fails(tmp_path):
+    """safetensors writes under one more temporary name."""
+
+    def write(tmp):
+        save_file({"v": torch.zeros(2)}, tmp)
+        (tmp.parent / ".tmpAbCdEf").touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(OSError) as e:
+        write_then_rename(tmp_path / "a", write)
+    assert e.value.filename == str(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (
+        tmp_path / "a"
+    ).read_text() == "before"
 
 
 def test_parts_of_a_seed_do_not_run_together():

@@ -1,7 +1,9 @@
 """A picture is the same pixels everywhere: what a person sees."""
 
 import base64
+import errno
 import io
+import os
 import struct
 import subprocess
 
@@ -248,6 +250,22 @@ def test_a_data_uri_that_holds_no_picture_is_refused(text):
     for read in (open_image, image_size):
         with pytest.raises(SystemExit, match="an embedded image: not a usable image"):
             read(text)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_fault_of_the_machine_is_none_of_a_picture(tmp_path, monkeypatch, number):
+    """Else a row would be left out, and a question count as wrong, for a disk that was away."""
+
+    def broken(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "a.png")
+
+    (tmp_path / "a.png").write_bytes(saved(noise()))
+    monkeypatch.setattr(images.Image, "open", broken)
+    for use in (images.open_image, images.image_size, images.decode_image):
+        with pytest.raises(OSError, match="a.png"):
+            use(tmp_path / "a.png")
+    with pytest.raises(OSError, match="a.png"):
+        usable_rows([Row({"id": "1", "images": [str(tmp_path / "a.png")]})], True)
 
 
 @pytest.mark.parametrize("name", ["narrow", "empty", "text", "pointer"])

@@ -1,6 +1,7 @@
 """How a script starts, what its settings may be, and how it stops."""
 
 import ast
+import errno
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TOY, run
+from safetensors import SafetensorError
 
 import launch
 from launch import (
@@ -25,6 +27,7 @@ from launch import (
     claim,
     hold_alone,
     hold_together,
+    is_machines,
     lock,
     override,
     settings_of,
@@ -311,6 +314,13 @@ def test_ends_in_a_sentence_or_a_traceback(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e:  # a folder where a file should be
         run_here(monkeypatch, script, "read", f"--path={tmp_path}")
     assert e.value.code == f"{tmp_path}: Is a directory"
+    for number in (errno.EIO, errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.ENOSPC):
+        assert (
+            launch.users_error(OSError(number, "x", "a.json")) == f"a.json: {os.strerror(number)}"
+        )
+        told = SafetensorError(f"I/O error: of the disk (os error {number})")
+        assert is_machines(told) and os.strerror(number) in launch.users_error(told)
+    assert not is_machines(FileNotFoundError(errno.ENOENT, "x")) and not is_machines(ValueError())
     with pytest.raises(TypeError):
         run_here(monkeypatch, script, "err")
 
@@ -524,7 +534,12 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
         (deep / name).touch()
     for number in (ended.pid, 10**20):
         (deep / f".a.json.{number}.tmp").touch()
-    (deep / f".folder.{ended.pid}.tmp").mkdir()
+    # a file is written in a folder of its own, by safetensors under one more name; a user's folder
+    # of such a name has folders
+    (deep / f".folder.{ended.pid}.tmp" / "a").mkdir(parents=True)
+    (deep / f".b.safetensors.{ended.pid}.tmp").mkdir()
+    for name in ("b.safetensors", ".tmpAbCdEf"):
+        (deep / f".b.safetensors.{ended.pid}.tmp" / name).touch()
 
     claim(tmp_path)
     assert sorted(p.name for p in deep.iterdir()) == sorted([*kept, f".folder.{ended.pid}.tmp"])

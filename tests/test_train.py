@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PIXELS, ROOT, launcher, logged, method_args, run
+from conftest import PIXELS, ROOT, has_lines, launcher, logged, method_args, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -680,6 +681,33 @@ def test_a_resume_needs_the_same_base_and_validation_data(tmp_path, base, world)
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
     assert "the contents of base" in run("train.py", *args, ok=False)
+
+
+def test_a_picture_that_is_replaced_while_it_trains(tmp_path, base, world):
+    """No checkpoint is written of it; put back, the run goes on and ends as if nothing had been."""
+    shutil.copytree(world, tmp_path / "world")
+    args = "--max_steps=40", "--save_every=20", "--eval_every=0", "--loader_threads=1"
+    whole, out = (
+        method_args("text", base, tmp_path / "world", tmp_path / name, *args)
+        for name in ("whole", "out")
+    )
+    picture, other = (tmp_path / "world/train" / f"{n}.png" for n in (0, 1))
+    content = picture.read_bytes()
+
+    def replace():
+        while not has_lines(tmp_path / "out/log.jsonl", 3):
+            time.sleep(0.005)
+        picture.write_bytes(other.read_bytes())
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    said = run("train.py", *out, ok=False)
+    thread.join()
+    assert f"data ({tmp_path}/world/train.jsonl) changed while this run trained on them" in said
+    picture.write_bytes(content)
+    assert "wrote" in run("train.py", *out) and "wrote" in run("train.py", *whole)
+    (again, once) = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(again[name], once[name]) for name in once)
 
 
 def test_a_resume_needs_the_same_order(tmp_path, base, world):
