@@ -81,6 +81,20 @@ def retained(title, full, at_95, at_99):
     )
 
 
+# its head starts about mu and has fewer weights: does either make its gain over the full head?
+CONTROLS = Table(
+    "The start and the size of the PCA head, for a full one", column="", reference="LH+PCA", rows={
+        "LH":                "d -> d -> d, from 0 on",
+        "LH from mu":        "the same, from mu on",
+        "matched full head": "d -> m -> d with as many weights as the PCA head, from 0 on",
+        "matched from mu":   "the same, from mu on",
+        "LH+PCA":            "the PCA head",
+    }, claims=[
+        ("a full head is better from mu on",                    "LH from mu", "LH"),
+        ("the PCA head beats a full one from mu on",            "LH+PCA",     "LH from mu"),
+        ("the PCA head beats a full one of as many weights",    "LH+PCA",     "matched full head"),
+        ("the same where that starts about mu, too",            "LH+PCA",     "matched from mu"),
+    ])
 SUBSPACE = retained("What the subspace leaves out", "LH", "LH+PCA", "LH+PCA 99%")
 SUBSPACE_DA = retained("The same with difficulty-aware data", "LH+DA", "GAP", "GAP 99%")
 # of each study, in their order; a name is that of a section of report.py
@@ -151,6 +165,7 @@ TABLES = {"main": [
     with_examples(SUBSPACE, 2500),
     SUBSPACE_DA,
     with_examples(SUBSPACE_DA, 2500),
+    CONTROLS,
     Table("What VaLR needs", column="examples; steps; gradients; a move's name",
           logged=ALIGNED, reference="long VaLR n=4200", rows={
         "VaLR":                     "1,250; 800; through the last of two passes; after its span",
