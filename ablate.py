@@ -138,13 +138,12 @@ RUNS = {"main": [
     # and where few have latents?
     {"GAP 99%": AT_99},
     *at_sizes({"GAP 99%": AT_99}, SIZES["main"]),
-    # has a full head what the PCA head gains if it starts about mu, too, or has as few weights?
+    # does a full head gain what the PCA head does, if it too starts about mu or has as few weights?
     {
         "LH from mu":        NO_DA | {"method": "lh_mu"},
         "matched from mu":   NO_DA | {"method": "matched_mu"},
         "matched full head": NO_DA | {"method": "matched"},
     },
-    *at_sizes({"LH from mu": NO_DA | {"method": "lh_mu"}}, SIZES["main"]),
     # do twice the data change what the two tokens are worth, or what a first phase mends?
     *at_sizes({
         "first 200": {"latents_first": 200},

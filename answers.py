@@ -14,14 +14,7 @@ from pathlib import Path
 
 from options import OTHER_NUMBER, by_letter, find_letter, option_named, without_denied
 from phrases import DECLARED_TEXT, REASON, REFUSED, any_pattern, declared_text
-from stated import (
-    BOUND,
-    DECLARED_NUMBER,
-    NUMBERS,
-    find_kind,
-    find_number,
-    in_digits,
-)
+from stated import BOUND, DECLARED_NUMBER, NUMBERS, find_kind, find_number, in_digits
 from values import LARGE, MARKUP, WRAPPED, normalise, same_text, same_value
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +204,7 @@ def is_correct(answer, row):
         return True
     if word in ("yes", "no"):
         return find_kind(answer, "yesno") == word
-    word = in_digits(word)
+    word = in_digits(gold)
     number = find_number(answer) if NUMBERS.fullmatch(word) else None
     return number is not None and same_text(number, word) and states(answer, word)
 
@@ -292,7 +285,7 @@ def main(file):
 
     A line is "=" where they agree, "-" where nothing is read and "!" where something else is.
     """
-    from tables import read_json_rows  # for this command alone: tables.py builds on this file
+    from tables import read_json_rows  # for this command alone: tables.py stands below this file
 
     right = defaultdict(list)  # by rule
     rows, _ = read_json_rows(Path(file))

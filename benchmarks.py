@@ -144,11 +144,11 @@ def mathvista_prompts(folder):
 def mathvista(r, folder):
     """The official testmini.json with the prompts of query.json, or VLMEvalKit's TSV."""
     choice = r["question_type"] == "multi_choice"
+    choices = literal(r["choices"]) if choice else []
     # what the prompt's hint asks for, which decides how an answer is read and compared
     kinds = {"integer": "number", "float": "number", "list": "list"}
     row = {
-        # with their own letters, as the gold has them: "(b)", "B. Jones"
-        "options": dict(zip(string.ascii_uppercase, literal(r["choices"]))) if choice else None,
+        "options": lettered(choices) if choice else None,
         "kind": kinds.get(r["answer_type"], "text"),
     }
     # the official file, whose 6,141 prompts are read rather than built anew; a table holds pictures
@@ -156,6 +156,8 @@ def mathvista(r, folder):
         row["question"] = mathvista_prompts(folder)[str(r["pid"])]
         row["images"] = [folder / r["image"]]
         row["task"] = r["metadata"]["task"]
+        if r["answer"] in choices:  # with the letter that some choices have, "B. Jones"
+            row["answer"] = list(row["options"].values())[choices.index(r["answer"])]
         return row
     row["asked"] = asked_in(r["question"])
     # a table has no column for the decimals that its prompts ask for
@@ -447,7 +449,7 @@ JSONL = Benchmark(
 
 # means over these scores, whatever the number of their questions
 AVERAGES = {
-    # GAP, section 5.1: MME-RealWorld-Lite as a whole is perception, not its Perception part
+    # GAP: MME-RealWorld-Lite as a whole is perception, not its Perception part
     "Avg-P": ("HRBench4K/overall", "MMStar/overall", "MME-RealWorld-Lite/overall"),
     "Avg-R": ("MathVista/overall", "WeMath/strict", "WeMath/loose"),
     "CV-Bench": ("CV-Bench-2D/overall", "CV-Bench-3D/overall"),  # as Cambrian, which made it

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from launch import is_machines
+
 CHUNK = 2**20  # bytes that are read at once
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: no UTF-8 can hold it
 
@@ -52,7 +54,7 @@ def write_then_rename(path, write):
 
 @contextmanager
 def naming(path):
-    """An error of the disk in here that names no file names this one: which found the disk full?"""
+    """Give an error of the disk that names no file this name: which file found the disk full?"""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -108,16 +110,33 @@ def open_append(path):
 def append(f, row):
     """Write one row and flush it to the disk: a finished row survives a kill.
 
-    Raises FileNotFoundError if the file was removed meanwhile, with all that is written to it.
+    Raises FileNotFoundError if the file was removed meanwhile: what is written to it would be lost.
     """
+    line, written = json_line(row).encode(), 0
     with naming(f.name):
-        line = json_line(row).encode()
-        while line:
-            line = line[f.write(line) :]
+        try:
+            while written < len(line):
+                written += f.write(line[written:])
+        except OSError:
+            # no half of a line before the next one, of another thread
+            if written and f.tell() == os.fstat(f.fileno()).st_size:
+                f.truncate(f.tell() - written)
+            raise
         # else a power cut could lose what a resumed run takes for done
         os.fsync(f.fileno())
-        if not os.fstat(f.fileno()).st_nlink and not os.path.exists(f.name):
+        if was_removed(f):
             raise FileNotFoundError(errno.ENOENT, "removed while it was written", str(f.name))
+
+
+def was_removed(f):
+    """Has an open file no name any more?"""
+    here = os.fstat(f.fileno())
+    if here.st_nlink:
+        return False
+    try:  # some disks count no names
+        return not os.path.samestat(here, os.stat(f.name))
+    except FileNotFoundError:
+        return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,6 +224,8 @@ def read_safetensors(path, names=(), fields=()):
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             meta = f.metadata() or {}
     except (OSError, SafetensorError) as e:
+        if is_machines(e):
+            raise
         raise SystemExit(f"{path}: not a readable safetensors file ({e})") from None
     missing = [name for name in names if name not in tensors]
     missing += [field for field in fields if field not in meta]
@@ -305,6 +326,8 @@ def hash_tensors(path):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.flatten().view(torch.uint8).numpy())
     except (OSError, SafetensorError) as e:
+        if is_machines(e):
+            raise
         raise SystemExit(f"{path}: not a readable safetensors file ({e})") from None
     return digest.hexdigest()[:16]
 

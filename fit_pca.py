@@ -85,7 +85,7 @@ dtype = "float32"  # of the tower; 7B: bfloat16
 # --------------------------------------------------------------------------------------------------
 
 
-# Section 4.1. The v in R^d are what the tower and its merger make of auxiliary images, N in all.
+# The v in R^d are what the tower and its merger make of auxiliary images, N in all.
 #
 #   mu        = 1/N sum v
 #   Sigma     = 1/N sum (v - mu)(v - mu)^T, with eigenvalues lambda_1 >= lambda_2 >= ...

@@ -39,10 +39,11 @@ from model import (
     save_head,
     tower_fingerprint,
 )
+from options import hidden_options, option_named
 
 # --------------------------------------------------------------------------------------------------
-# difficulty-aware assignment: is_solved, of a line needs_latents, of a file solved_by; then
-# GAP.keeps_latents
+# difficulty-aware assignment: is_solved decides a count, needs_latents a line, solved_by a file;
+# GAP.keeps_latents asks it
 
 RULES = ("paper", "guess")
 GUESSING = 0.05  # a count is no luck if blind guessing reaches it less often than this [ours]
@@ -62,6 +63,15 @@ def is_solved(correct, n, n_options, tau, rule):
         return tail < GUESSING
     a = correct / n
     return a > tau  # a <= tau: the full latent format
+
+
+def n_options(row):
+    """Among how many options a guess would choose; 0 for a free-form answer."""
+    if row.get("options"):
+        return len(row["options"])
+    # those that its question lists, if its answer is one of them
+    options = hidden_options(row["question"])
+    return len(options) if option_named(row["answer"], options) else 0
 
 
 def needs_latents(line, tau, rule):
@@ -121,7 +131,7 @@ def solved_by(counts, examples, base, settings):
     # ids that train as text; all others keep their latents
     solved = set()
     for row in examples:
-        line = counts[row["id"]]
+        line = counts[row["id"]] | {"n_options": n_options(row)}
         if line["base"] != base:
             raise SystemExit(f"{path}: {row['id']!r} was sampled from another base than this run's")
         if line["row"] != question_key(row):
@@ -311,9 +321,7 @@ class GAP(Method):
             response = row.get("at_first", response)
         # the same prompt and spans as at inference, with K pads per span
         example = encode(self.vlm, self.tokenizer, self.processor, row, self.head.K, response)
-        n_spans = response.count(LATENT_SPAN)
-        # a row of validation has no step
-        return example | {"id": row["id"], "n_spans": n_spans, "training": "step" in row}
+        return example | {"id": row["id"], "n_spans": response.count(LATENT_SPAN)}
 
     def counts(self, example):
         # the latent loss has a count of its own: a batch of few spans does not shrink its gradient
@@ -326,8 +334,7 @@ class GAP(Method):
         if self.head.K:
             v = [self.targets.read(e["id"], e["n_spans"]) for e in examples if e["n_spans"]]
         latents = torch.cat(v) if v else torch.zeros(0, self.targets.d)  # (M, d)
-        training = examples[0]["training"]
-        return super().collate(examples) | {"latents": latents, "training": training}
+        return super().collate(examples) | {"latents": latents}
 
     # --- losses
 
@@ -366,7 +373,8 @@ class GAP(Method):
         v = batch["latents"]
         if not self.head.targets_fed:  # a control's own vector, whatever v is
             return self.head(v)
-        if self.settings["scheduled_sampling"] and batch["training"]:
+        # not in validation, whose numbers are of one forward whatever the setting
+        if self.settings["scheduled_sampling"] and torch.is_grad_enabled():
             # every latent of every step, and no gradient through what is fed [ours];
             # on every rank, with latents or not: FSDP gathers the decoder twice
             with torch.no_grad():

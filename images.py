@@ -10,6 +10,7 @@ import binascii
 import io
 import math
 import struct
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -76,28 +77,34 @@ def open_image(source):
 def image_size(source):
     """(width, height) of a picture as it is shown, from its header alone. Raises as open_image."""
     try:
-        with Image.open(image_file(source), formats=FORMATS) as image:
+        with opened(source) as image:
             return shown_size(image)
-    except IMAGE_ERRORS as e:
-        if is_machines(e):
-            raise
+    except BadImage as e:
         raise SystemExit(f"{name_of(source)}: not a usable image ({e})") from None
 
 
 def decode_image(source):
     """As open_image, but raises BadImage with the reason."""
+    with opened(source) as image:
+        # a picture that cannot be used is refused before its pixels are read
+        shown_size(image)
+        turn = orientation(image)
+        # now, while the file is open: Pillow reads pixels only when they are wanted
+        image.load()
+        return upright(image, turn)
+
+
+@contextmanager
+def opened(source):
+    """Pillow's image of a picture. What goes wrong in here is BadImage, or the machine's fault."""
     try:
         with Image.open(image_file(source), formats=FORMATS) as image:
-            # a picture that cannot be used is refused before its pixels are read
-            shown_size(image)
-            turn = orientation(image)
-            # now, while the file is open: Pillow reads pixels only when they are wanted
-            image.load()
-            return upright(image, turn)
+            yield image
     except BadImage:
         raise
     except IMAGE_ERRORS as e:
         if is_machines(e):  # of which the picture knows nothing
+            e.filename = e.filename or name_of(source)
             raise
         said = " ".join(str(e).split()) or type(e).__name__
         raise BadImage(other_kind(first_bytes(source)) or said) from None

@@ -1,8 +1,8 @@
 """What would a judge say of the answers that no rule reads?
 
 A judge is a language model behind an OpenAI-compatible endpoint. It is asked which option or value
-someone chose where extraction found none, and of MMHal-Bench for the rating that is its score. It
-grades beside the rule, never in its place: eval.py prints both.
+someone chose, or whether they said yes or no, where extraction found none, and of MMHal-Bench for
+the rating that is its score. It grades beside the rule, never in its place: eval.py prints both.
 """
 
 import re
@@ -19,11 +19,11 @@ from served import ask_all
 from stated import find_kind
 from values import plain
 
-# what ours is asked for, of benchmarks whose own harness, or VLMEvalKit, has a judge
+# what our judge is asked for, of benchmarks whose own harness, or VLMEvalKit, has a judge
 LETTERS = "HRBench4K HRBench8K MMStar WeMath BLINK VStar MMVP CV-Bench-2D CV-Bench-3D".split()
 VALUES = "MathVista MathVision MathVision-testmini".split()
-JUDGED = dict.fromkeys(LETTERS, "letter") | dict.fromkeys(VALUES, "value") | {"POPE": "yesno"}
-JUDGED["MMHal-Bench"] = "rating"
+JUDGED = dict.fromkeys(LETTERS, "letter") | dict.fromkeys(VALUES, "value")
+JUDGED |= {"POPE": "yesno", "MMHal-Bench": "rating"}
 JUDGE_PROMPTS = {
     "letter": (
         "Below are a multiple-choice question and what someone answered. Which option did they "
@@ -177,7 +177,7 @@ def rated(row, reply):
 
 
 def read_again(row, reply, kind, check):
-    """The row graded by the answer that the judge read: the letter of an option, or a value."""
+    """The row graded by what the judge read: the letter of an option, a value, or yes or no."""
     # the judge may say that nothing was chosen: it is not asked to guess
     if reply == NO_ANSWER:
         answer = None

@@ -60,7 +60,6 @@ MACHINE_ERRORS = {
     errno.ENFILE,
     errno.ENOMEM,
 }
-USERS_ERRORS |= MACHINE_ERRORS
 
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent ends
 TOGETHER = timedelta(minutes=15)  # the ranks of a launch begin
@@ -159,9 +158,9 @@ def command_of(args, main, commands, settings):
 
 
 def users_error(e):
-    """The sentence for an OSError or SafetensorError that a user can cause; "" for another."""
+    """The sentence for an OSError or SafetensorError that is no fault of this code; else ""."""
     code, file = errno_of(e), getattr(e, "filename", None)
-    if code not in USERS_ERRORS:
+    if code not in USERS_ERRORS | MACHINE_ERRORS:
         return ""
     return f"{file}: {os.strerror(code)}" if file else f"{os.strerror(code)}: {e}"
 
@@ -670,19 +669,21 @@ def claim(folder, file=""):
         return
     if not hold(folder / (f".{file}.lock" if file else ".lock")):
         raise SystemExit(f"{folder}: another process is writing here; wait, or give another out")
-    remove_leftovers(folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp"))
-
-
-def remove_leftovers(paths):
-    """Remove what killed processes left half-written of `paths`, named .<name>.<process>.tmp."""
-    for tmp in list(paths):
+    # named .<name>.<process>.tmp by write_then_rename; a living process still needs its own
+    for tmp in list(folder.glob(f".{escape(file)}.*.tmp") if file else folder.rglob(".*.tmp")):
         writer = tmp.suffixes[-2].lstrip(".") if len(tmp.suffixes) > 1 else ""
-        # a living process still needs its own
         if writer.isdigit() and not is_running(int(writer)):
-            if tmp.is_dir() and all(file.is_file() for file in tmp.iterdir()):
-                shutil.rmtree(tmp)
-            elif tmp.is_file():
-                tmp.unlink()
+            remove_leftover(tmp)
+
+
+def remove_leftover(tmp):
+    """Remove a file, or a folder of files alone: a user's folders and links stay."""
+    if tmp.is_symlink():
+        return
+    if tmp.is_file():
+        tmp.unlink()
+    elif tmp.is_dir() and all(file.is_file() for file in tmp.iterdir()):
+        shutil.rmtree(tmp)
 
 
 def is_running(process):

@@ -138,8 +138,8 @@ class PCAHead(SubspaceHead):
 class FullHead(LatentHead):
     """LH, the paper's baseline: an MLP d -> d -> d predicts v_hat itself (about 2 d^2 weights).
 
-    SiLU, biases and torch's first weights are [ours]: v_hat starts near 0, GAP's near mu, which
-    FullFromMeanHead tells from the subspace.
+    SiLU, biases and torch's first weights are [ours]: v_hat starts near 0, GAP's near mu;
+    FullFromMeanHead separates that from the subspace.
     """
 
     kind = "lh"
@@ -162,7 +162,7 @@ class FullHead(LatentHead):
 class OutputHead(LatentHead):
     """Output as input: the post-final-norm state itself is fed back.
 
-    Trained on real features as LVR's, but with this loss and on the auxiliary image's.
+    As LVR's it is trained on real features, but on the auxiliary image's, and with this loss.
     """
 
     kind = "output"

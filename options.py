@@ -501,10 +501,10 @@ def letter_of(text):
 
 
 OPTIONS_FOLLOW = re.compile(r"\b(?:options|choices)\s*:", re.IGNORECASE)
-OPTION_MARKS = (  # small letters last: in a question they are often parts of a picture
+OPTION_MARKS = (  # small letters last, for a tie: in a question they may be parts of a picture
     r"\(([A-H])\)\s*",
-    r"(?<![A-Za-z(])([A-H])\.\s+",
-    r"(?<![A-Za-z(])([A-H]):\s+",
+    r"(?<![A-Za-z])([A-H])\.\s+",
+    r"(?<![A-Za-z])([A-H]):\s+",
     r"\(([a-h])\)\s*",
 )
 

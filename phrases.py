@@ -1,7 +1,7 @@
 """How do people say that they answer, conclude, give a reason or cannot tell?
 
-The phrases that options.py, stated.py and answers.py look for, as regular expressions of text
-without layout (values.plain), and how these are written.
+The phrases that the files below look for, as regular expressions; all but DECLARED_TEXT of text
+without layout (values.plain).
 """
 
 import re

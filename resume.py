@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from files import append, each_line, key_of, open_append, write_lines
-from launch import Progress, claim, remove_leftovers
+from launch import Progress, claim
 from threads import each
 
 
@@ -78,8 +78,6 @@ def run_stage(
     folder = Path(folder)
     path = folder / "work" / f"{name}.jsonl"
     claim(path.parent, path.name)
-    for pattern in (".*.tmp", "images/*/.*.tmp", "work/.*.tmp"):
-        remove_leftovers(folder.glob(pattern))
     # of the whole row: one that an earlier stage has changed is worked on again
     hashed = Progress(rows, desc=f"{name}: what is done", unit="item", leave=False, delay=5)
     keys = [key_of(settings | {"row": row, "contents": contents(row)}) for row in hashed]

@@ -29,7 +29,7 @@ from answers import extract_answer, is_correct
 from data import check_prompt_texts, load_examples, question_key
 from endpoint import check_url, key_in
 from files import append, check_there, folder_digest, key_of, open_append, seed_of, write_lines
-from gap import RULES, is_solved, needs_latents, read_count_lines
+from gap import RULES, is_solved, n_options, needs_latents, read_count_lines
 from generate import see, stop_ids, stream, to_text, with_pixels
 from images import usable_rows
 from launch import (
@@ -45,7 +45,6 @@ from launch import (
     start,
 )
 from model import encode, load_processor, load_vlm
-from options import hidden_options, option_named
 from served import Served, ask_all, draw_answers, served_messages
 from threads import in_order
 
@@ -58,7 +57,7 @@ n_samples = 8  # N [paper]
 temperature = 1.0  # [ours]
 top_p = 1.0  # 1: draw from the whole distribution [ours]
 tau = 0.0  # solved if accuracy > tau [paper]
-rule = "paper"  # or "guess": solved only if the count is improbable under guessing [ours]
+rule = "paper"  # "guess" [ours]: with options no tau, but a count improbable under guessing
 early_stop = True  # stop at a question once it is solved: the same assignment, a lower-bound count
 batch = 64  # questions at once; 7B on 80 GB: 16
 max_new_tokens = 24  # 7B: 2048
@@ -84,6 +83,7 @@ class Tally:
         self.asked = question_key(row)  # before its pictures are opened: they may be replaced
         self.answers = {}  # by number of the sample: they end in any order
         self.correct = 0
+        self.n_options = n_options(row)
 
     def add(self, s, text, finished):
         """Take sample s. True where the other samples can be dropped."""
@@ -91,7 +91,7 @@ class Tally:
         self.answers[s] = answer
         self.correct += is_correct(answer, self.row)
         # further samples only raise the count, and so change no assignment
-        return early_stop and is_solved(self.correct, n_samples, n_options(self.row), tau, rule)
+        return early_stop and is_solved(self.correct, n_samples, self.n_options, tau, rule)
 
     def line(self, key):
         """The question's line of difficulty.jsonl."""
@@ -105,7 +105,7 @@ class Tally:
             "correct": self.correct,
             "accuracy": self.correct / n_samples,
             "lower_bound": len(self.answers) < n_samples,
-            "n_options": n_options(self.row),
+            "n_options": self.n_options,
             "answers": [self.answers[s] for s in sorted(self.answers)],
         }
 
@@ -117,15 +117,6 @@ def waves():
         # without options both rules are the paper's, which at a small tau needs the fewest
         few = sum(not is_solved(c, n_samples, 0, tau, rule) for c in range(n_samples))
     return [few, n_samples - few] if few < n_samples else [n_samples]
-
-
-def n_options(row):
-    """Among how many options a guess would choose; 0 for a free-form answer."""
-    if row.get("options"):
-        return len(row["options"])
-    # those that its question lists, if its answer is one of them
-    options = hidden_options(row["question"])
-    return len(options) if option_named(row["answer"], options) else 0
 
 
 def run_key():
@@ -140,6 +131,8 @@ def run_key():
     if early_stop:  # a full count fits every tau and rule
         names += ["tau", "rule"]
     settings = {name: globals()[name] for name in names}
+    if early_stop and rule == "guess":  # older counts knew a row's own options alone
+        settings["options"] = "those that a question lists, too"
     return key_of(settings | {"weights": folder_digest(base)})
 
 

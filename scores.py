@@ -63,7 +63,7 @@ def check_mathvista(row, strict=False):
     # officially cut, not rounded: 32.5 is right where 32 is
     if row["answer_type"] == "integer":
         return str(int(value)) == gold
-    # VLMEvalKit's TSV names no precision: as many decimals as the gold has
+    # where no precision is named: as many decimals as the gold has
     digits = row.get("precision") or len(gold.partition(".")[2])
     return str(round(value, int(float(digits)))) == gold
 

@@ -26,6 +26,7 @@ from answers import boxed, extract_answer, tagged
 from data import LATENT_SPAN, is_list
 from files import SURROGATE, seed_of
 from images import image_bytes, other_kind
+from launch import is_machines
 from resume import Reject
 
 # --------------------------------------------------------------------------------------------------
@@ -176,6 +177,8 @@ def read_parquet(path):
                 n += 1
                 yield n, as_json(item), ""
     except (ArrowException, OSError) as e:
+        if is_machines(e):
+            raise
         yield n + 1, None, f"not readable parquet: {e}"
 
 
@@ -449,10 +452,10 @@ def from_viscot(item):
         "category": "Visual_CoT",
     }
     # visual7w's: the wrong options, among which the right one gets a place by its question
-    options = item.get("multiple_choices")
-    if isinstance(options, list) and options and answer not in options:
+    options = list(item.get("multiple_choices") or ())
+    if options and answer not in options:
         place = seed_of(path, question) % (len(options) + 1)
-        options = [*options[:place], answer, *options[place:]]
+        options.insert(place, answer)
     return with_options(example, options)
 
 

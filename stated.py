@@ -110,8 +110,8 @@ COUNTED = re.compile(
 )
 # 2.5e-3, 1.5 × 10^{-3}, 10^3
 SCIENTIFIC = re.compile(
-    r"(?<![\w.^/])(?:(\d+(?:\.\d+)?)(?:e| ?(?:[×x*·]|\\cdot) ?10\^)|10\^)"
-    r"[{(]?([+-]?\d{1,2})[)}]?(?![\w^]|\.\d)",
+    r"(?<![\w.,^/√{])(?:(\d+(?:,\d{3})*(?:\.\d+)?)(?:e| ?(?:[×x*·]|\\cdot) ?10\^)|10\^)"
+    r"([{(])?([+-]?\d{1,2})(?(2)[)}])(?![\w^]|\.\d)",
     re.ASCII,
 )
 # an answer before its explanation, "Yes, there is no doubt"
@@ -148,8 +148,8 @@ def in_digits(text):
         return COUNT_WORDS.get(word[0].replace(" ", "-"), word[0])
 
     def written_out(number):
-        mantissa, exponent = number.groups()
-        return f"{Decimal(mantissa or 1).scaleb(int(exponent)):f}"
+        mantissa, _, exponent = number.groups(default="1")
+        return f"{Decimal(mantissa.replace(',', '')).scaleb(int(exponent)):f}"
 
     return COUNTED.sub(counted, SCIENTIFIC.sub(written_out, plain(text).lower()))
 
@@ -161,14 +161,14 @@ def find_number(text, finished=True):
     last sentence with a number, or of what it concludes, the last that is stated, "it is 10.4 for 3
     of them", or the last of all. A refusal gives none.
     """
-
-    text = in_digits(text)
     # an expression is its value
+    text = plain(text).lower()
     bare = bare_value(text) if len(text) <= LONGEST_VALUE else ""
     if re.search(r"[√π^/*\\]", bare):
         value = latex_value(bare)
         if value is not None:
             return f"{value:.15g}"
+    text = in_digits(text)
     # "two people, whose ages cannot be told": numbers before a refusal are of other things
     *before, said = REFUSED.split(text)
     whole = " ".join([*before, said])

@@ -125,5 +125,5 @@ def log_cost(server, start, usage=None):
     for name in ("prompt_tokens", "completion_tokens"):
         # not every server counts tokens
         line[name] = getattr(usage, name, None) or 0
-    with LOCK, open(server.costs, "ab") as f:
+    with LOCK, open(server.costs, "ab", buffering=0) as f:
         append(f, line)

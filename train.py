@@ -528,27 +528,36 @@ def check_same_run(folder, settings):
     }
     if differ:
         raise SystemExit(f"{path} and this run disagree on (there, here): {differ}; {advice}")
-    changed = changed_inputs(saved["inputs"], settings["inputs"])
-    if changed:
-        raise SystemExit(f"{path}: the contents of {changed} are not what they were; {advice}")
-
-
-def contents_of(model, rows, val_rows):
-    """{input: a hash of its contents} of all that training is fed, as it is on the disk now."""
-    return {
-        "base": folder_digest(base),
-        "data": key_of([example_key(row) for row in rows]),
-        "val_data": key_of([example_key(row) for row in val_rows]),
-        **model.inputs(),
-    }
-
-
-def changed_inputs(there, here):
-    """Which of two such records' inputs differ, with their files, as one text; "" for none."""
+    there, here = saved["inputs"], settings["inputs"]
     changed = [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]
-    # inputs that are no setting come from the data
-    files = settings_of(globals()) | {"targets": pca}
-    return ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
+    if changed:
+        files = settings | {"targets": pca}  # inputs that are no setting come from the data
+        names = ", ".join(f"{name} ({files.get(name, data)})" for name in sorted(changed))
+        raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
+
+
+def check_unchanged(rows, taught):
+    """Raise SystemExit, on every rank, for a row that is not what it was: `taught` has their keys.
+
+    All else that training reads it has read before its first step, or holds open.
+    """
+    rank, world = rank_and_world()
+    changed = ""
+    for i in range(rank, len(rows), world):
+        row = rows[i]
+        try:
+            same = example_key(row) == taught[i]
+        except FileNotFoundError:  # a picture that has gone
+            same = False
+        if not same:
+            changed = f"{row.where}: example {row['id']!r} or a picture of it"
+            break
+    changed = next(filter(None, gathered(changed)), "")
+    if changed:
+        raise SystemExit(
+            f"{changed} changed while this run trained on it; no checkpoint is written: put back "
+            "what was there, and it goes on from the last one, or from the start"
+        )
 
 
 def export(model, tokenizer, processor):
@@ -705,7 +714,13 @@ def main():
     # the optimizer, and where an earlier run stopped that was fed the same
     each = flops_each(vlm)
     shard(model, device)
-    settings["inputs"] = contents_of(model, rows, val_rows)
+    taught = [example_key(row) for row in rows]
+    settings["inputs"] = {
+        "base": folder_digest(base),
+        "data": key_of(taught),
+        "val_data": key_of([example_key(row) for row in val_rows]),
+        **model.inputs(),
+    }
     check_same_everywhere("the inputs", settings["inputs"])
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
@@ -763,11 +778,7 @@ def main():
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         bar.update()
         if is_saved(step, total):
-            if changed := changed_inputs(settings["inputs"], contents_of(model, rows, val_rows)):
-                raise SystemExit(
-                    f"{changed} changed while this run trained on them; no checkpoint is written: "
-                    "put back what was there, and it goes on from the last one"
-                )
+            check_unchanged(rows, taught)
             save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
 

@@ -25,7 +25,6 @@ from benchmarks import (
     vstar,
     wemath,
 )
-from options import hidden_options
 from scores import check_answer, check_letter, check_mathvista
 from tables import images_of
 
@@ -210,30 +209,6 @@ def test_mathvistas_table_says_the_precision_in_its_prompts():
         hint = f"Hint: a floating-point number with {decimals} decimal place, e.g. 1.2\nQuestion: x"
         read = mathvista(row | {"question": hint, "answer": "0.30"}, None)
         assert read["precision"] == precision
-
-
-@pytest.mark.parametrize(
-    "text, texts",
-    [
-        ("What? (A) red (B) blue\n(C) green", "red; blue; green"),
-        ("Is point A. closer? A. x\nB. y\nC. z", "x; y; z"),
-        ("(a) Open (b) Closed", "Open; Closed"),
-        ("Is (A) longer?", ""),
-        ("What are the options: yes or no?", ""),
-        # letters of the question before them, other styles within them, an instruction after them
-        ("(a) is before, (b) after.\nOptions: A: colour, B: size, C: none", "colour; size; none"),
-        ("(A) or (B)?\nOptions: A: the first, B: both, C: none", "the first; both; none"),
-        ("(A) or (B)? A: the first, B: both, C: none", "the first; both; none"),
-        ("Options: A: (A) and (B), B: only (B), C: none", "(A) and (B); only (B); none"),
-        ("Options: A: vitamin A: x, B: vitamin B: y", "vitamin A: x; vitamin B: y"),
-        ("Options: A: 1, B: 2, C: 3\nPlease answer A. B. or C.", "1; 2; 3"),
-        ("Options: A: the St. B. Fork, B: y", "the St. B. Fork; y"),
-    ],
-)
-def test_options_that_stand_in_a_question(text, texts):
-    assert "; ".join(hidden_options(text).values()) == texts
-    # whatever stands before
-    assert "; ".join(hidden_options(f"Look. {text}").values()) == texts
 
 
 def test_a_gold_that_is_none_of_the_options_is_told(tmp_path, capsys):

@@ -12,10 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PIXELS, ROOT, TOY, has_lines, kill_when, run
+from conftest import PIXELS, TOY, has_lines, kill_when, run
 from official_files import args_of, b64, picture, plant
 from safetensors.torch import load_file
-from scipy.stats import binomtest
 
 import eval as evaluate
 import launch
@@ -25,7 +24,6 @@ from data import load_examples
 from files import read_lines, write_lines
 from generate import latents_name
 from images import open_image
-from intervals import difference_interval
 from model import load_processor, load_vlm, real_features
 
 # --- a JSONL test set
@@ -350,40 +348,6 @@ def test_questions_wait_for_room(monkeypatch):
 
 
 # --- statistics
-
-
-def test_compare(tmp_path):
-    """Names both runs, what they differ in, and the interval and test of test_intervals.py."""
-    rng = random.Random(0)
-    a, b = ([rng.random() < p for _ in range(200)] for p in (0.5, 0.65))
-    for name, right in (("a", a), ("b", b)):
-        (tmp_path / name).mkdir()
-        lines = [json.dumps({"id": i, "correct": c}) + "\n" for i, c in enumerate(right)]
-        (tmp_path / name / "scored.jsonl").write_text("".join(lines))
-        settings = {"model": f"out/{name}", "seed": 1, "data": "WeMath"}
-        scores = {"strict": {"accuracy": len(name) / 4}, "IK": {"accuracy": 0.5}}
-        record = json.dumps({"settings": settings, "scores": scores})
-        (tmp_path / name / "metrics.json").write_text(record)
-    both = (tmp_path / "a", tmp_path / "b")
-    text = run("eval.py", "--compare", *both)
-    assert f"A: {both[0]}\nB: {both[1]}\nover questions:\n" in text
-    # the benchmark's own score of a paper's table, which is no mean over questions
-    assert "the benchmark's strict: A 0.250, B 0.250" in text and "IK" not in text
-    assert "model: A 'out/a', B 'out/b'" in text and "seed:" not in text
-    wins, losses = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
-    test = binomtest(wins, wins + losses)
-    low, high = difference_interval([float(y) - float(x) for x, y in zip(a, b)])
-    assert (
-        f"B - A {(wins - losses) / 200:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); "
-        f"B wins {wins}, loses {losses}, McNemar p = {test.pvalue:.3g}"
-    ) in text
-    for name in ("a/MMHal-Bench", "b/MMHal-Bench", "b/POPE"):
-        shutil.copytree(tmp_path / "a", tmp_path / name, ignore=lambda *_: ["MMHal-Bench"])
-    text = run("eval.py", "--compare", *both)
-    assert "MMHal-Bench: has no score but a judge's" in text and "POPE: B's alone" in text
-    (tmp_path / "b/scored.jsonl").write_text(json.dumps({"id": 7, "correct": True}) + "\n")
-    assert "hold other questions" in run("eval.py", "--compare", *both, ok=False)
-    assert "no scored.jsonl" in run("eval.py", "--compare", ROOT / "toy", both[1], ok=False)
 
 
 def test_a_file_of_ones_own_is_asked_and_read_as_it_says(world, monkeypatch):

@@ -3,7 +3,9 @@
 import errno
 import math
 import os
+import resource
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -295,6 +297,29 @@ def test_a_file_that_was_removed_is_not_written_on(tmp_path):
         with pytest.raises(FileNotFoundError) as e:
             append(f, {"a": 2})
     assert e.value.filename == str(path)
+    with open_append(path) as f:  # nor one that another has made anew since
+        path.unlink()
+        path.write_text("")
+        with pytest.raises(FileNotFoundError):
+            append(f, {"a": 3})
+
+
+def test_half_of_a_line_is_taken_back(tmp_path):
+    """Another thread may go on to write to the file where the disk has room again."""
+    path = tmp_path / "a.jsonl"
+    with open_append(path) as f:
+        append(f, {"a": 1})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (14, limits[1]))
+            with pytest.raises(OSError, match="a.jsonl"):
+                append(f, {"a": 2, "b": "longer"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        append(f, {"a": 3})
+    assert [row["a"] for row in read_lines(path)] == [1, 3]
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path):

@@ -14,7 +14,7 @@ from scipy.stats import binom
 import train
 from data import Row, load_examples, question_key
 from files import write_json, write_lines
-from gap import GAP, Targets, check_same_space, is_solved, read_counts, solved_by
+from gap import GAP, Targets, check_same_space, is_solved, n_options, read_counts, solved_by
 from images import open_image
 from model import IGNORE, encode_images, load_pca, load_processor, load_vlm
 
@@ -141,10 +141,10 @@ def test_rules():
 
 
 def test_guess_rule_against_scipy():
-    for n_options in (2, 3, 4, 9):
+    for n in (2, 3, 4, 9):
         for c in range(9):
-            improbable = binom.sf(c - 1, 8, 1 / n_options) < 0.05
-            assert is_solved(c, 8, n_options, 0.0, "guess") == improbable
+            improbable = binom.sf(c - 1, 8, 1 / n) < 0.05
+            assert is_solved(c, 8, n, 0.0, "guess") == improbable
 
 
 # --- what a stage wrote belongs to what the next one reads
@@ -186,8 +186,8 @@ def asked(world, n=3):
     return rows, counts
 
 
-def solved(rows, counts, tau=0.0, base="b"):
-    settings = {"difficulty": "d.jsonl", "tau": tau, "rule": "paper", "data": "x.jsonl"}
+def solved(rows, counts, tau=0.0, base="b", rule="paper"):
+    settings = {"difficulty": "d.jsonl", "tau": tau, "rule": rule, "data": "x.jsonl"}
     settings["easy_latents"] = 0.0
     return solved_by(counts, rows, base, settings)
 
@@ -214,6 +214,16 @@ def test_a_count_belongs_to_its_base_and_threshold(world):
     del counts[rows[1]["id"]]
     with pytest.raises(SystemExit, match="lacks 1 examples"):
         solved(rows, counts)
+
+
+def test_a_count_is_held_against_the_options_that_a_question_lists(world):
+    """Whatever a file says that an older version sampled."""
+    rows, counts = asked(world)
+    row = rows[1]
+    row |= {"question": "Which? A. red B. blue C. green D. none", "answer": "B"}
+    counts[row["id"]] |= {"row": question_key(row), "correct": 1, "n_options": 0}
+    assert row["id"] in solved(rows, counts)
+    assert row["id"] not in solved(rows, counts, rule="guess")
 
 
 def test_counts_follow_copies_of_the_pictures(tmp_path, world):
@@ -358,7 +368,7 @@ def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, gap
     gap = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
     torch.nn.init.normal_(gap.head.down.weight, std=0.3)
     rows, _ = gap.rows(load_examples(world / "train.jsonl")[2:5], training=True)
-    batch = gap.collate([gap.encode(row | {"step": 0}) for row in rows])
+    batch = gap.collate([gap.encode(row) for row in rows])
     pictures = [open_image(path) for row in rows for path in row["images"]]
     batch["vision"] = torch.cat(encode_images(gap.vlm, gap.processor, pictures)[0]).detach()
     decoder, is_latent = gap.vlm.model.language_model, batch["ids"] == gap.latent_id
@@ -372,8 +382,8 @@ def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, gap
             inputs_embeds=x, position_ids=batch["pos"], use_cache=False
         ).last_hidden_state
 
+    sums = {name: x.detach() for name, x in gap.forward(batch).items()}
     with torch.no_grad():
-        sums = gap.forward(batch)
         h = states(gap.head(states(batch["latents"])[before]))
         logits = gap.vlm.lm_head(h[:, :-1]).flatten(0, 1)
         labels = batch["labels"][:, 1:].flatten()
@@ -381,6 +391,20 @@ def test_scheduled_sampling_is_a_second_pass_on_its_own_latents(base, world, gap
         squared = (gap.head(h[before]) - batch["latents"].float()).pow(2).sum()
     torch.testing.assert_close(sums["ce"], ce, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(sums["latent"], squared, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "row, n",
+    [
+        ({"question": "Which?", "answer": "red", "options": ["red", "blue", "green"]}, 3),
+        ({"question": "Which? A. red B. blue C. green D. none", "answer": "B"}, 4),
+        ({"question": "Which?\n(A) red\n(B) blue", "answer": "blue"}, 2),
+        ({"question": "How far is (A) from (B)?", "answer": "12"}, 0),
+        ({"question": "Which?", "answer": "B"}, 0),
+    ],
+)
+def test_a_guess_is_among_the_options_that_a_question_lists(row, n):
+    assert n_options(row) == n
 
 
 def test_a_resume_needs_the_same_solved_questions(base, world, gap_args):
@@ -421,11 +445,12 @@ def test_the_log_is_of_what_was_said(base, world, gap_args):
 def test_no_gradient_goes_through_what_a_second_pass_is_fed(base, world, gap_args):
     method = gap_of(base, gap_args, difficulty="", scheduled_sampling=True)
     rows, _ = method.rows(load_examples(world / "train.jsonl")[2:4], training=True)
-    batch = seen_batch(method, [row | {"step": 0} for row in rows])
+    batch = seen_batch(method, rows)
     fed, states = [], method.states
     method.states = lambda batch, v: fed.append(v) or states(batch, v)
     method(batch)
     assert len(fed) == 2 and not fed[1].requires_grad and not torch.equal(fed[0], fed[1])
     # in validation the targets are fed, as without it
-    method(seen_batch(method, rows))
+    with torch.no_grad():
+        method(batch)
     assert len(fed) == 3 and torch.equal(fed[2], batch["latents"])

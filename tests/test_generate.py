@@ -674,12 +674,13 @@ def test_predictions_are_calibrated_and_what_stands_in_for_them_is_not(loaded, h
     make_open(vlm, tokenizer, prompts, {0})
     n_bar, real = ema_norm(prompts[0]["vision"], 0.9), 3 * torch.randn(1, 4, len(head.mean))
     fed = {}
-    for kind in ("noise", "oracle"):
+    for kind in ("noise", "oracle", "mean"):
         settings = {"max_new_tokens": 6, "ema_beta": 0.9, "intervention": kind, "fed": [real]}
         ((a,),) = generate(vlm, head, tokenizer, prompts, seeds=[1], **settings)
         fed[kind] = a["latents"]
     close(fed["noise"].norm(dim=-1), torch.full((4,), n_bar))
     close(fed["oracle"], real[0])
+    close(fed["mean"], head.mean.expand(4, -1))
 
 
 def test_what_lies_about_mu_needs_one(head):

@@ -257,13 +257,15 @@ def test_a_fault_of_the_machine_is_none_of_a_picture(tmp_path, monkeypatch, numb
     """Else a row would be left out, and a question count as wrong, for a disk that was away."""
 
     def broken(*args, **kwargs):
-        raise OSError(number, os.strerror(number), "a.png")
+        raise OSError(number, os.strerror(number))  # of a read, which names no file
 
     (tmp_path / "a.png").write_bytes(saved(noise()))
     monkeypatch.setattr(images.Image, "open", broken)
     for use in (images.open_image, images.image_size, images.decode_image):
         with pytest.raises(OSError, match="a.png"):
             use(tmp_path / "a.png")
+        with pytest.raises(OSError, match="an embedded image"):
+            use(b"bytes")
     with pytest.raises(OSError, match="a.png"):
         usable_rows([Row({"id": "1", "images": [str(tmp_path / "a.png")]})], True)
 

@@ -537,6 +537,8 @@ def test_other_ranks_and_other_files_are_left_alone(tmp_path, monkeypatch):
     # a file is written in a folder of its own, by safetensors under one more name; a user's folder
     # of such a name has folders
     (deep / f".folder.{ended.pid}.tmp" / "a").mkdir(parents=True)
+    kept.append(f".link.{ended.pid}.tmp")
+    (deep / kept[-1]).symlink_to(tmp_path)
     (deep / f".b.safetensors.{ended.pid}.tmp").mkdir()
     for name in ("b.safetensors", ".tmpAbCdEf"):
         (deep / f".b.safetensors.{ended.pid}.tmp" / name).touch()

@@ -247,20 +247,6 @@ def test_what_was_cut_off_solves_nothing_by_a_weak_rule():
         assert tally.correct == correct
 
 
-@pytest.mark.parametrize(
-    "row, n",
-    [
-        ({"question": "Which?", "answer": "red", "options": ["red", "blue", "green"]}, 3),
-        ({"question": "Which? A. red B. blue C. green D. none", "answer": "B"}, 4),
-        ({"question": "Which?\n(A) red\n(B) blue", "answer": "blue"}, 2),
-        ({"question": "How far is (A) from (B)?", "answer": "12"}, 0),
-        ({"question": "Which?", "answer": "B"}, 0),
-    ],
-)
-def test_a_guess_is_among_the_options_that_a_question_lists(row, n):
-    assert sample_difficulty.n_options(row) == n
-
-
 def test_each_sample_has_a_seed_of_its_own(monkeypatch, loaded, world):
     """And is finished only where its last token stops it."""
     seeds, ended = [], []

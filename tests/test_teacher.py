@@ -7,6 +7,7 @@ import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -24,6 +25,7 @@ from conftest import (
 from PIL import Image
 
 import build_data as b
+import teacher
 from data import load_examples
 from endpoint import key_in
 from files import read_lines, write_lines
@@ -228,6 +230,11 @@ def test_synthesise_with_an_endpoint_that_misbehaves(stage, tmp_path, monkeypatc
     moved = Endpoint()
     assert stage("synthesise", "synthesised", **settings | endpoints(moved)) == kept
     assert not moved.seen
+
+
+def test_a_full_disk_is_named_by_the_costs():
+    with pytest.raises(OSError, match="/dev/full"):
+        teacher.log_cost(SimpleNamespace(model="m", costs="/dev/full"), 0.0)
 
 
 def test_a_broken_picture_is_one_rows_fault(stage, tmp_path):
