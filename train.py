@@ -536,8 +536,8 @@ def check_same_run(folder, settings):
         raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 
 
-def check_unchanged(rows, taught):
-    """Raise SystemExit, on every rank, for a row that is not what it was: `taught` has their keys.
+def check_unchanged(model, rows, keys):
+    """Raise SystemExit, on every rank, for a row whose key is not what it was.
 
     All else that training reads it has read before its first step, or holds open.
     """
@@ -546,7 +546,7 @@ def check_unchanged(rows, taught):
     for i in range(rank, len(rows), world):
         row = rows[i]
         try:
-            same = example_key(row) == taught[i]
+            same = model.row_key(row) == keys[i]
         except FileNotFoundError:  # a picture that has gone
             same = False
         if not same:
@@ -714,14 +714,14 @@ def main():
     # the optimizer, and where an earlier run stopped that was fed the same
     each = flops_each(vlm)
     shard(model, device)
-    taught = [example_key(row) for row in rows]
     settings["inputs"] = {
         "base": folder_digest(base),
-        "data": key_of(taught),
+        "data": key_of([example_key(row) for row in rows]),
         "val_data": key_of([example_key(row) for row in val_rows]),
         **model.inputs(),
     }
     check_same_everywhere("the inputs", settings["inputs"])
+    keys = [model.row_key(row) for row in rows]
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
     check_space(model, first, total)
@@ -778,7 +778,7 @@ def main():
                 bar.write("  ".join(f"{k} {v:.4g}" for k, v in line.items()))
         bar.update()
         if is_saved(step, total):
-            check_unchanged(rows, taught)
+            check_unchanged(model, rows, keys)
             save_checkpoint(model, optimizer, step + 1, settings)
     bar.close()
 

@@ -90,6 +90,9 @@ class VaLR(Method):
             "aux_images": key_of(self.pictures),
         }
 
+    def row_key(self, row):
+        return key_of([super().row_key(row), *map(file_digest, row["aux_images"])])
+
     # --- which rows, and how a row becomes numbers
 
     def rows(self, examples, training):

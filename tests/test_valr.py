@@ -19,6 +19,7 @@ from conftest import (
     record,
     run,
 )
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_encoders import saved_encoder
@@ -33,6 +34,7 @@ from files import write_lines
 from generate import INTERVENTIONS, check_intervention, generate, make_prompts
 from images import open_image
 from launch import settings_of
+from method import Method
 from model import IGNORE, encode_images, load_head, load_processor, load_vlm
 from valr import VaLR, upsample
 
@@ -345,6 +347,16 @@ def test_an_image_in_the_question_can_be_the_target(base, world, alone):
     assert spanned[0]["response"].startswith("<think> <latent></latent> Follow")
     assert spanned[0]["aux_images"] == spanned[0]["images"]
     assert strip_latents(spanned[0]["response"]) == plain[0]["response"]
+
+
+def test_a_target_picture_that_is_replaced_makes_another_row(base, steps, alone, tmp_path):
+    """VaLR reads it at every step; what reads none has a row as it was."""
+    row = load_examples(steps / "train.jsonl")[0]
+    own, plain = method(base), Method(None, None, None, {})
+    row["aux_images"] = [shutil.copy(path, tmp_path) for path in row["aux_images"]]
+    before = own.row_key(row), plain.row_key(row)
+    Image.new("RGB", (56, 56), "red").save(row["aux_images"][-1])
+    assert own.row_key(row) != before[0] and plain.row_key(row) == before[1]
 
 
 def test_upsampling_keeps_places():
