@@ -135,7 +135,12 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, gap_args, ranks):
     whole, again = (load_file(f / "model.safetensors") for f in (tmp_path / "whole", out))
     for k in whole:
         close(again[k], whole[k], rtol=0.0, atol=0.0 if ranks == 1 else 2e-3)
-    assert [r["step"] for r in logged(out)[1:]] == list(range(1, 13))
+    log = logged(out)[1:]
+    assert [r["step"] for r in log] == list(range(1, 13))
+    # the rate that each step was taken with: one step of warm-up, then half a cosine to 0
+    wanted = [1.0, *(0.5 + 0.5 * math.cos(math.pi * i / 11) for i in range(11))]
+    assert [r["lr"] / log[0]["lr"] for r in log] == pytest.approx(wanted)
+    assert all(0.05 < r["peak_gib"] < 20 for r in log)
     left = ["step-0000003-mine", "step-0000009", "step-0000012"]
     assert sorted(p.name for p in (out / "ckpt").glob("step-*")) == left
 
