@@ -167,6 +167,8 @@ RUNS = {"main": [
         "LH+PCA":     NO_DA,
         "LH+PCA 99%": NO_DA | AT_99,
     }, SIZES["main"])[0],
+    # and a question that was raised later
+    {"LH from mu": NO_DA | {"method": "lh_mu"}},
 ], "gap": [
     {"base": None} | MAIN,
     # what asks about the head is asked of LH+PCA: with latents everywhere, seeds differ least
