@@ -464,7 +464,8 @@ def read_answers(folder, rows):
 
     The right ones are {category: [questions, hexadecimal number of a bit per question]}.
     """
-    correct = {row["id"]: row["correct"] for row in read_lines(folder / "scored.jsonl")}
+    scored = read_lines(folder / "scored.jsonl", id=(str, int), correct=(bool, int, float))
+    correct = {row["id"]: row["correct"] for row in scored}
     bits = {}
     for row in rows:
         if row["id"] not in correct:  # --eval_args=--limit=N: not asked
@@ -484,7 +485,8 @@ def read_answers(folder, rows):
 def median_ms(folder):
     """Median milliseconds an answer, of what eval.py left in a folder."""
     files = folder.glob("predictions.rank*.jsonl")
-    times = [prediction["seconds"] for file in files for prediction in read_lines(file)]
+    lines = [line for file in files for line in read_lines(file)]
+    times = [line["seconds"] for line in lines if "seconds" in line]  # one that failed has none
     return 1000 * statistics.median(times)
 
 

@@ -625,7 +625,8 @@ def synthesise():
     rejects = "rejects.synthesised.jsonl"
     work_through("synthesised", rows, write_one, WRITTEN_USES, rejects, **ever)
 
-    lines = read_lines(cost_file())
+    numbers = dict.fromkeys(("prompt_tokens", "completion_tokens", "seconds"), (int, float))
+    lines = read_lines(cost_file(), **numbers)
     asked = sum(line["prompt_tokens"] for line in lines)
     written = sum(line["completion_tokens"] for line in lines)
     seconds = sum(line["seconds"] for line in lines)

@@ -53,7 +53,7 @@ def fingerprints(images, total, name, folder, workers, decode):
     """
     path = Path(folder) / "work" / "fingerprints.jsonl"
     claim(path.parent, path.name)
-    known = {line["key"]: line["print"] for line in read_lines(path)}
+    known = {line["key"]: line["print"] for line in read_lines(path, key=str, print=list)}
     found = {}
 
     def one(item):

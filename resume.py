@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from files import append, each_line, key_of, open_append, write_lines
+from files import append, check_fields, each_line, key_of, open_append, write_lines
 from launch import Progress, claim
 from threads import each
 
@@ -84,8 +84,11 @@ def run_stage(
     # the file also holds what other rows and other settings gave: a change that is taken back costs
     # nothing
     wanted = set(keys)
-    before = each_line(path) if path.exists() else ()
-    done = {line["key"]: line for line in before if line["key"] in wanted}
+    done = {}
+    for line in each_line(path, key=str) if path.exists() else ():
+        if line["key"] in wanted:
+            check_fields(line, {"row" if "row" in line else "reject": dict}, path)
+            done[line["key"]] = line
     # what an earlier run has finished is not asked, and not paid, again
     n_done = sum(key in done for key in keys)
     todo = ((key, row) for key, row in zip(keys, rows, strict=True) if key not in done)
