@@ -148,7 +148,7 @@ def mathvista(r, folder):
     # what the prompt's hint asks for, which decides how an answer is read and compared
     kinds = {"integer": "number", "float": "number", "list": "list"}
     row = {
-        "options": lettered(choices) if choice else None,
+        "options": lettered(choices),
         "kind": kinds.get(r["answer_type"], "text"),
     }
     # the official file, whose 6,141 prompts are read rather than built anew; a table holds pictures
@@ -588,14 +588,21 @@ def load_benchmark(name, data_root):
             raise SystemExit(f"{path}: row {n} {wrong} ({file.source})")
         ids.add(row["id"])
         rows.append(row)
+    if BENCHMARKS[name].check is check_letter and rank_and_world()[0] == 0:
+        warn_of_lost(path, rows)
+    return rows, md5
+
+
+def warn_of_lost(path, rows):
+    """Say which questions no letter can answer, if there are any."""
     # not refused: VLMEvalKit drops an option that says "None" or "NA", and so do we
     lost = [r for r in rows if r["options"] and letter_of(r["answer"]) not in r["options"]]
-    if lost and BENCHMARKS[name].check is check_letter and rank_and_world()[0] == 0:
+    if lost:
+        first = lost[0]
         warn(
             f"{path}: {len(lost)} questions whose answer is none of the options that were found, "
-            f"the first {lost[0]['id']!r}: {lost[0]['answer']!r} of {', '.join(lost[0]['options'])}"
+            f"the first {first['id']!r}: {first['answer']!r} of {', '.join(first['options'])}"
         )
-    return rows, md5
 
 
 def warn(text):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import Rows, example_key, strip_latents, strip_parser
+from data import Rows, strip_latents, strip_parser
 from images import open_image
 from model import IGNORE, embed, encode
 
@@ -49,9 +49,9 @@ class Method(nn.Module):
         """{name: key} of what training depends on beside data and base: a resume needs the same."""
         return {}
 
-    def row_key(self, row):
-        """A hash of all that is read of a row while it trains, as it is on the disk now."""
-        return example_key(row)
+    def also_reads(self, row):
+        """Paths of what is read of a row at every step, beside the images of its question."""
+        return []
 
     # --- which rows, and how a row becomes numbers
 

@@ -518,8 +518,9 @@ def hidden_options(text):
     for heading in reversed(list(OPTIONS_FOLLOW.finditer(text))):
         listed = text[heading.end() :]
         # of one style, that of the first mark: "A: (A) and (B), B: only (B)"
-        marks = [(m.start(), style) for style in OPTION_MARKS if (m := re.search(style, listed))]
-        for _, style in sorted(marks)[:1]:
+        marks = [mark for style in OPTION_MARKS if (mark := re.search(style, listed))]
+        if marks:
+            style = min(marks, key=re.Match.start).re
             run = max(runs_of(style, listed), key=len, default=[])
             if len(run) > 1:
                 return texts_between(run, listed)

@@ -51,6 +51,7 @@ from files import (
     append,
     check_fields,
     check_there,
+    file_digest,
     folder_digest,
     hash_file,
     key_of,
@@ -536,6 +537,11 @@ def check_same_run(folder, settings):
         raise SystemExit(f"{path}: the contents of {names} are not what they were; {advice}")
 
 
+def row_key(model, row):
+    """(a hash of what a row teaches, digests of what else is read of it at every step)."""
+    return example_key(row), *map(file_digest, model.also_reads(row))
+
+
 def check_unchanged(model, rows, keys):
     """Raise SystemExit, on every rank, for a row whose key is not what it was.
 
@@ -546,7 +552,7 @@ def check_unchanged(model, rows, keys):
     for i in range(rank, len(rows), world):
         row = rows[i]
         try:
-            same = model.row_key(row) == keys[i]
+            same = row_key(model, row) == keys[i]
         except FileNotFoundError:  # a picture that has gone
             same = False
         if not same:
@@ -714,14 +720,14 @@ def main():
     # the optimizer, and where an earlier run stopped that was fed the same
     each = flops_each(vlm)
     shard(model, device)
+    keys = [row_key(model, row) for row in rows]
     settings["inputs"] = {
         "base": folder_digest(base),
-        "data": key_of([example_key(row) for row in rows]),
+        "data": key_of([taught for taught, *_ in keys]),
         "val_data": key_of([example_key(row) for row in val_rows]),
         **model.inputs(),
     }
     check_same_everywhere("the inputs", settings["inputs"])
-    keys = [model.row_key(row) for row in rows]
     optimizer = make_optimizer(model)
     first = load_checkpoint(model, optimizer, settings)
     check_space(model, first, total)

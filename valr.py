@@ -90,8 +90,8 @@ class VaLR(Method):
             "aux_images": key_of(self.pictures),
         }
 
-    def row_key(self, row):
-        return key_of([super().row_key(row), *map(file_digest, row["aux_images"])])
+    def also_reads(self, row):
+        return row["aux_images"]
 
     # --- which rows, and how a row becomes numbers
 

@@ -354,9 +354,9 @@ def test_a_target_picture_that_is_replaced_makes_another_row(base, steps, alone,
     row = load_examples(steps / "train.jsonl")[0]
     own, plain = method(base), Method(None, None, None, {})
     row["aux_images"] = [shutil.copy(path, tmp_path) for path in row["aux_images"]]
-    before = own.row_key(row), plain.row_key(row)
+    before = train.row_key(own, row), train.row_key(plain, row)
     Image.new("RGB", (56, 56), "red").save(row["aux_images"][-1])
-    assert own.row_key(row) != before[0] and plain.row_key(row) == before[1]
+    assert train.row_key(own, row) != before[0] and train.row_key(plain, row) == before[1]
 
 
 def test_upsampling_keeps_places():
